@@ -3,12 +3,13 @@ Makes the torchvision wheel of PyPI importable next to a CPU build of torch.
 
 torchvision from PyPI is built against the CUDA torch, so beside `torch+cpu` its C++ operators do not load and
 `import torchvision` ends in `operator torchvision::nms does not exist`. The image and video processors need none of
-these operators, only an import that succeeds. `python tools/torchvision_cpu_shim.py` copies this file and a `.pth` line
-into the running environment's site-packages; from then on the missing schemas are declared right before torchvision is
-imported. Beside a matching torch the C++ operators load and nothing is declared.
+these operators, only an import that succeeds. `python tools/torchvision_cpu_shim.py` copies this file and a `.pth`
+line into the running environment's site-packages; from then on the missing schemas are declared right before
+torchvision is imported. Beside a matching torch the C++ operators load and nothing is declared.
 """
 
 import sys
+import sysconfig
 from importlib.machinery import PathFinder, SourceFileLoader
 from pathlib import Path
 
@@ -50,8 +51,6 @@ class TorchvisionFinder:
 
 
 def install():
-    import sysconfig
-
     site_packages = Path(sysconfig.get_paths()["purelib"])
     (site_packages / "torchvision_cpu_shim.py").write_text(Path(__file__).read_text())
     (site_packages / "torchvision_cpu_shim.pth").write_text("import torchvision_cpu_shim\n")

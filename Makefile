@@ -1,0 +1,40 @@
+# Everything runs in .venv, which the first target that needs it builds from nothing.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+RUNS ?= runs
+
+.PHONY: quickstart testbed-full check-teacher test lint format typecheck clean
+
+quickstart: $(READY)
+	$(BIN)/python -m linmu_hf.testbed.quickstart --output $(RUNS)/quickstart $(ARGS)
+
+testbed-full: $(READY)
+	$(BIN)/python -m linmu_hf.testbed.quickstart --full --output $(RUNS)/testbed-full $(ARGS)
+
+check-teacher: $(READY)
+	$(BIN)/python -m linmu_hf.testbed.check_teacher $(ARGS)
+
+# One thread per worker: two workers on two cores beat one worker with two threads.
+test: $(READY)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(READY)
+	$(BIN)/mypy
+
+$(READY): pyproject.toml setup.cfg constraints.txt tools/torchvision_cpu_shim.py
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python tools/torchvision_cpu_shim.py
+	touch $@
+
+clean:
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

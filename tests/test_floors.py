@@ -1,0 +1,108 @@
+"""The floors of the package: every room imports only from the floors below it."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+
+PACKAGE = Path(__file__).parents[1] / "src" / "linmu_hf"
+
+# Room -> the rooms it may import from, its own aside. A file outside every folder is a room of its own.
+FLOORS = {
+    "ops": set(),
+    "data": set(),
+    "configuration": set(),
+    "modeling": {"ops", "configuration"},
+}
+FLOORS["__init__"] = FLOORS["modeling"] | {"modeling"}
+FLOORS["conversion"] = FLOORS["__init__"] | {"__init__", "data"}
+FLOORS["distillation"] = FLOORS["evaluation"] = FLOORS["conversion"] | {"conversion"}
+FLOORS["hub"] = FLOORS["distillation"] | {"distillation", "evaluation"}
+FLOORS["cli"] = FLOORS["hub"] | {"hub"}
+FLOORS["testbed"] = FLOORS["cli"] | {"cli"}
+
+# What `pip install linmu-hf` brings, extras aside.
+CORE = {"torch", "transformers", "safetensors", "huggingface_hub", "numpy", "PIL", "tqdm", "linmu_hf"}
+
+
+def room(module: Path) -> str:
+    parts = module.relative_to(PACKAGE).with_suffix("").parts
+    if parts[0] != "testbed" and parts[-1] in ("cli", "chat"):
+        return "cli"
+    if parts == ("modeling", "configuration_linmu"):
+        return "configuration"
+    return parts[0]
+
+
+def locate(name: str) -> Path | None:
+    """The file of a module of ours, or None where `name` is not a module."""
+    path = PACKAGE.joinpath(*name.split(".")[1:])
+    candidates = (path.with_suffix(".py"), path / "__init__.py") if path != PACKAGE else (PACKAGE / "__init__.py",)
+    return next((candidate for candidate in candidates if candidate.exists()), None)
+
+
+def imported_names(module: Path, tree: ast.AST) -> set[str]:
+    """Every dotted name a file imports, in functions too; `from a import b` counts as `a` and as `a.b`."""
+    package = ["linmu_hf", *module.relative_to(PACKAGE).parts[:-1]]
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {source} | {f"{source}.{alias.name}" for alias in node.names}
+    return names
+
+
+def broken_floors(module: Path) -> list[str]:
+    here = room(module)
+    broken = []
+    for name in imported_names(module, ast.parse(module.read_text())):
+        target = locate(name) if name.split(".")[0] == "linmu_hf" else None
+        if target is None:
+            continue
+        there = room(target)
+        if target.name == "__init__.py" and target.parent != PACKAGE:
+            there = target.relative_to(PACKAGE).parts[0]
+        if there != here and there not in FLOORS[here]:
+            broken.append(f"{module.relative_to(PACKAGE)} ({here}) imports {name} ({there})")
+    return broken
+
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def identify(module: Path) -> str:
+    return str(module.relative_to(PACKAGE))
+
+
+@pytest.mark.parametrize("module", MODULES, ids=identify)
+def test_imports_only_downward(module):
+    assert room(module) in FLOORS, f"{module} is in no known room"
+    assert not broken_floors(module)
+
+
+@pytest.mark.parametrize(
+    "module", [m for m in MODULES if room(m) in {"ops", "configuration", "modeling", "data"}], ids=identify
+)
+def test_lower_floors_import_core_dependencies_only(module):
+    tree = ast.parse(module.read_text())
+    tree.body = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    roots = {name.split(".")[0] for name in imported_names(module, tree)}
+    assert roots <= CORE | sys.stdlib_module_names
+
+
+def test_a_broken_floor_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "PACKAGE", tmp_path)
+    for name in ("ops/ssd.py", "distillation/trainer.py", "evaluation/retention.py", "testbed/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "ops/ssd.py").write_text("def f():\n    from ..distillation import trainer\n")
+    (tmp_path / "evaluation/retention.py").write_text(
+        "import linmu_hf.distillation.trainer\nfrom ..testbed import x\n"
+    )
+    assert len(broken_floors(tmp_path / "ops/ssd.py")) == 1
+    assert len(broken_floors(tmp_path / "evaluation/retention.py")) == 2
