@@ -1,0 +1,117 @@
+"""Models and rows of an evaluation, with one clear error for each thing that can be wrong with them."""
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from ..data import check_dataset
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_model(path: str) -> None:
+    """Raises a one-line `ValueError` unless `path` is an image-text-to-text model, reading only its configuration."""
+    folder = Path(path).expanduser()
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not folder.is_dir():
+        raise ValueError(
+            f"{path} is not a folder: give a model folder or a Hub id such as Qwen/Qwen2.5-VL-7B-Instruct"
+        )
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"{path} has no config.json: give the folder of a saved model")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {first_line(error)}") from error
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ValueError(
+            f"{path} is a {config.model_type!r} model, which takes no images: give a vision-language model"
+        )
+
+
+def load_model(path: str, *, device: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
+    """
+    Loads a model for evaluation together with its processor.
+
+    Args:
+        path (`str`):
+            Folder or Hub id of any image-text-to-text model.
+        device (`str`, *optional*):
+            Where to put it; by default a GPU if there is one.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Its parameters' type; `"auto"` is the checkpoint's own.
+
+    Returns:
+        `tuple`: the model in evaluation mode and its processor.
+    """
+    check_model(path)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+        processor = AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {first_line(error)}") from error
+    return model.to(device or default_device()).eval(), processor
+
+
+def load_rows(dataset: str, split: str = "test", limit: int | None = None):
+    """
+    The rows of one split, checked.
+
+    Args:
+        dataset (`str`):
+            A folder written by `save_to_disk`, or anything that `datasets.load_dataset` opens.
+        split (`str`, *optional*, defaults to `"test"`):
+            The split to read.
+        limit (`int`, *optional*):
+            At most this many rows of every task, from the start.
+    """
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
+    folder = Path(dataset).expanduser()
+    saved = any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    try:
+        rows = load_from_disk(str(folder)) if saved else load_dataset(dataset)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{dataset} is not a dataset: {first_line(error)}") from error
+    if isinstance(rows, DatasetDict):
+        if split not in rows:
+            raise ValueError(f"{dataset} has no split {split!r}: it has {', '.join(rows)}")
+        rows = rows[split]
+    check_dataset(rows)
+    if limit is not None:
+        rows = rows.select(_first_of_every_task(rows, limit))
+    if len(rows) == 0:
+        raise ValueError(f"{dataset} has no rows in split {split!r}")
+    return rows
+
+
+def library_versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    versions = {}
+    for name in ("linmu-hf", "torch", "transformers", "peft", "trl", "accelerate", "datasets"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _first_of_every_task(rows, limit: int) -> list[int]:
+    tasks = rows["task"] if "task" in rows.column_names else ["all"] * len(rows)
+    seen: dict[str, int] = {}
+    picked = []
+    for i, task in enumerate(tasks):
+        seen[task] = seen.get(task, 0) + 1
+        if seen[task] <= limit:
+            picked.append(i)
+    return picked

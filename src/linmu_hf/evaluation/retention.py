@@ -1,0 +1,218 @@
+"""How much of its teacher a student keeps: exact-match accuracy per task, on the same rows, with 95% intervals.
+
+symbol      meaning
+accuracy    share of rows whose greedy answer equals the reference (Wilson interval)
+retention   accuracy of the student / accuracy of the teacher (paired bootstrap over rows, tasks kept apart)
+mean        the mean over tasks of the accuracies, and the ratio of these means
+worst       the task with the lowest retention
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..data import Row, answer_text, encode_prompts
+
+
+Z_95 = 1.959964
+BOOTSTRAP_SAMPLES = 2000
+
+
+def normalise(text: str) -> str:
+    """Lower case, single spaces, no quotes around and no full stop behind."""
+    return re.sub(r"\s+", " ", text).strip(" \"'`").rstrip(".").strip().lower()
+
+
+def tasks_of(rows: Sequence[Row]) -> list[str]:
+    """The `task` of each row; rows without one share the task `"all"`."""
+    return [row.get("task") or "all" for row in rows]
+
+
+@torch.inference_mode()
+def generate_answers(
+    model,
+    processor,
+    rows: Sequence[Row],
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int = 32,
+    description: str | None = None,
+) -> list[str]:
+    """
+    Answers each row's last question by greedy decoding.
+
+    Args:
+        model (`PreTrainedModel`):
+            Any image-text-to-text model, teacher or student.
+        processor (`ProcessorMixin`):
+            Its processor.
+        rows (`Sequence[Mapping]`):
+            Rows as in `linmu_hf.data`; everything before the last assistant turn is the prompt.
+        batch_size (`int`, *optional*, defaults to 32):
+            Rows decoded together. Rows of similar size share a batch, longest first, so that a batch too large for
+            the memory fails at once.
+        max_new_tokens (`int`, *optional*, defaults to 32):
+            Longest answer.
+        description (`str`, *optional*):
+            Shows a progress bar with this title.
+
+    Returns:
+        `list[str]`: the answers, in the order of `rows`.
+    """
+    model.eval()
+    answers = [""] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: _size(rows[i]), reverse=True)
+    progress = tqdm(total=len(rows), desc=description, unit="row", disable=description is None)
+    for start in range(0, len(rows), batch_size):
+        chosen = order[start : start + batch_size]
+        inputs = encode_prompts(processor, [rows[i] for i in chosen]).to(model.device)
+        ids = model.generate(
+            **inputs,
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=processor.tokenizer.pad_token_id,
+        )
+        texts = processor.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for i, text in zip(chosen, texts):
+            answers[i] = text.strip()
+        progress.update(len(chosen))
+    progress.close()
+    return answers
+
+
+def correct_answers(rows: Sequence[Row], answers: Sequence[str]) -> np.ndarray:
+    """Whether each answer equals the row's own after [`normalise`], as a bool array [n]."""
+    return np.array(
+        [normalise(answer_text(row)) == normalise(answer) for row, answer in zip(rows, answers)], dtype=bool
+    )
+
+
+def wilson_interval(right: int, n: int) -> tuple[float, float]:
+    """The 95% Wilson score interval of a proportion `right / n`."""
+    if n == 0:
+        return 0.0, 1.0
+    share = right / n
+    centre = share + Z_95**2 / (2 * n)
+    half_width = Z_95 * math.sqrt(share * (1 - share) / n + Z_95**2 / (4 * n * n))
+    scale = 1 + Z_95**2 / n
+    return max(0.0, (centre - half_width) / scale), min(1.0, (centre + half_width) / scale)
+
+
+def accuracy_report(correct: np.ndarray, tasks: Sequence[str]) -> dict[str, Any]:
+    """
+    Accuracy per task and their mean.
+
+    Returns:
+        `dict`: `tasks` = `{task: {"accuracy", "interval", "rows"}}` and `mean`, the mean over tasks.
+    """
+    report = {}
+    for task in dict.fromkeys(tasks):
+        picked = correct[_rows_of(tasks, task)]
+        low, high = wilson_interval(int(picked.sum()), len(picked))
+        report[task] = {"accuracy": float(picked.mean()), "interval": [low, high], "rows": len(picked)}
+    return {"tasks": report, "mean": float(np.mean([entry["accuracy"] for entry in report.values()]))}
+
+
+def retention_report(
+    student: np.ndarray, teacher: np.ndarray, tasks: Sequence[str], *, samples: int = BOOTSTRAP_SAMPLES, seed: int = 0
+) -> dict[str, Any]:
+    """
+    Retention per task, of the mean, and the worst task, with paired bootstrap intervals.
+
+    Args:
+        student (`np.ndarray`):
+            Which rows the student answers right, bool [n].
+        teacher (`np.ndarray`):
+            The same for the teacher, on the same rows.
+        tasks (`Sequence[str]`):
+            The task of each row.
+
+    Returns:
+        `dict`: `tasks` = `{task: {"retention", "interval"}}`, `mean` of the same form, and `worst` =
+        `{"task", "retention"}`. A ratio to a teacher that answers nothing right is `None`.
+    """
+    if len(student) != len(teacher):
+        raise ValueError(f"student and teacher must answer the same rows, not {len(student)} and {len(teacher)}")
+    rng = np.random.default_rng(seed)
+    report, student_means, teacher_means = {}, [], []
+    for task in dict.fromkeys(tasks):
+        s, t = (right[_rows_of(tasks, task)].astype(float) for right in (student, teacher))
+        draws = rng.integers(0, len(s), (samples, len(s)))
+        resampled_s, resampled_t = s[draws].mean(1), t[draws].mean(1)  # [samples]
+        report[task] = _ratio(s.mean(), t.mean(), resampled_s, resampled_t)
+        student_means.append((s.mean(), resampled_s))
+        teacher_means.append((t.mean(), resampled_t))
+    mean = _ratio(
+        *(np.mean([means[i] for means in side], axis=0) for i in (0, 1) for side in (student_means, teacher_means))
+    )
+    ranked = [(entry["retention"], task) for task, entry in report.items() if entry["retention"] is not None]
+    worst = min(ranked, default=(None, None))
+    return {"tasks": report, "mean": mean, "worst": {"task": worst[1], "retention": worst[0]}}
+
+
+def compare(
+    correct: dict[str, np.ndarray], tasks: Sequence[str], teacher: str | None = None
+) -> dict[str, dict[str, Any]]:
+    """Reports of several models on the same rows, `{model: {"accuracy", "retention"}}`; the teacher has no latter."""
+    reports = {}
+    for name, right in correct.items():
+        reports[name] = {"accuracy": accuracy_report(right, tasks)}
+        if teacher is not None and name != teacher:
+            reports[name]["retention"] = retention_report(right, correct[teacher], tasks)
+    return reports
+
+
+def format_table(reports: dict[str, dict[str, Any]]) -> str:
+    """[`compare`]'s result as a text table: a row per task, a column per model, in percent, intervals in brackets."""
+    tasks = list(next(iter(reports.values()))["accuracy"]["tasks"])
+    rows = [["task", *reports]]
+    for task in tasks:
+        entries = [report["accuracy"]["tasks"][task] for report in reports.values()]
+        rows.append([task, *(_percent(entry["accuracy"], entry["interval"]) for entry in entries)])
+    rows.append(["mean", *(_percent(report["accuracy"]["mean"]) for report in reports.values())])
+    kept = [report.get("retention") for report in reports.values()]
+    if any(kept):
+        rows.append(
+            ["retention"]
+            + ["" if r is None else _percent(r["mean"]["retention"], r["mean"]["interval"]) for r in kept]
+        )
+        rows.append(
+            ["worst task"]
+            + ["" if r is None else _percent(r["worst"]["retention"]) + f" {r['worst']['task']}" for r in kept]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([lines[0], rule, *lines[1 : 1 + len(tasks)], rule, *lines[1 + len(tasks) :]])
+
+
+def _ratio(student: float, teacher: float, resampled_s: np.ndarray, resampled_t: np.ndarray) -> dict[str, Any]:
+    defined = resampled_t > 0
+    if teacher == 0 or not defined.any():
+        return {"retention": None, "interval": None}
+    low, high = np.quantile(resampled_s[defined] / resampled_t[defined], [0.025, 0.975])
+    return {"retention": float(student / teacher), "interval": [float(low), float(high)]}
+
+
+def _percent(share: float | None, interval: Sequence[float] | None = None) -> str:
+    if share is None:
+        return "-"
+    text = f"{100 * share:5.1f}"
+    return text if interval is None else f"{text} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+def _rows_of(tasks: Sequence[str], task: str) -> np.ndarray:
+    return np.array([name == task for name in tasks])
+
+
+def _size(row: Row) -> tuple[int, int]:
+    """Pixels, then characters: rows of about one size need about one number of tokens."""
+    pixels = sum(image.width * image.height for image in row.get("images") or [])
+    pixels += sum(frame.width * frame.height for video in row.get("videos") or [] for frame in video)
+    return pixels, sum(len(str(message["content"])) for message in row["messages"])
