@@ -1,0 +1,90 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from linmu_hf.evaluation import chat
+
+
+@pytest.fixture
+def picture(tmp_path):
+    file = tmp_path / "picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(file)
+    return file
+
+
+@pytest.fixture
+def frames(tmp_path):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for i in range(4):
+        Image.new("RGB", (48, 48), (60 * i, 0, 0)).save(folder / f"{i}.png")
+    return folder
+
+
+def run(*arguments):
+    chat.main([str(argument) for argument in arguments])
+
+
+def test_image_and_video_in_one_question(student_folder, picture, frames, capsys):
+    run("--model", student_folder, "--image", picture, "--video", frames, "--max-new-tokens", 3, "what is it?")
+    assert capsys.readouterr().out.endswith("\n")
+
+
+def test_stream_prints_the_answer(teacher, processor, picture, capsys):
+    conversation = chat.Conversation(teacher, processor, max_new_tokens=4)
+    answer = conversation.ask("row 1 column 1?", images=[chat.read_image(str(picture))], stream=True)
+    assert capsys.readouterr().out.strip() == answer
+
+
+def test_conversation_remembers(teacher, processor, picture):
+    image = chat.read_image(str(picture))
+    conversation = chat.Conversation(teacher, processor, max_new_tokens=4)
+    conversation.ask("row 1 column 1?", images=[image])
+    conversation.ask("row 2 column 1?")
+    conversation.ask("row 3 column 1?", images=[image])
+    assert [message["role"] for message in conversation.row["messages"]] == ["user", "assistant"] * 3
+    assert len(conversation.row["images"]) == 2
+
+
+def test_conversation_from_standard_input(teacher_folder, picture, monkeypatch, capsys):
+    lines = iter(["row 1 column 1?", "/image nowhere.png", f"/image {picture}", "/help", "/new", "how many red?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    run("--model", teacher_folder, "--image", picture, "--max-new-tokens", 2)
+    printed = capsys.readouterr().out
+    assert "nowhere.png does not exist" in printed
+    assert printed.count(chat.HELP) == 2
+
+
+def test_video_file_is_sampled_twice_a_second(tmp_path):
+    av = pytest.importorskip("av")
+    file = str(tmp_path / "clip.mp4")
+    with av.open(file, "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 32
+        for i in range(30):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 8 * i, dtype=np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    frames = chat.read_video(file)
+    brightness = [np.asarray(frame).mean() for frame in frames]
+    assert brightness == pytest.approx([8 * i for i in range(0, 30, 5)], abs=6)
+
+
+def test_errors_are_one_line(teacher_folder, picture, tmp_path, monkeypatch):
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "text.mp4").write_text("not a video")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(chat, "SHIPPED_STUDENT", tmp_path / "missing")
+    cases = {
+        "none.png does not exist": ("--model", teacher_folder, "--image", tmp_path / "none.png", "?"),
+        "text.png is not an image": ("--model", teacher_folder, "--image", tmp_path / "text.png", "?"),
+        "text.mp4 is not a video": ("--model", teacher_folder, "--video", tmp_path / "text.mp4", "?"),
+        "empty is empty": ("--model", teacher_folder, "--video", tmp_path / "empty", "?"),
+        "is not a folder": ("--model", tmp_path / "none", "--image", picture, "?"),
+        "name a model with --model": ("?",),
+    }
+    for expected, arguments in cases.items():
+        with pytest.raises(SystemExit) as stopped:
+            run(*arguments)
+        assert expected in stopped.value.code
+        assert len(stopped.value.code.splitlines()) == 1

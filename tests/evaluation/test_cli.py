@@ -1,0 +1,58 @@
+import json
+
+import pytest
+from datasets import Dataset
+
+from linmu_hf.evaluation import cli
+
+
+def run(*arguments):
+    cli.main([str(argument) for argument in arguments])
+
+
+def test_table_and_json_agree(teacher_folder, student_folder, dataset_folder, tmp_path, capsys):
+    file = tmp_path / "results" / "retention.json"
+    run("--model", student_folder, "--model", teacher_folder, "--teacher", teacher_folder, "--dataset", dataset_folder,
+        "--limit", 1, "--max-new-tokens", 2, "--json", file)  # fmt: skip
+    table = capsys.readouterr().out
+    results = json.loads(file.read_text())
+    assert list(results["models"]) == ["teacher", "student"]
+    assert table.split()[:3] == ["task", "teacher", "student"]
+    assert results["rows"] == len(results["models"]["student"]["accuracy"]["tasks"]) == 6
+    assert "retention" in results["models"]["student"]
+    assert results["versions"]["transformers"]
+
+
+def test_models_of_one_name_are_told_apart():
+    assert cli.name_models(["a/init", "b/init", "b/stage-1/"]) == {
+        "a/init": "a/init",
+        "b/init": "b/init",
+        "stage-1": "b/stage-1/",
+    }
+
+
+def message(capsys, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments)
+    text = stopped.value.code if isinstance(stopped.value.code, str) else capsys.readouterr().err.splitlines()[-1]
+    assert len(text.splitlines()) == 1
+    assert text.startswith("linmu-eval: error: ")
+    return text
+
+
+def test_errors_are_one_line(teacher_folder, text_only_folder, dataset_folder, tmp_path, capsys):
+    data = ("--dataset", dataset_folder)
+    assert "is not a folder" in message(capsys, "--model", tmp_path / "none", *data)
+    assert "has no config.json" in message(capsys, "--model", tmp_path, *data)
+    assert "'qwen2' model, which takes no images" in message(capsys, "--model", text_only_folder, *data)
+    model = ("--model", teacher_folder)
+    assert "no split 'dev': it has train, test" in message(capsys, *model, *data, "--split", "dev")
+    assert "is not a dataset" in message(capsys, *model, "--dataset", tmp_path / "none")
+    assert "--limit 0 must be at least 1" in message(capsys, *model, *data, "--limit", 0)
+
+    turns = [
+        {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "row 1 column 1?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "7"}]},
+    ]
+    Dataset.from_list([{"messages": turns, "task": "cell"}]).save_to_disk(tmp_path / "no-image")
+    assert "asks for 1 images" in message(capsys, *model, "--dataset", tmp_path / "no-image")
