@@ -1,0 +1,92 @@
+"""The recurrent cache of an M-MATE layer: one SSM state and the tail of the convolution, whatever the length."""
+
+import torch
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, LinearAttentionLayer
+
+
+class MMateCacheLayer(LinearAttentionLayer, CacheLayerMixin):
+    """
+    State of the forward scan of one layer for a batch: `[b, s, p, k]` in fp32, and the last inputs of the convolution
+    `[b, w - 1, c]`. Enters Transformers' dynamic, static and offloaded caches under the layer type `"m_mate"`.
+    """
+
+    _layer_type = "m_mate"
+    is_croppable = False
+
+    def __init__(self, **kwargs):
+        LinearAttentionLayer.__init__(self)
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.seen = 0
+
+    def load(self, rows=None):
+        """Convolution tail and SSM state of the given batch rows (all by default); `(None, None)` at the beginning."""
+        if not self.has_previous_state[0]:
+            return None, None
+        states = (self.conv_states[0], self.recurrent_states[0])
+        return states if rows is None else tuple(t if t is None else t[rows] for t in states)
+
+    def store(self, tail, states, batch: int, rows=None):
+        """Replaces the state after a forward pass; with `rows`, only those of the `batch` rows."""
+        for holder, new in ((self.conv_states, tail), (self.recurrent_states, states)):
+            if new is None:
+                continue
+            if rows is not None:
+                old = holder[0]
+                if old is None:
+                    old = new.new_zeros(batch, *new.shape[1:])
+                new = old.index_copy(0, rows, new)
+            if holder[0] is not None and holder[0].shape == new.shape:
+                holder[0].copy_(new)
+            else:
+                holder[0] = new.detach().clone() if not new.requires_grad else new
+        self.device, self.dtype = states.device, states.dtype
+        self.has_previous_state[0] = self.is_initialized = True
+        self.is_conv_states_initialized[0] = tail is not None
+        self.is_recurrent_states_initialized[0] = True
+
+    def advance(self, n_tokens: int) -> None:
+        """Counts the tokens of a forward pass, padding included."""
+        self.seen += n_tokens
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def lazy_initialization(self, *args, **kwargs) -> None:
+        """Nothing to prepare: shapes are known when the first state is stored."""
+
+    def update(self, *args, **kwargs):
+        raise NotImplementedError("an m_mate layer caches a recurrent state, not keys and values")
+
+    def reset(self) -> None:
+        super().reset()
+        self.seen = 0
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda state: state.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._map(lambda state: state[indices.to(state.device)])
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError(
+            "a recurrent state cannot be cropped: tokens once read cannot be taken back. Assisted decoding and other "
+            "methods that crop the cache need a model with full attention"
+        )
+
+    def _map(self, function):
+        for holder in (self.conv_states, self.recurrent_states):
+            if holder[0] is not None:
+                holder[0] = function(holder[0])
+
+
+STATIC_LAYER_TYPE_MAPPING["m_mate"] = MMateCacheLayer

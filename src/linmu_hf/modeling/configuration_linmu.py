@@ -1,0 +1,296 @@
+"""Configuration of LinMU: a Qwen2.5-VL configuration whose decoder layers each name their mixer."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+LAYER_TYPES = ("m_mate", "full_attention")
+SCAN_ORDERS = ("thw", "twh", "hwt", "wht")
+
+_CHOICES: dict[str, tuple] = {
+    "reverse_scope": ("span", "sequence"),
+    "gate": ("head", "channel"),
+    "state_heads": ("query", "kv"),
+    "bc_feature_map": (None, "softmax"),
+    "conv_activation": (None, "silu"),
+    "timescale_init": ("log_spaced", "mamba2"),
+    "output_norm": (None, "layer_norm", "rms_norm"),
+}
+
+
+@strict
+class LinMUTextConfig(PreTrainedConfig):
+    r"""
+    The decoder: the fields of Qwen2.5-VL's text model, the mixer of every layer, and the choices inside M-MATE.
+
+    Args:
+        layer_types (`list[str]`, *optional*, defaults to `"m_mate"` everywhere):
+            The mixer of each layer, `"m_mate"` or `"full_attention"`. All `"full_attention"` is the teacher.
+        scan_orders (`list[str]`, *optional*, defaults to `["thw", "twh", "hwt", "wht"]`):
+            Rotary Major-Scan (Sec. 3.1.1): layer `l` visits the vision tokens of a span in order
+            `scan_orders[l % len(scan_orders)]`, slowest axis first.
+        reverse_scope (`str`, *optional*, defaults to `"span"`):
+            What one reverse scan (Eq. 2) covers: the vision tokens of each image or video alone (`"span"`), or all
+            vision tokens of the sequence, decaying over the text between them (`"sequence"`).
+        share_directions (`bool`, *optional*, defaults to `False`):
+            Whether the reverse direction uses the forward B, C projections (Eq. 2 has its own, with tilde).
+        gate (`str`, *optional*, defaults to `"head"`):
+            Whether the direction gate g (Eq. 3) has one value per head or per channel.
+        state_heads (`str`, *optional*, defaults to `"query"`):
+            One recurrent state per query head, or per key/value head (`"kv"`: shared decay, fewer states).
+        bc_norm (`bool`, *optional*, defaults to `False`):
+            Whether B and C are RMS-normalised over the head dimension.
+        scan_rope (`bool`, *optional*, defaults to `True`):
+            Whether B and C are rotated by the teacher's rotary embedding.
+        bc_feature_map (`str`, *optional*, defaults to `"softmax"`):
+            Feature map of B and C: `None`, or `"softmax"` of x and of -x over the head dimension (state size doubles).
+        scan_normalizer (`bool`, *optional*, defaults to `True`):
+            Whether a scan's output is divided by the sum of its weights, as softmax attention does.
+        conv_kernel (`int`, *optional*, defaults to 4):
+            Width of Mamba2's causal convolution over x, B and C; 1 leaves it out.
+        conv_activation (`str`, *optional*):
+            Activation after the convolution; `None` keeps the reused weights exact at the start.
+        timescale_init (`str`, *optional*, defaults to `"log_spaced"`):
+            Initial decays: half-lives log-spaced over the heads within `timescale_range`, or Mamba2's own ranges.
+        timescale_range (`list[float]`, *optional*, defaults to `[4.0, 4096.0]`):
+            Shortest and longest initial half-life, in tokens.
+        window_size (`list[int]`, *optional*, defaults to `[16, 4, 4]`):
+            Local-Swin window of a video in merged tokens: frames, height, width.
+        image_window_size (`list[int]`, *optional*, defaults to `[1, 16, 16]`):
+            The same for an image.
+        window_wrap (`bool`, *optional*, defaults to `False`):
+            Whether shifted windows join opposite edges (Fig. 4); `False` gives smaller windows there instead.
+        output_norm (`str`, *optional*):
+            Norm of the fused output (Algorithm 1): `None`, `"layer_norm"` or `"rms_norm"`.
+    """
+
+    model_type = "linmu_text"
+    base_config_key = "text_config"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    ignore_keys_at_rope_validation = {"mrope_section"}
+    default_theta = 1000000.0
+    base_model_tp_plan = None
+
+    vocab_size: int = 152064
+    hidden_size: int = 3584
+    intermediate_size: int = 18944
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 28
+    num_key_value_heads: int = 4
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 128000
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    attention_dropout: float = 0.0
+    rope_parameters: dict | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    layer_types: list[str] | None = None
+
+    scan_orders: list[str] | tuple[str, ...] = SCAN_ORDERS
+    reverse_scope: str = "span"
+    share_directions: bool = False
+    gate: str = "head"
+    state_heads: str = "query"
+    bc_norm: bool = False
+    scan_rope: bool = True
+    bc_feature_map: str | None = "softmax"
+    scan_normalizer: bool = True
+    conv_kernel: int = 4
+    conv_activation: str | None = None
+    timescale_init: str = "log_spaced"
+    timescale_range: list[float] | tuple[float, ...] = (4.0, 4096.0)
+    window_size: list[int] | tuple[int, ...] = (16, 4, 4)
+    image_window_size: list[int] | tuple[int, ...] = (1, 16, 16)
+    window_wrap: bool = False
+    output_norm: str | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.layer_types is None:
+            self.layer_types = ["m_mate"] * self.num_hidden_layers
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        for name in ("scan_orders", "timescale_range", "window_size", "image_window_size"):
+            setattr(self, name, list(getattr(self, name)))
+        # read by the attention that Transformers provides
+        self.sliding_window = None
+        super().__post_init__(**kwargs)
+        self.validate_m_mate()
+
+    def convert_rope_params_to_dict(self, **kwargs):
+        rope = dict(kwargs.pop("rope_scaling", None) or self.rope_parameters or {})
+        rope.setdefault("rope_theta", kwargs.pop("rope_theta", self.default_theta))
+        if rope.get("rope_type", rope.get("type")) == "mrope":
+            rope["rope_type"] = "default"
+        self.rope_parameters = rope
+        self.standardize_rope_params()
+        return kwargs
+
+    def validate_layer_type(self):
+        """Replaces the parent's check, which knows only Transformers' own layer types."""
+        unknown = sorted(set(self.layer_types or ()) - set(LAYER_TYPES))
+        if unknown:
+            raise ValueError(f"layer_types has {unknown}; each entry must be one of {list(LAYER_TYPES)}")
+        if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types has {len(self.layer_types)} entries for num_hidden_layers={self.num_hidden_layers}; "
+                "give one entry per layer"
+            )
+
+    def validate_m_mate(self):
+        """Raises a `ValueError` naming the field, its value and the remedy for an impossible M-MATE option."""
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name}={value!r} is unknown; choose one of {list(choices)}")
+        unknown = [order for order in self.scan_orders if order not in SCAN_ORDERS]
+        if unknown or not self.scan_orders:
+            raise ValueError(f"scan_orders={self.scan_orders} must be a non-empty list out of {list(SCAN_ORDERS)}")
+        for name in ("window_size", "image_window_size"):
+            window = getattr(self, name)
+            if len(window) != 3:
+                raise ValueError(f"{name}={tuple(window)} must have 3 entries (frames, height, width)")
+            if min(window) < 1:
+                raise ValueError(f"{name}={tuple(window)} must have entries of at least 1 (frames, height, width)")
+        if self.conv_kernel < 1:
+            raise ValueError(f"conv_kernel={self.conv_kernel} must be at least 1 (1 leaves the convolution out)")
+        if len(self.timescale_range) != 2 or not 0 < self.timescale_range[0] <= self.timescale_range[1]:
+            raise ValueError(
+                f"timescale_range={tuple(self.timescale_range)} must be (shortest, longest) half-life in tokens, "
+                "both positive and in that order"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.scan_normalizer and self.bc_feature_map is None:
+            raise ValueError(
+                "scan_normalizer=True divides by a sum of weights, which is surely positive only with "
+                "bc_feature_map='softmax'; set bc_feature_map='softmax' or scan_normalizer=False"
+            )
+
+    def scan_order(self, layer_idx: int) -> str:
+        """The scan order of a layer (the case distinction over `l mod 4` in Sec. 3.1.1)."""
+        return self.scan_orders[layer_idx % len(self.scan_orders)]
+
+    def shifts_windows(self, layer_idx: int) -> bool:
+        """Whether a layer shifts its windows: every other layer does (Sec. 3.1.2)."""
+        return layer_idx % 2 == 1
+
+    @property
+    def state_dim(self) -> int:
+        """Size n of B and C in the recurrent state: the head dimension, doubled by the feature map."""
+        return self.head_dim * (2 if self.bc_feature_map == "softmax" else 1)
+
+
+# Whole columns of choices. `paper`: the paper to the letter. `default`: the best measured (docs/decisions.md).
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "scan_rope": False,
+        "bc_feature_map": None,
+        "scan_normalizer": False,
+        "timescale_init": "mamba2",
+        "output_norm": "layer_norm",
+    },
+}
+
+# Fields of a teacher's text configuration that the student keeps.
+_TEACHER_FIELDS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache",
+    "attention_dropout", "rope_parameters", "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
+
+
+@strict
+class LinMUConfig(PreTrainedConfig):
+    r"""
+    A vision tower, unchanged from the teacher, and the linear decoder.
+
+    Args:
+        vision_config (`PreTrainedConfig` or `dict`, *optional*):
+            Configuration of the vision side; its `model_type` picks it (`"qwen2_5_vl_vision"`).
+        text_config (`LinMUTextConfig` or `dict`, *optional*):
+            Configuration of the decoder.
+        image_token_id, video_token_id, vision_start_token_id, vision_end_token_id (`int`, *optional*):
+            Placeholder and delimiter tokens, as in the teacher.
+    """
+
+    model_type = "linmu"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(AutoConfig, model_type="qwen2_5_vl_vision"),
+        "text_config": LinMUTextConfig,
+    }
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 151655
+    video_token_id: int = 151656
+    vision_start_token_id: int = 151652
+    vision_end_token_id: int = 151653
+    tie_word_embeddings: bool = False
+
+    @classmethod
+    def from_teacher(
+        cls,
+        teacher_config: PreTrainedConfig,
+        *,
+        keep_attention: tuple[int, ...] | str = (),
+        preset: str = "default",
+        **mixer_options,
+    ) -> "LinMUConfig":
+        """
+        The configuration of the student of a Qwen2.5-VL teacher.
+
+        Args:
+            teacher_config (`Qwen2_5_VLConfig`): The teacher's configuration.
+            keep_attention (`tuple[int, ...]` or `"all"`, *optional*): Layers that keep full attention.
+            preset (`str`, *optional*, defaults to `"default"`): `"paper"` or `"default"`, see `PRESETS`.
+            mixer_options: M-MATE fields of [`LinMUTextConfig`], over the preset.
+
+        Raises:
+            `ValueError`: Unknown preset, option or layer, or a teacher with sliding-window attention.
+        """
+        if preset not in PRESETS:
+            raise ValueError(f"preset={preset!r} is unknown; choose one of {sorted(PRESETS)}")
+        options = {**PRESETS[preset], **mixer_options}
+        unknown = sorted(set(options) - set(MIXER_FIELDS))
+        if unknown:
+            raise ValueError(f"unknown M-MATE options {unknown}; known ones are {list(MIXER_FIELDS)}")
+        text = teacher_config.text_config
+        if "sliding_attention" in (getattr(text, "layer_types", None) or ()):
+            raise ValueError("teachers with sliding-window attention are not supported; turn use_sliding_window off")
+        n_layers = text.num_hidden_layers
+        kept = range(n_layers) if keep_attention == "all" else keep_attention
+        outside = [layer for layer in kept if not 0 <= layer < n_layers]
+        if outside:
+            raise ValueError(f"keep_attention names layers {outside}; the teacher has layers 0 to {n_layers - 1}")
+        layer_types = ["full_attention" if layer in set(kept) else "m_mate" for layer in range(n_layers)]
+        return cls(
+            text_config=LinMUTextConfig(
+                **{name: getattr(text, name) for name in _TEACHER_FIELDS}, layer_types=layer_types, **options
+            ),
+            vision_config=teacher_config.vision_config,
+            image_token_id=teacher_config.image_token_id,
+            video_token_id=teacher_config.video_token_id,
+            vision_start_token_id=teacher_config.vision_start_token_id,
+            vision_end_token_id=teacher_config.vision_end_token_id,
+            tie_word_embeddings=teacher_config.tie_word_embeddings,
+        )
+
+
+# The M-MATE options: what `linmu-convert` offers as flags.
+MIXER_FIELDS = (
+    "scan_orders", "reverse_scope", "share_directions", "gate", "state_heads", "bc_norm", "scan_rope",
+    "bc_feature_map", "scan_normalizer", "conv_kernel", "conv_activation", "timescale_init", "timescale_range",
+    "window_size", "image_window_size", "window_wrap", "output_norm",
+)  # fmt: skip

@@ -1,0 +1,210 @@
+"""Flex-MA: a masked bidirectional Mamba2 over the scan-ordered tokens (Sec. 3.1.1).
+
+code                  paper                     meaning
+u                     u_t                       block input in scan order
+b_proj, c_proj        W_B, W_C (and tilde)      from the teacher's k and q projections (Eq. 4)
+x_proj, o_proj        W_X, W_O,Flex             from the teacher's v and o projections (Eq. 4)
+dt, A                 A_t = exp(dt A)           decay of a token (Eq. 1)
+gate                  g_t                       forward against reverse (Eq. 3)
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn.functional import silu, softplus
+from transformers import initialization as init
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import rotate_half
+
+from ..ops.ssd import ssd, ssd_step
+
+
+def softmax_features(x: torch.Tensor) -> torch.Tensor:
+    """Softmax of x and of -x over the last dimension (LoLCATs): positive features of twice the size."""
+    return torch.cat([x.softmax(-1), (-x).softmax(-1)], dim=-1)
+
+
+class ZeroLinear(nn.Linear):
+    """A linear map that starts at zero: what it feeds does not depend on the token at first."""
+
+    def reset_new_parameters(self):
+        init.zeros_(self.weight)
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
+
+class ScanDirection(nn.Module):
+    """
+    What one direction of the scan has of its own: B, C, the step size, the decay and the convolution (Eq. 1 or 2).
+
+    Args:
+        config (`LinMUTextConfig`): Sizes and options.
+        own_projections (`bool`): `False` if B and C are shared with the other direction.
+    """
+
+    def __init__(self, config, own_projections: bool = True):
+        super().__init__()
+        self.config = config
+        h, g, p, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
+        s = h if config.state_heads == "query" else g
+        self.heads, self.groups, self.head_dim, self.state_heads = h, g, p, s
+        if own_projections:
+            self.c_proj = nn.Linear(d, h * p)
+            self.b_proj = nn.Linear(d, g * p)
+        self.dt_proj = ZeroLinear(d, s, bias=False)
+        self.dt_bias = nn.Parameter(torch.empty(s))
+        self.A_log = nn.Parameter(torch.empty(s))
+        self.D = nn.Parameter(torch.empty(h))
+        if config.conv_kernel > 1:
+            # taps over x, B and C together, oldest token first, as in Mamba2
+            self.conv_weight = nn.Parameter(torch.empty(config.conv_kernel, (h + 2 * g) * p))
+
+    def reset_new_parameters(self):
+        """Sets the parameters that no teacher has: a convolution that does nothing, decays, step sizes, no skip."""
+        rate, step = self._initial_timescales()
+        init.copy_(self.A_log, rate.log())
+        init.copy_(self.dt_bias, step + torch.log(-torch.expm1(-step)))  # softplus(dt_bias) = step
+        init.zeros_(self.D)
+        if self.config.conv_kernel > 1:
+            identity = torch.zeros(self.conv_weight.shape)
+            identity[-1] = 1.0
+            init.copy_(self.conv_weight, identity)
+
+    def _initial_timescales(self):
+        """Decay rates -A and step sizes of the state heads."""
+        position = torch.linspace(0, 1, self.state_heads)
+        if self.config.timescale_init == "mamba2":
+            # Mamba2 draws A from 1 to 16 and dt log-uniformly from 0.001 to 0.1; spread evenly instead of drawn
+            return 1 + 15 * position, torch.exp(math.log(1e-3) + (math.log(0.1) - math.log(1e-3)) * position.flip(0))
+        shortest, longest = self.config.timescale_range
+        half_life = shortest * (longest / shortest) ** position
+        return torch.ones(self.state_heads), math.log(2) / half_life
+
+    def project(self, u, projections=None):
+        """B and C of the tokens, [n, (g + h) * p], before the convolution."""
+        projections = projections or self
+        return torch.cat([projections.b_proj(u), projections.c_proj(u)], dim=-1)
+
+    def prepare(self, u, xbc, rope):
+        """Splits the convolved [n, (2 g + h) p] into scan arguments: x, dt, A, B, C as in `ops/ssd.py`."""
+        config, n = self.config, xbc.shape[0]
+        sizes = [self.groups * self.head_dim] * 2 + [self.heads * self.head_dim]
+        x, B, C = (t.unflatten(-1, (-1, self.head_dim)) for t in xbc.split(sizes, dim=-1))
+        if config.conv_activation == "silu":
+            x, B, C = silu(x), silu(B), silu(C)
+        if config.bc_norm:
+            B, C = (nn.functional.rms_norm(t, t.shape[-1:]) for t in (B, C))
+        if config.scan_rope:
+            cos, sin = (t[:, None] for t in rope)
+            B, C = (t * cos + rotate_half(t) * sin for t in (B, C))
+        if config.bc_feature_map == "softmax":
+            B, C = softmax_features(B), softmax_features(C)
+        else:
+            C = C / math.sqrt(self.head_dim)
+        if config.scan_normalizer:
+            x = torch.cat([x, x.new_ones(n, self.groups, 1)], dim=-1)
+        dt = softplus(self.dt_proj(u).float() + self.dt_bias.float())
+        return x, dt, -self.A_log.float().exp(), B, C
+
+    def finish(self, y, x):
+        """Normalises and adds the skip: y [n, h, p (+ 1)] -> [n, h, p]."""
+        if self.config.scan_normalizer:
+            y = y[..., :-1] / y[..., -1:].clamp_min(torch.finfo(y.dtype).tiny ** 0.5)
+        skip = self.D.to(y.dtype).view(self.groups, -1, 1) * x[:, :, None, : self.head_dim]
+        return y + skip.flatten(1, 2)
+
+
+def causal_conv(xbc, weight, segments, tail=None):
+    """
+    Depthwise causal convolution of packed sequences.
+
+    Args:
+        xbc (`torch.Tensor` of shape `[n, c]`): Packed tokens.
+        weight (`torch.Tensor` of shape `[w, c]`): Taps, oldest token first.
+        segments (`Segments`): The sequences.
+        tail (`torch.Tensor` of shape `[m, w - 1, c]`, *optional*): The tokens before each sequence; zeros if absent.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Output `[n, c]`, and the last `w - 1` inputs of every sequence.
+    """
+    halo, m = weight.shape[0] - 1, len(segments)
+    device = xbc.device
+    lengths = torch.tensor(segments.lengths, device=device)
+    first = lengths.cumsum(0) - lengths
+    # each sequence is laid out behind its halo
+    shift = (torch.arange(1, m + 1, device=device) * halo).repeat_interleave(lengths)
+    places = torch.arange(len(xbc), device=device) + shift
+    padded = xbc.new_zeros(len(xbc) + m * halo, xbc.shape[1]).index_copy(0, places, xbc)
+    heads = (first + torch.arange(m, device=device) * halo)[:, None] + torch.arange(halo, device=device)
+    if tail is not None:
+        padded = padded.index_copy(0, heads.flatten(), tail.flatten(0, 1).to(padded.dtype))
+    n_out = len(padded) - halo
+    y = sum(padded[tap : tap + n_out] * weight[tap].to(padded.dtype) for tap in range(halo + 1))
+    return y[places - halo], padded[heads + lengths[:, None]]
+
+
+class FlexMA(nn.Module):
+    """The Flex-MA branch: forward scan over all tokens, reverse scan over vision tokens, gate, output projection."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        h, g, p, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
+        self.heads, self.head_dim = h, p
+        self.x_proj = nn.Linear(d, g * p)
+        self.forward_scan = ScanDirection(config)
+        self.reverse_scan = ScanDirection(config, own_projections=not config.share_directions)
+        self.gate_proj = ZeroLinear(d, h if config.gate == "head" else h * p)
+        self.o_proj = nn.Linear(h * p, d, bias=False)
+
+    def forward(self, u, rope, layout, cache_layer=None):
+        """
+        Args:
+            u (`torch.Tensor` of shape `[n, d]`): Packed tokens in this layer's scan order.
+            rope (`tuple[torch.Tensor, torch.Tensor]`): cos and sin of the same tokens, each `[n, p]`.
+            layout (`TokenLayout`): The packed sequences.
+            cache_layer (`MMateCacheLayer`, *optional*): State before these tokens; updated.
+
+        Returns:
+            `torch.Tensor` of shape `[n, h * p]`: the branch before its output projection, in scan order.
+        """
+        x = self.x_proj(u)
+        y = self._scan_forward(u, x, rope, layout, cache_layer)
+        if layout.reverse is not None:
+            vision = layout.scan_vision
+            y_reverse = self._scan_reverse(u, x, rope, layout)
+            gate = torch.sigmoid(self.gate_proj(u[vision])).view(len(vision), self.heads, -1)
+            mixed = gate * y[vision] + (1 - gate) * y_reverse  # Eq. 3; text rows have the forward direction alone
+            y = y.index_copy(0, vision, mixed.to(y.dtype))
+        return y.flatten(1)
+
+    def _scan_forward(self, u, x, rope, layout, cache_layer):
+        scan, segments = self.forward_scan, layout.segments
+        tail, states = (None, None) if cache_layer is None else cache_layer.load(layout.rows)
+        xbc = torch.cat([x, scan.project(u)], dim=-1)
+        if self.config.conv_kernel > 1:
+            xbc, tail = causal_conv(xbc, scan.conv_weight, segments, tail)
+        args = scan.prepare(u, xbc, rope)
+        if states is not None and max(segments.lengths) == 1:
+            y, states = ssd_step(*args, states)
+        else:
+            y, states = ssd(*args, segments, initial_states=states)
+        if cache_layer is not None:
+            cache_layer.store(tail, states, layout.batch, layout.rows)
+        return scan.finish(y, args[0])
+
+    def _scan_reverse(self, u, x, rope, layout):
+        """Eq. 2 in reversed token order: the mask M_V leaves vision tokens only; [v, h, p] at the vision tokens."""
+        scan, reverse, segments = self.reverse_scan, layout.reverse, layout.reverse_segments
+        projections = self.forward_scan if self.config.share_directions else None
+        u, x = u[reverse], x[reverse]
+        xbc = torch.cat([x, scan.project(u, projections)], dim=-1)
+        if self.config.conv_kernel > 1:
+            xbc, _ = causal_conv(xbc, scan.conv_weight, segments)
+        x, dt, A, B, C = scan.prepare(u, xbc, tuple(t[reverse] for t in rope))
+        if self.config.reverse_scope == "sequence":
+            is_vision = torch.zeros(len(reverse), dtype=torch.bool, device=x.device)
+            is_vision[layout.reverse_slots] = True
+            x = x * is_vision[:, None, None]
+        y, _ = ssd(x, dt, A, B, C, segments)
+        return scan.finish(y, x)[layout.reverse_slots]

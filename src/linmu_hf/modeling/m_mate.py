@@ -1,0 +1,69 @@
+"""The M-MATE block (Algorithm 1): two branches side by side in place of self-attention."""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from .flex_ma import FlexMA, ScanDirection, ZeroLinear
+from .local_swin import LocalSwin
+
+
+class MMate(nn.Module):
+    """
+    Flex-MA for global context, Local-Swin for neighbours, summed with a learned weight per token.
+
+    Args:
+        config (`LinMUTextConfig`): Sizes and options.
+        layer_idx (`int`): Picks the scan order and whether windows are shifted.
+    """
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.flex_ma = FlexMA(config, layer_idx)
+        self.local_swin = LocalSwin(config, layer_idx)
+        self.fusion_proj = ZeroLinear(config.hidden_size, 1)
+        norms = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
+        norm = norms.get(config.output_norm)
+        self.output_norm = nn.Identity() if norm is None else norm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def reset_new_parameters(self):
+        """Sets, in place and deterministically, every parameter that does not come from the teacher (Eq. 4 and 5)."""
+        for module in self.modules():
+            if isinstance(module, (ScanDirection, ZeroLinear)):
+                module.reset_new_parameters()
+        for name, parameter in self.output_norm.named_parameters():
+            init.constant_(parameter, 1.0 if name == "weight" else 0.0)
+
+    def branches(self, hidden_states, rope, layout, cache_layer=None):
+        """
+        Both branches before their output projections.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `[b, t, d]`): Block input.
+            rope (`tuple[torch.Tensor, torch.Tensor]`): cos and sin, each `[b, t, p]`.
+            layout (`TokenLayout`): Where the tokens lie.
+            cache_layer (`MMateCacheLayer`, *optional*): Recurrent state; updated.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor | None]`: Flex-MA `[n, h * p]` in scan order, Local-Swin `[v, h * p]`
+            (`None` without vision tokens).
+        """
+        order = layout.orders[self.config.scan_order(self.layer_idx)]
+        tokens = hidden_states.flatten(0, 1)
+        rope = tuple(t.flatten(0, 1) for t in rope)
+        flex = self.flex_ma(tokens[order], tuple(t[order] for t in rope), layout, cache_layer)
+        if layout.vision is None:
+            return flex, None
+        return flex, self.local_swin(tokens[layout.vision], tuple(t[layout.vision] for t in rope), layout)
+
+    def forward(self, hidden_states, rope, layout, cache_layer=None):
+        """The block output, `[b, t, d]`; arguments as in `branches`. Padding rows carry no meaning."""
+        flex, swin = self.branches(hidden_states, rope, layout, cache_layer)
+        tokens = hidden_states.flatten(0, 1)
+        order = layout.orders[self.config.scan_order(self.layer_idx)]
+        y = torch.zeros_like(tokens).index_copy(0, order, self.flex_ma.o_proj(flex))
+        if swin is not None:
+            fusion = 1 - torch.sigmoid(self.fusion_proj(tokens[layout.vision]))  # 1 - lambda_t; lambda = 1 on text
+            y = y.index_add(0, layout.vision, fusion * (self.local_swin.o_proj(swin) - y[layout.vision]))
+        return self.output_norm(y).view_as(hidden_states)

@@ -1,0 +1,169 @@
+"""Where every token lies: sequences packed without padding, scan orders, reverse scans, windows.
+
+A *span* is the set of positions of one image or video of a sequence. Rotary Major-Scan moves the vision tokens of a
+span among the span's own positions; text and separators stay. The layout is built once per forward pass from
+per-token coordinates and handed to every layer.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..ops.ssd import Segments
+
+
+_AXES = {"t": 1, "h": 2, "w": 3}  # columns of vision_layout
+
+
+@dataclass(frozen=True)
+class Windows:
+    """
+    One partition of the vision tokens into windows; arguments of [`~linmu_hf.ops.window_attention.window_attention`].
+
+    Args:
+        index (`torch.LongTensor` of shape `[windows, size]`): Vision tokens of each window.
+        mask (`torch.BoolTensor` of shape `[windows, size]` or `None`): Places that hold a token.
+        slots (`torch.LongTensor` of shape `[v]`): Place of each vision token.
+    """
+
+    index: torch.Tensor
+    mask: torch.Tensor | None
+    slots: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """
+    Args:
+        batch (`int`): Rows of the batch.
+        segments (`Segments`): The sequences of the batch, packed without padding (n tokens in all).
+        rows (`torch.LongTensor` of shape `[m]` or `None`): Batch row of each segment; `None` if every row has one (a
+            row of padding alone has none, and keeps its cached state).
+        orders (`dict[str, torch.LongTensor]`): For each scan order the place in the flattened batch `[b * t]` of the
+            i-th packed token, shape `[n]`.
+        vision (`torch.LongTensor` of shape `[v]` or `None`): Places in the flattened batch of the vision tokens.
+        scan_vision (`torch.LongTensor` of shape `[v]` or `None`): Packed places that hold vision tokens, ascending:
+            the same for all scan orders.
+        reverse (`torch.LongTensor` of shape `[r]` or `None`): Packed places in the order of the reverse scan.
+        reverse_segments (`Segments` or `None`): Its segments.
+        reverse_slots (`torch.LongTensor` of shape `[v]` or `None`): Place within `reverse` of each of `scan_vision`.
+        windows (`dict[bool, Windows]`): Local-Swin windows, unshifted (`False`) and shifted (`True`).
+    """
+
+    batch: int
+    segments: Segments
+    orders: dict[str, torch.Tensor]
+    rows: torch.Tensor | None = None
+    vision: torch.Tensor | None = None
+    scan_vision: torch.Tensor | None = None
+    reverse: torch.Tensor | None = None
+    reverse_segments: Segments | None = None
+    reverse_slots: torch.Tensor | None = None
+    windows: dict[bool, Windows] | None = None
+
+    @classmethod
+    def build(cls, config, batch: int, length: int, device, attention_mask=None, vision_layout=None) -> "TokenLayout":
+        """
+        Args:
+            config (`LinMUTextConfig`): Scan orders, windows, reverse scope.
+            batch, length (`int`): b and t of the new tokens.
+            attention_mask (`torch.Tensor` of shape `[b, t]`, *optional*): 0 at padding, on either side.
+            vision_layout (`torch.LongTensor` of shape `[b, t, 4]`, *optional*): Span and (T, H, W) coordinate of every
+                token, -1 for text and padding.
+        """
+        if attention_mask is not None and bool(attention_mask.bool().all()):
+            attention_mask = None
+        if attention_mask is None:
+            real = torch.arange(batch * length, device=device)
+            lengths = [length] * batch
+        else:
+            real = attention_mask.reshape(-1).nonzero().squeeze(1)
+            lengths = attention_mask.bool().sum(1).tolist()
+        rows = None
+        if not all(lengths):
+            rows = torch.tensor([row for row, count in enumerate(lengths) if count], device=device)
+        segments = Segments.build([count for count in lengths if count], device)
+        is_vision = None if vision_layout is None else (vision_layout[..., 0].reshape(-1)[real] >= 0)
+        if is_vision is None or not bool(is_vision.any()):
+            return cls(batch, segments, dict.fromkeys(config.scan_orders, real), rows)
+
+        scan_vision = is_vision.nonzero().squeeze(1)
+        vision = real[scan_vision]
+        coordinates = vision_layout.reshape(-1, 4)[vision].long()
+        row = vision // length
+        span = _relabel(row, coordinates[:, 0])
+        extent = _extents(span, coordinates)
+
+        # vision tokens by span and position; within a span, orders permute the tokens over these places
+        by_span = torch.argsort(span, stable=True)
+        orders = {}
+        for order in set(config.scan_orders):
+            columns = [coordinates[:, _AXES[axis]] for axis in order]
+            ranked = torch.argsort(_sort_key([span, *columns]), stable=True)
+            packed = real.clone()
+            packed[scan_vision[by_span]] = vision[ranked]
+            orders[order] = packed
+
+        if config.reverse_scope == "span":
+            reverse, reverse_lengths = scan_vision[by_span].flip(0), torch.bincount(span).flip(0).tolist()
+        else:
+            reverse, reverse_lengths = torch.arange(len(real), device=device).flip(0), segments.lengths[::-1]
+        place = torch.empty(len(real), dtype=torch.long, device=device)
+        place[reverse] = torch.arange(len(reverse), device=device)
+        windows = {
+            shift: _windows(config, span, coordinates, extent, shift)
+            for shift in {config.shifts_windows(layer) for layer in range(config.num_hidden_layers)}
+        }
+        return cls(
+            batch, segments, orders, rows, vision, scan_vision, reverse, Segments.build(reverse_lengths, device),
+            place[scan_vision], windows,
+        )  # fmt: skip
+
+
+def _sort_key(columns: list[torch.Tensor]) -> torch.Tensor:
+    """One integer per row that sorts like the columns, first column first."""
+    key = torch.zeros_like(columns[0])
+    for column in columns:
+        key = key * (int(column.max()) + 1) + column
+    return key
+
+
+def _relabel(row, span):
+    """Consecutive labels 0, 1, ... for the distinct (sequence, span) pairs, in sequence order."""
+    return torch.unique(_sort_key([row, span]), return_inverse=True)[1]
+
+
+def _extents(span, coordinates):
+    """Size (T, H, W) of the span of every token, shape [v, 3]."""
+    extent = coordinates.new_zeros(int(span.max()) + 1, 3)
+    extent = extent.scatter_reduce(0, span[:, None].expand(-1, 3), coordinates[:, 1:] + 1, "amax")
+    return extent[span]
+
+
+def _windows(config, span, coordinates, extent, shift: bool) -> Windows:
+    """Partition of every span into windows of `window_size` (`image_window_size` for spans of one frame)."""
+    device = span.device
+    video = torch.tensor(config.window_size, device=device)
+    image = torch.tensor(config.image_window_size, device=device)
+    size = torch.minimum(torch.where(extent[:, :1] > 1, video, image), extent)
+    position = coordinates[:, 1:]
+    if shift:
+        # a window as large as the grid has nothing to shift to
+        offset = torch.where(size < extent, size // 2, 0)
+        if config.window_wrap:
+            position = (position - offset) % extent
+        else:
+            position = position + torch.where(offset > 0, size - offset, 0)
+    cell = position // size
+    window = torch.unique(_sort_key([span, *cell.unbind(1)]), return_inverse=True)[1]
+    counts = torch.bincount(window)
+    by_window = torch.argsort(window, stable=True)
+    n_windows, width = len(counts), int(counts.max())
+    rank = torch.arange(len(window), device=device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    slots = torch.empty_like(window)
+    slots[by_window] = window[by_window] * width + rank
+    index = by_window.new_zeros(n_windows * width)
+    index[slots] = torch.arange(len(window), device=device)
+    full = len(window) == n_windows * width
+    mask = None if full else (torch.arange(width, device=device) < counts[:, None])
+    return Windows(index.view(n_windows, width), mask, slots)

@@ -1,0 +1,110 @@
+"""The one contract for the selective scan (state space duality, SSD) and the choice of its implementation.
+
+    code            paper (Eq. 1)     shape             meaning
+    x               u_t               [n, g, p]         scan input, one head per key/value head
+    dt              Delta_t           [n, s]            step size, >= 0; s state heads, a multiple of g
+    A               A                 [s]               decay rate, < 0; a token decays the state by exp(dt * A)
+    B               B_t               [n, g, k]         where a token is written into the state
+    C               C_t               [n, h, k]         where it is read; h query heads, a multiple of s
+    y               y_t               [n, h, p]         h_t = exp(dt A) h_{t-1} + dt x B^T,  y = h_t C
+    states          h_t               [m, s, p, k]      one per segment, fp32
+
+Heads are grouped as in grouped-query attention: state heads `g * (s / g) .. ` read the x and B of key/value head `g`,
+which are never repeated in memory. Tokens of all sequences lie packed behind one another; `Segments` says where each
+sequence begins, and states never cross from one segment to the next.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .ssd_torch import ssd_chunked, ssd_recurrence, ssd_streaming
+
+
+# Tokens of the longest segment above which the streaming form is used: its memory does not grow with the length.
+STREAMING_THRESHOLD = 4096
+
+BACKENDS = {"chunked": ssd_chunked, "streaming": ssd_streaming, "recurrence": ssd_recurrence}
+
+
+@dataclass(frozen=True)
+class Segments:
+    """
+    Where the segments of a packed token dimension begin, and how they are cut into chunks; built once, used by every
+    layer.
+
+    Args:
+        lengths (`tuple[int, ...]`): Tokens of each segment, all at least 1.
+        chunk_size (`int`): Tokens of a chunk.
+        slots (`torch.LongTensor` of shape `[n]`, *optional*): Place of every token when each segment is padded to
+            whole chunks; `None` if nothing needs padding.
+        chunks (`tuple[int, ...]`): Chunks of each segment.
+    """
+
+    lengths: tuple[int, ...]
+    chunk_size: int
+    chunks: tuple[int, ...]
+    slots: torch.Tensor | None
+
+    @classmethod
+    def build(cls, lengths, device=None, chunk_size: int | None = None) -> "Segments":
+        """Cuts segments of the given `lengths` into chunks; by default of a size that wastes little padding."""
+        lengths = tuple(lengths)
+        if chunk_size is None:
+            chunk_size = min((16, 32, 64), key=lambda size: _padded(lengths, size) + 8 * len(lengths) * (64 // size))
+        chunks = tuple(-(-length // chunk_size) for length in lengths)
+        if all(length % chunk_size == 0 for length in lengths):
+            return cls(lengths, chunk_size, chunks, None)
+        length = torch.tensor(lengths, device=device)
+        first_token = length.cumsum(0) - length
+        first_slot = (torch.tensor(chunks, device=device) * chunk_size).cumsum(0) - torch.tensor(
+            chunks, device=device
+        ) * chunk_size
+        shift = (first_slot - first_token).repeat_interleave(length)
+        return cls(lengths, chunk_size, chunks, torch.arange(sum(lengths), device=device) + shift)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+def _padded(lengths, size: int) -> int:
+    return sum(-(-length // size) * size for length in lengths)
+
+
+def ssd(x, dt, A, B, C, segments: Segments, *, initial_states=None, backend: str = "auto"):
+    """
+    Selective scan over packed segments, Eq. 1 of the paper; shapes in the table at the top of this file.
+
+    Args:
+        x, dt, A, B, C (`torch.Tensor`): See the table. Decays and states are computed in fp32 (fp64 for fp64 input).
+        segments (`Segments`): The packed sequences.
+        initial_states (`torch.Tensor` of shape `[m, s, p, k]`, *optional*): States before each segment.
+        backend (`str`, *optional*, defaults to `"auto"`): `"chunked"` (batched matrix products), `"streaming"`
+            (chunked pieces one after the other, constant memory), `"recurrence"` (token by token), or `"auto"`.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: y of shape `[n, h, p]` in x's dtype, and the states after each segment.
+    """
+    if backend == "auto":
+        backend = "streaming" if max(segments.lengths) > STREAMING_THRESHOLD else "chunked"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; choose one of {['auto', *BACKENDS]}")
+    return BACKENDS[backend](x, dt, A, B, C, segments, initial_states)
+
+
+def ssd_step(x, dt, A, B, C, states):
+    """
+    One token per sequence: x [b, g, p], dt [b, s], A [s], B [b, g, k], C [b, h, k], states [b, s, p, k].
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: y of shape `[b, h, p]` in x's dtype and the new states.
+    """
+    b, g, _ = x.shape
+    s = dt.shape[-1]
+    dtype = states.dtype
+    decay = torch.exp(dt.to(dtype) * A.to(dtype))
+    write = torch.einsum("bgp,bgk->bgpk", x.to(dtype), B.to(dtype))
+    write = write[:, :, None] * dt.to(dtype).view(b, g, s // g, 1, 1)
+    states = states * decay[..., None, None] + write.flatten(1, 2)
+    y = torch.einsum("bsqk,bspk->bsqp", C.to(dtype).view(b, s, -1, C.shape[-1]), states)
+    return y.flatten(1, 2).to(x.dtype), states
