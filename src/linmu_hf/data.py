@@ -6,6 +6,7 @@ format: every `{"type": "image"}` or `{"type": "video"}` part of a message stand
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,35 @@ def answer_text(row: Row) -> str:
     """The text of the row's last assistant turn: what a model has to say after [`encode_prompts`]."""
     content = next(message["content"] for message in reversed(row["messages"]) if message["role"] == "assistant")
     return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
+
+
+def load_rows(path: str, split: str = "train"):
+    """
+    One split of a dataset: a folder written by `save_to_disk`, or anything that `datasets.load_dataset` opens.
+
+    Raises:
+        `FileNotFoundError`: No such dataset.
+        `ValueError`: No such split, or an empty one.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("reading a dataset needs `datasets`: pip install 'linmu-hf[train]'") from error
+    folder = Path(path).expanduser()
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        dataset = datasets.load_from_disk(str(folder))
+    else:
+        try:
+            dataset = datasets.load_dataset(str(folder) if folder.exists() else str(path))
+        except (datasets.exceptions.DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
+            raise FileNotFoundError(f"there is no folder {path}, and no dataset of that name on the Hub") from error
+    if isinstance(dataset, datasets.DatasetDict):
+        if split not in dataset:
+            raise ValueError(f"dataset {path} has no split {split!r}: it has {list(dataset)}")
+        dataset = dataset[split]
+    if len(dataset) == 0:
+        raise ValueError(f"dataset {path} has no rows in split {split!r}")
+    return dataset
 
 
 def check_dataset(dataset: Iterable[Row]) -> None:

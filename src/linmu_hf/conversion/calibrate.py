@@ -1,0 +1,220 @@
+"""A closed-form start: output projections and output norm fitted to the teacher's attention on a few samples.
+
+    code      meaning
+    z         what the output projections of both branches see, side by side: [(1 - phi) flex, phi swin], [n, 2 h p]
+    phi       1 - lambda_t at vision tokens, 0 at text (Algorithm 1)
+    target    the teacher's attention output, [n, d]
+    W         [W_O,Flex, W_O,Swin], [d, 2 h p]; W_0 is the teacher's W_O twice (Eq. 4 and 5)
+
+Every block is fed with the teacher's own input, and W minimises |W z - target|^2 + alpha |W - W_0|^2 over real tokens.
+The pull toward W_0 is what keeps the solution trainable: nearly free regression fits better and leaves weights many
+times the teacher's norm, which the first steps of training blow up.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """
+    Relative error |student - teacher|^2 / |teacher|^2 of every M-MATE layer, before and after, on the held-out batch.
+    """
+
+    layers: list[int]
+    error_before: list[float]
+    error_after: list[float]
+    weight_growth: list[float]  # |W| / |W_0|
+    changed: list[str]
+
+    def __str__(self) -> str:
+        lines = ["  layer   error before   after   weight norm"]
+        for layer, before, after, growth in zip(
+            self.layers, self.error_before, self.error_after, self.weight_growth, strict=True
+        ):
+            lines.append(f"  {layer:5d}   {before:12.3f} {after:7.3f}   x {growth:.2f}")
+        n = max(len(self.layers), 1)
+        lines.append(f"  {'mean':>5}   {sum(self.error_before) / n:12.3f} {sum(self.error_after) / n:7.3f}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+@torch.no_grad()
+def calibrate(
+    student: nn.Module,
+    teacher: nn.Module,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    *,
+    strength: float = 0.1,
+    max_growth: float = 1.5,
+    layers_at_once: int | None = None,
+) -> CalibrationReport:
+    """
+    Fits the output projections and the output norm of every M-MATE layer, in place.
+
+    Args:
+        student (`LinMUForConditionalGeneration`): The converted model.
+        teacher (`LinMUForConditionalGeneration`): Its teacher, from [`load_teacher`].
+        batches (`Sequence[Mapping[str, torch.Tensor]]`): Model inputs; the last batch is held out to measure the error,
+            if there are several.
+        strength (`float`, *optional*, defaults to 0.1): alpha, as a fraction of the mean eigenvalue of sum z z^T.
+        max_growth (`float`, *optional*, defaults to 1.5): Largest |W| / |W_0|; alpha is raised until it holds.
+        layers_at_once (`int`, *optional*): Layers fitted in one pass over the teacher, by default all. Each takes
+            16 h p (2 h p + d) bytes meanwhile.
+
+    Returns:
+        [`CalibrationReport`]
+    """
+    batches = list(batches)
+    if not batches:
+        raise ValueError("calibration needs at least one batch")
+    if strength <= 0 or max_growth < 1:
+        raise ValueError(f"strength={strength} must be positive and max_growth={max_growth} at least 1")
+    fitted, held_out = (batches[:-1], batches[-1:]) if len(batches) > 1 else (batches, batches)
+    text = student.model.language_model
+    layers = [index for index, layer in enumerate(text.layers) if layer.is_m_mate]
+    before = _errors(student, teacher, held_out, layers)
+    growth = {}
+    n = layers_at_once or max(len(layers), 1)
+    for first in range(0, len(layers), n):
+        group = layers[first : first + n]
+        moments = {layer: _Moments() for layer in group}
+        for states in tqdm(_states(student, teacher, fitted), total=len(fitted), desc="calibrating"):
+            for layer in group:
+                moments[layer].add(*_features(text.layers[layer].mixer, *states[layer]))
+        for layer in group:
+            growth[layer] = _fit_projections(text.layers[layer].mixer, moments[layer], strength, max_growth)
+    _fit_norms(student, teacher, fitted, layers)
+    after = _errors(student, teacher, held_out, layers)
+    return CalibrationReport(
+        layers=layers,
+        error_before=[before[layer] for layer in layers],
+        error_after=[after[layer] for layer in layers],
+        weight_growth=[growth[layer] for layer in layers],
+        changed=[
+            f"model.language_model.layers.{layer}.mixer.{name}"
+            for layer in layers
+            for name, _ in text.layers[layer].mixer.named_parameters()
+            if name in ("flex_ma.o_proj.weight", "local_swin.o_proj.weight") or name.startswith("output_norm.")
+        ],
+    )
+
+
+class _Moments:
+    """Sums over tokens, in float64: all that a least-squares fit needs of its data."""
+
+    def __init__(self):
+        self.gram: torch.Tensor | float = 0.0  # z z^T, [2 h p, 2 h p]
+        self.cross: torch.Tensor | float = 0.0  # target z^T, [d, 2 h p]
+
+    def add(self, z: torch.Tensor, target: torch.Tensor) -> None:
+        z, target = z.double(), target.double()
+        self.gram = self.gram + z.T @ z
+        self.cross = self.cross + target.T @ z
+
+
+def _states(student, teacher, batches) -> Iterator[list[tuple]]:
+    """For every batch, per layer: the mixer input and output of the teacher, rotary embeddings and token layout."""
+    text = student.model.language_model
+    device = text.embed_tokens.weight.device
+    for batch in batches:
+        batch = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+        grids = {
+            name: batch.get(name)
+            for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
+        }
+        mask = batch.get("attention_mask")
+        positions, vision_layout = student.model.get_positions(batch["input_ids"], mask, **grids)
+        known = teacher.model(
+            **batch,
+            position_ids=positions,
+            vision_layout=vision_layout,
+            use_cache=False,
+            output_mixer_states=True,
+        )
+        inputs = [state.to(device, text.embed_tokens.weight.dtype) for state in known.mixer_inputs]
+        rope, layout, _ = text._prepare(inputs[0], mask, positions, vision_layout, None)
+        yield [
+            (mixer_input, target.to(device), rope, layout)
+            for mixer_input, target in zip(inputs, known.mixer_outputs, strict=True)
+        ]
+
+
+def _features(mixer, mixer_input, target, rope, layout) -> tuple[torch.Tensor, torch.Tensor]:
+    """z and target at the real tokens."""
+    flex, swin = mixer.branches(mixer_input, rope, layout)
+    order = layout.orders[mixer.config.scan_order(mixer.layer_idx)]
+    tokens = mixer_input.flatten(0, 1)
+    z_flex = flex.new_zeros(len(tokens), flex.shape[-1]).index_copy(0, order, flex)
+    z_swin = torch.zeros_like(z_flex)
+    if swin is not None:
+        fusion = 1 - torch.sigmoid(mixer.fusion_proj(tokens[layout.vision]))
+        z_flex[layout.vision] *= 1 - fusion
+        z_swin[layout.vision] = (fusion * swin).to(z_swin.dtype)
+    return torch.cat([z_flex, z_swin], dim=-1)[order], target.flatten(0, 1)[order]
+
+
+def _fit_projections(mixer, moments: _Moments, strength: float, max_growth: float) -> float:
+    """Ridge regression around the weights that are there; returns how much their norm grew."""
+    projections = (mixer.flex_ma.o_proj.weight, mixer.local_swin.o_proj.weight)
+    start = torch.cat([weight.double() for weight in projections], dim=-1)
+    eye = torch.eye(start.shape[1], dtype=start.dtype, device=start.device)
+    alpha = strength * moments.gram.diagonal().mean().clamp_min(torch.finfo(start.dtype).tiny)
+    while True:
+        solution = torch.linalg.solve(moments.gram + alpha * eye, (moments.cross + alpha * start).T).T
+        growth = float(solution.norm() / start.norm())
+        if growth <= max_growth:
+            break
+        alpha = alpha * 4
+    for weight, fitted in zip(projections, solution.chunk(2, dim=-1), strict=True):
+        weight.copy_(fitted)
+    return growth
+
+
+def _fit_norms(student, teacher, batches, layers) -> None:
+    """Gain and bias of every output norm by least squares per channel."""
+    text = student.model.language_model
+    norms = {layer: text.layers[layer].mixer.output_norm for layer in layers}
+    norms = {layer: norm for layer, norm in norms.items() if isinstance(norm, (nn.LayerNorm, nn.RMSNorm))}
+    if not norms:
+        return
+    for norm in norms.values():
+        norm.reset_parameters()
+    sums = {layer: torch.zeros(5, norm.weight.numel(), dtype=torch.float64) for layer, norm in norms.items()}
+    for states in _states(student, teacher, batches):
+        for layer in norms:
+            mixer_input, target, rope, layout = states[layer]
+            real = next(iter(layout.orders.values()))
+            y = text.layers[layer].mixer(mixer_input, rope, layout).flatten(0, 1)[real].double().cpu()
+            target = target.flatten(0, 1)[real].double().cpu()
+            sums[layer] += torch.stack([torch.ones_like(y), y, target, y * y, y * target]).sum(1)
+    for layer, norm in norms.items():
+        count, y, target, yy, y_target = sums[layer]
+        tiny = torch.finfo(yy.dtype).tiny
+        if getattr(norm, "bias", None) is None:
+            norm.weight.copy_(y_target / yy.clamp_min(tiny))
+        else:
+            gain = (y_target - y * target / count) / (yy - y * y / count).clamp_min(tiny)
+            norm.weight.copy_(gain)
+            norm.bias.copy_((target - gain * y) / count)
+
+
+def _errors(student, teacher, batches, layers) -> dict[int, float]:
+    """Relative error of every layer, fed with the teacher's input, over real tokens."""
+    text = student.model.language_model
+    wrong, size = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
+    for states in _states(student, teacher, batches):
+        for layer in layers:
+            mixer_input, target, rope, layout = states[layer]
+            real = next(iter(layout.orders.values()))
+            y = text.layers[layer].mixer(mixer_input, rope, layout).flatten(0, 1)[real].double()
+            target = target.flatten(0, 1)[real].double()
+            wrong[layer] += float((y - target).square().sum())
+            size[layer] += float(target.square().sum())
+    return {layer: wrong[layer] / size[layer] for layer in layers}

@@ -1,0 +1,152 @@
+"""`linmu-convert`: a Qwen2.5-VL checkpoint in, a LinMU checkpoint out."""
+
+import argparse
+import json
+import sys
+import types
+import typing
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+from transformers import AutoProcessor
+
+from ..data import check_dataset, encode_rows, load_rows
+from ..modeling.configuration_linmu import MIXER_FIELDS, PRESETS, LinMUTextConfig
+from .convert import check_output, convert
+from .plan import FLOAT_DTYPES
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")  # one line: the usage has too many flags to be read
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="linmu-convert",
+        description="Replaces the self-attention of a Qwen2.5-VL checkpoint by M-MATE blocks that reuse its weights.",
+    )
+    parser.add_argument("--teacher", required=True, help="folder, or model on the Hub")
+    parser.add_argument("--output", required=True, help="folder to be written")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--dtype", choices=sorted(FLOAT_DTYPES), help="default: the teacher's")
+    parser.add_argument(
+        "--keep-attention", type=_layers, default=(), metavar="LAYERS", help='layers such as 3,11, or "all"'
+    )
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="default", help="choices inside M-MATE")
+    parser.add_argument("--max-shard-size", default="2GB", help="largest weight file (default: %(default)s)")
+    parser.add_argument("--calibrate", metavar="DATASET", help="closed-form start on samples of this dataset")
+    parser.add_argument("--calibrate-samples", type=int, default=64, help="how many (default: %(default)s)")
+    parser.add_argument("--calibrate-split", default="train", help="of that dataset (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="check everything and report, write nothing")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
+    parser.add_argument("--json", metavar="FILE", help="write the report there too")
+    group = parser.add_argument_group("M-MATE options", "over the preset; lists as 16,4,4; none for None")
+    kinds = {field.name: field for field in fields(LinMUTextConfig)}
+    for name in MIXER_FIELDS:
+        default = kinds[name].default
+        shown = "" if default is MISSING else f"default: {_shown(default)}"
+        group.add_argument(
+            _flag(name), dest=name, type=_reader(name, kinds[name].type), default=argparse.SUPPRESS, help=shown
+        )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    options = {name: getattr(args, name) for name in MIXER_FIELDS if hasattr(args, name)}
+    try:
+        report = run(args, options)
+    except (OSError, ValueError) as error:
+        print(f"linmu-convert: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("linmu-convert: interrupted; the same command takes it up again", file=sys.stderr)
+        return 130
+    if args.json:
+        Path(args.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def run(args: argparse.Namespace, options: dict) -> dict:
+    check_output(args.output, args.overwrite)
+    if args.json and not Path(args.json).expanduser().absolute().parent.is_dir():
+        raise FileNotFoundError(f"--json {args.json}: its folder does not exist")
+    settings = {
+        "dtype": args.dtype,
+        "keep_attention": args.keep_attention,
+        "preset": args.preset,
+        "mixer_options": options,
+        "revision": args.revision,
+        "max_shard_size": args.max_shard_size,
+        "overwrite": args.overwrite,
+    }
+    batches = None
+    if args.calibrate and not args.dry_run:
+        convert(args.teacher, args.output, **settings, dry_run=True)  # the teacher's errors before the dataset's
+        batches = load_batches(args)
+    report = convert(args.teacher, args.output, **settings, calibration_batches=batches, dry_run=args.dry_run)
+    print(report)
+    return report.to_dict()
+
+
+def load_batches(args: argparse.Namespace) -> list:
+    """The samples to calibrate on, encoded by the teacher's processor; the last batch is held out."""
+    if args.calibrate_samples < 2:
+        raise ValueError(f"--calibrate-samples {args.calibrate_samples} must be at least 2: some are held out")
+    dataset = load_rows(args.calibrate, args.calibrate_split)
+    rows = dataset.select(range(min(args.calibrate_samples, len(dataset))))
+    check_dataset(rows)
+    processor = AutoProcessor.from_pretrained(args.teacher, revision=args.revision)
+    size = max(1, min(8, len(rows) // 2))
+    return [
+        encode_rows(processor, [rows[i] for i in range(first, min(first + size, len(rows)))])
+        for first in range(0, len(rows), size)
+    ]
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _layers(text: str) -> tuple[int, ...] | str:
+    if text == "all":
+        return text
+    try:
+        return tuple(int(layer) for layer in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'{text!r} must be layer numbers such as 3,11, or "all"') from None
+
+
+def _reader(name: str, kind):
+    """Turns a flag's text into a value of the field's type, taken from its annotation."""
+    choices = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+    def read(text: str):
+        if text.lower() == "none" and type(None) in choices:
+            return None
+        for choice in choices:
+            origin = typing.get_origin(choice) or choice
+            try:
+                if origin is bool:
+                    return {"true": True, "false": False}[text.lower()]
+                if origin in (list, tuple):
+                    item = typing.get_args(choice)[0]
+                    return [item(entry) for entry in text.split(",")]
+                if origin in (int, float, str):
+                    return origin(text)
+            except (KeyError, ValueError):
+                continue
+        names = " or ".join(getattr(choice, "__name__", str(choice)) for choice in choices)
+        raise argparse.ArgumentTypeError(f"{text!r} must be {names} for {_flag(name)}")
+
+    return read
+
+
+def _shown(value) -> str:
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value).lower()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,281 @@
+"""A teacher checkpoint in, a LinMU checkpoint out: streamed, resumable, atomic and verified."""
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from tqdm.auto import tqdm
+
+from ..modeling.configuration_linmu import LinMUConfig
+from .calibrate import CalibrationReport, calibrate
+from .checkpoint import (
+    OutputTensor,
+    file_hash,
+    pack_shards,
+    read_checkpoint,
+    tensor_chunks,
+    write_index,
+    write_shard,
+    write_text,
+)
+from .plan import Plan, parse_dtype
+from .source import PROCESSOR_FILES, open_source
+from .teacher import build_model, load_teacher
+
+
+INCOMPLETE_SUFFIX = ".incomplete"
+MANIFEST = "conversion.json"
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+Shards = dict[str, list[OutputTensor]]
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did, or with `dry_run` would do."""
+
+    teacher: str
+    output: str
+    layers_replaced: list[int]
+    layers_kept: list[int]
+    parameters_before: int
+    parameters_after: int
+    bytes_written: int
+    shards: int
+    dtype: str
+    dropped: list[str]
+    seconds: float
+    peak_memory_bytes: int
+    dry_run: bool
+    calibration: CalibrationReport | None = None
+
+    def __str__(self) -> str:
+        n_layers = len(self.layers_replaced) + len(self.layers_kept)
+        kept = f", attention kept in {self.layers_kept}" if self.layers_kept else ""
+        growth = self.parameters_after / self.parameters_before - 1
+        verb = "would write" if self.dry_run else "wrote"
+        lines = [
+            f"{self.teacher} -> {self.output}",
+            f"  layers       {len(self.layers_replaced)} of {n_layers} replaced by M-MATE{kept}",
+            f"  parameters   {self.parameters_before:,} -> {self.parameters_after:,} ({growth:+.1%})",
+            f"  weights      {verb} {self.bytes_written / 1e6:,.1f} MB of {self.dtype} in {self.shards} file(s)",
+            f"  took         {self.seconds:.1f} s, peak memory {self.peak_memory_bytes / 1e6:,.0f} MB",
+        ]
+        if self.dropped:
+            lines.insert(4, f"  dropped      {len(self.dropped)} teacher tensor(s): {', '.join(self.dropped[:4])}")
+        if self.calibration:
+            lines.append(str(self.calibration))
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def convert(
+    teacher: str,
+    output: str,
+    *,
+    dtype: str | torch.dtype | None = None,
+    keep_attention: Sequence[int] | str = (),
+    preset: str = "default",
+    mixer_options: dict | None = None,
+    revision: str | None = None,
+    max_shard_size: int | str = "2GB",
+    calibration_batches: Sequence[Mapping] | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> ConversionReport:
+    """
+    Converts a Qwen2.5-VL checkpoint into a LinMU checkpoint by weight reuse (Eq. 4 and 5).
+
+    Tensors are streamed in chunks, so memory does not grow with the model. Work goes into `<output>.incomplete`, which
+    a later run with the same arguments takes up again, and becomes `output` only when complete and verified.
+
+    Args:
+        teacher (`str`): Folder, or model on the Hub.
+        output (`str`): Folder to be written.
+        dtype (`str` or `torch.dtype`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`; by default each tensor
+            keeps the teacher's. Decays (`A_log`, `dt_bias`, `D`) are float32 whatever it says.
+        keep_attention (`Sequence[int]` or `"all"`, *optional*): Layers that keep full attention.
+        preset (`str`, *optional*, defaults to `"default"`): `"paper"` or `"default"`.
+        mixer_options (`dict`, *optional*): M-MATE fields of [`LinMUTextConfig`], over the preset.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        max_shard_size (`int` or `str`, *optional*, defaults to `"2GB"`): Largest weight file, in bytes.
+        calibration_batches (`Sequence[Mapping]`, *optional*): Model inputs for a closed-form start, see [`calibrate`];
+            for this both models are held in memory.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether an existing `output` may be replaced.
+        dry_run (`bool`, *optional*, defaults to `False`): Check and report without writing.
+
+    Raises:
+        `FileNotFoundError`, `FileExistsError`, `ValueError`: Something is wrong with an argument or the teacher; always
+            before any work.
+    """
+    start = time.perf_counter()
+    target = check_output(output, overwrite)
+    max_bytes = parse_size(max_shard_size)
+    dtype = parse_dtype(dtype)
+    source = open_source(teacher, revision)
+    try:
+        config = LinMUConfig.from_teacher(
+            source.config, keep_attention=keep_attention, preset=preset, **(mixer_options or {})
+        )
+    except StrictDataclassError as error:  # a value of the wrong type
+        raise ValueError(str(error)) from error
+    plan = Plan(source, config, dtype)
+    shards = pack_shards(plan.tensors, max_bytes)
+
+    calibration = None
+    if not dry_run:
+        work = target.with_name(target.name + INCOMPLETE_SUFFIX)
+        hashes = _write(work, plan, shards)
+        if calibration_batches is not None:
+            calibration = _calibrate(work, plan, shards, hashes, load_teacher(source.folder), calibration_batches)
+        _verify(work, plan, hashes)
+        _finish(work, target, plan)
+
+    layer_types = config.text_config.layer_types
+    return ConversionReport(
+        teacher=str(teacher),
+        output=str(output),
+        layers_replaced=[i for i, kind in enumerate(layer_types) if kind == "m_mate"],
+        layers_kept=[i for i, kind in enumerate(layer_types) if kind == "full_attention"],
+        parameters_before=sum(source.tensors[key].numel for key in plan.used),
+        parameters_after=sum(math.prod(tensor.shape) for tensor in plan.tensors),
+        bytes_written=sum(tensor.nbytes for tensor in plan.tensors),
+        shards=len(shards),
+        dtype=str(plan.dtype).removeprefix("torch."),
+        dropped=plan.dropped,
+        seconds=time.perf_counter() - start,
+        peak_memory_bytes=peak_memory(),
+        dry_run=dry_run,
+        calibration=calibration,
+    )
+
+
+def parse_size(size: int | str) -> int:
+    """`"500MB"` -> 500,000,000."""
+    text = str(size).upper().replace(" ", "")
+    number, unit = (text[:-2], UNITS[text[-2:]]) if text[-2:] in UNITS else (text, 1)
+    if not number.isdecimal() or int(number) == 0:
+        raise ValueError(f"max_shard_size={size!r} must be a number of bytes, or such as '500MB' or '2GB'")
+    return int(number) * unit
+
+
+def peak_memory() -> int:
+    """The most memory this process has held, in bytes."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def check_output(output: str, overwrite: bool) -> Path:
+    """The output folder as an absolute path; a `FileExistsError` if something is in the way."""
+    target = Path(output).expanduser().absolute()
+    if target.is_file():
+        raise FileExistsError(f"{output} is a file: name a folder that does not exist yet")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise FileExistsError(f"{output} exists and is not empty: name another folder, or allow it with overwrite")
+    return target
+
+
+def _write(work: Path, plan: Plan, shards: Shards) -> dict[str, dict[str, str]]:
+    """Writes what is not there yet, noting each finished shard in the manifest; returns the hashes of every shard."""
+    fingerprint = plan.fingerprint(shards)
+    manifest = _read_manifest(work)
+    if manifest.get("fingerprint") != fingerprint:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        manifest = {"fingerprint": fingerprint, "hashes": {}}
+    (work / "config.json").unlink(missing_ok=True)  # from here on until the end, nothing in the folder loads
+    with _progress("writing", plan.tensors) as bar:
+        for file, tensors in shards.items():
+            if file in manifest["hashes"] and (work / file).is_file():
+                bar.update(sum(tensor.nbytes for tensor in tensors))
+                continue
+            manifest["hashes"][file] = write_shard(work / file, tensors, bar.update)
+            write_text(work / MANIFEST, json.dumps(manifest))
+    write_index(work, shards)
+    return manifest["hashes"]
+
+
+def _calibrate(
+    work: Path,
+    plan: Plan,
+    shards: Shards,
+    hashes: dict[str, dict[str, str]],
+    teacher: torch.nn.Module,
+    batches: Sequence[Mapping],
+) -> CalibrationReport:
+    """Calibrates the converted weights and rewrites the shards that hold changed tensors."""
+    stored = read_checkpoint(work)
+    student = build_model(plan.config, plan.dtype, stored)
+    report = calibrate(student, teacher, batches)
+    state = student.state_dict()
+    touched = {file: tensors for file, tensors in shards.items() if {t.name for t in tensors} & set(report.changed)}
+    # A run that is killed from here on writes these shards anew from the teacher.
+    manifest = _read_manifest(work)
+    manifest["hashes"] = {file: value for file, value in hashes.items() if file not in touched}
+    write_text(work / MANIFEST, json.dumps(manifest))
+    with _progress("calibrated", [tensor for tensors in touched.values() for tensor in tensors]) as bar:
+        for file, tensors in touched.items():
+            renewed = [
+                replace(tensor, chunks=partial(tensor_chunks, state[tensor.name].to(tensor.dtype)))
+                if tensor.name in report.changed
+                else replace(tensor, chunks=stored[tensor.name].chunks)
+                for tensor in tensors
+            ]
+            hashes[file] = write_shard(work / file, renewed, bar.update)
+    return report
+
+
+def _verify(work: Path, plan: Plan, hashes: dict[str, dict[str, str]]) -> None:
+    """Reads everything back: names, shapes and dtypes against the model, bytes against what their source gave."""
+    wanted = {name: value for shard in hashes.values() for name, value in shard.items()}
+    stored = read_checkpoint(work)
+    expected = {tensor.name: tensor for tensor in plan.tensors}
+    bad = sorted(set(expected) ^ set(stored))
+    with _progress("verifying", plan.tensors) as bar:
+        for name, tensor in stored.items() if not bad else ():
+            same = (tensor.shape, tensor.dtype) == (expected[name].shape, expected[name].dtype)
+            if not same or file_hash(tensor, bar.update) != wanted[name]:
+                bad.append(name)
+    if bad:
+        (work / MANIFEST).unlink()
+        raise OSError(f"what was written to {work} does not read back ({bad[0]!r} first): check the disk, run again")
+
+
+def _finish(work: Path, target: Path, plan: Plan) -> None:
+    """Adds processor and configuration, config.json last, and gives the folder its name."""
+    for name in PROCESSOR_FILES:
+        if (plan.source.folder / name).is_file():
+            shutil.copyfile(plan.source.folder / name, work / name)
+    write_text(work / "config.json", plan.config.to_json_string())
+    (work / MANIFEST).unlink()
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(work, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _progress(what: str, tensors: Sequence[OutputTensor]) -> tqdm:
+    return tqdm(total=sum(tensor.nbytes for tensor in tensors), unit="B", unit_scale=True, desc=what)
+
+
+def _read_manifest(work: Path) -> dict:
+    try:
+        return json.loads((work / MANIFEST).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}

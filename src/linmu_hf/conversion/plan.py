@@ -1,0 +1,131 @@
+"""What to write: every tensor of the student, its dtype, and where its bytes come from."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import nn
+
+from ..modeling.configuration_linmu import LinMUConfig
+from ..modeling.modeling_linmu import LinMUForConditionalGeneration
+from .checkpoint import OutputTensor, tensor_chunks
+from .source import Source
+from .weight_map import is_new, map_teacher_key
+
+
+FLOAT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Plan:
+    """
+    Every tensor of the student, in the model's own order, and where its bytes come from.
+
+    Args:
+        source (`Source`): The teacher.
+        config (`LinMUConfig`): The student.
+        dtype (`torch.dtype`, *optional*): Of the floating-point tensors.
+
+    Raises:
+        `ValueError`: A teacher tensor is unknown, missing, or of a shape that does not fit.
+    """
+
+    def __init__(self, source: Source, config: LinMUConfig, dtype: torch.dtype | None):
+        self.source, self.config = source, config
+        counts: Counter = Counter()
+        for tensor in source.tensors.values():
+            if tensor.dtype.is_floating_point:
+                counts[tensor.dtype] += tensor.numel
+        self.cast = dtype
+        self.dtype = dtype or counts.most_common(1)[0][0]  # of the model as a whole, and of new parameters
+        config.dtype = self.dtype
+        config.architectures = [LinMUForConditionalGeneration.__name__]
+        with torch.device("meta"):  # names and shapes without memory
+            self.skeleton = LinMUForConditionalGeneration(config)
+        self._layer: tuple[int, dict[str, torch.Tensor]] = (-1, {})
+
+        origins: dict[str, str] = {}
+        self.used, self.dropped = [], []
+        for key in source.tensors:
+            targets = map_teacher_key(key, config)
+            (self.dropped if targets is None else self.used).append(key)
+            for name in targets or ():
+                if name in origins:
+                    raise ValueError(f"teacher tensors {origins[name]!r} and {key!r} both become {name!r}")
+                origins[name] = key
+        expected = student_tensors(self.skeleton)
+        if unknown := sorted(set(origins) - set(expected)):
+            raise ValueError(f"teacher tensor {origins[unknown[0]]!r} has no place in the model of its config.json")
+        if missing := [name for name in expected if name not in origins and not is_new(name, config)]:
+            raise ValueError(
+                f"{source.folder} lacks {len(missing)} tensor(s) that its config.json asks for, {missing[0]!r} first: "
+                "download or copy it again"
+            )
+        self.tensors = [self._output(name, tensor, origins.get(name)) for name, tensor in expected.items()]
+
+    def _output(self, name: str, expected: torch.Tensor, origin: str | None) -> OutputTensor:
+        shape = tuple(expected.shape)
+        in_fp32 = set(name.split(".")) & set(LinMUForConditionalGeneration._keep_in_fp32_modules_strict or ())
+        if origin is None:
+            dtype = torch.float32 if in_fp32 else self.dtype
+            return OutputTensor(name, dtype, shape, partial(self._new_tensor, name, dtype))
+        stored = self.source.tensors[origin]
+        if stored.shape != shape:
+            raise ValueError(
+                f"teacher tensor {origin!r} has shape {stored.shape}, its config.json asks for {shape}: "
+                "config.json and weights do not belong together"
+            )
+        dtype = (self.cast or stored.dtype) if stored.dtype.is_floating_point else stored.dtype
+        return OutputTensor(name, dtype, shape, partial(stored.chunks, dtype))
+
+    def _new_tensor(self, name: str, dtype: torch.dtype) -> Iterator[memoryview]:
+        layer = int(name.removeprefix("model.language_model.layers.").split(".")[0])
+        if self._layer[0] != layer:
+            self._layer = (layer, new_parameters(self.skeleton, self.config, layer))
+        return tensor_chunks(self._layer[1][name].to(dtype))
+
+    def fingerprint(self, shards: dict[str, list[OutputTensor]]) -> str:
+        """Changes with anything that changes the output: the teacher's files, the configuration, the files to write."""
+        files = {tensor.file.name: tensor.file.stat() for tensor in self.source.tensors.values()}
+        content = {
+            "teacher": {name: (stat.st_size, stat.st_mtime_ns) for name, stat in sorted(files.items())},
+            "tensors": [(name, t.begin, t.end, str(t.dtype)) for name, t in sorted(self.source.tensors.items())],
+            "config": self.config.to_dict(),
+            "shards": {file: [(t.name, str(t.dtype)) for t in tensors] for file, tensors in shards.items()},
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def student_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint of the model: its state dict, less a head tied to the embedding."""
+    state = model.state_dict()
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    return state
+
+
+def new_parameters(skeleton: nn.Module, config: LinMUConfig, layer: int) -> dict[str, torch.Tensor]:
+    """The parameters of one layer's mixer that no teacher has, at their initial values, by full name."""
+    prefix = f"model.language_model.layers.{layer}.mixer."
+    mixer = skeleton.get_submodule(prefix.removesuffix("."))
+    new = {name: parameter for name, parameter in mixer.named_parameters() if is_new(prefix + name, config)}
+    for name, parameter in new.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(mixer.get_submodule(owner), leaf, nn.Parameter(torch.empty(parameter.shape, dtype=torch.float32)))
+    mixer.reset_new_parameters()
+    values = {prefix + name: mixer.get_parameter(name).detach() for name in new}
+    for name, parameter in new.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(mixer.get_submodule(owner), leaf, parameter)
+    return values
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype in (None, "auto"):
+        return None
+    name = str(dtype).removeprefix("torch.")
+    if name not in FLOAT_DTYPES:
+        raise ValueError(f"dtype={name!r} must be one of {sorted(FLOAT_DTYPES)}")
+    return FLOAT_DTYPES[name]

@@ -1,0 +1,73 @@
+"""The teacher as a LinMU model whose every layer keeps full attention: one code path for teacher and student."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig
+from transformers.initialization import no_init_weights
+
+from ..modeling.configuration_linmu import LinMUConfig
+from ..modeling.modeling_linmu import LinMUForConditionalGeneration
+from .checkpoint import OutputTensor, StoredTensor
+from .plan import Plan, parse_dtype
+from .source import open_source
+
+
+def load_teacher(
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+) -> LinMUForConditionalGeneration:
+    """
+    Loads a Qwen2.5-VL checkpoint as LinMU with full attention everywhere, frozen and in eval mode.
+
+    Its logits are those of `Qwen2_5_VLForConditionalGeneration`. A folder that already is a LinMU model loads as it is.
+
+    Args:
+        path (`str` or `Path`): Folder, or model on the Hub.
+        dtype (`str` or `torch.dtype`, *optional*): By default the checkpoint's.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        device (`str` or `torch.device`, *optional*): By default the CPU.
+
+    Raises:
+        `FileNotFoundError`, `ValueError`: As in [`convert`].
+    """
+    dtype = parse_dtype(dtype)
+    source = open_source(path, revision, allow_linmu=True)
+    if source.is_linmu:
+        model = LinMUForConditionalGeneration.from_pretrained(source.folder, dtype=dtype or "auto")
+        return model.to(device or "cpu").eval().requires_grad_(False)
+
+    config = LinMUConfig.from_teacher(source.config, keep_attention="all")
+    plan = Plan(source, config, dtype)
+    model = build_model(config, plan.dtype, {tensor.name: tensor for tensor in plan.tensors}, device)
+    if (source.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    return model.eval().requires_grad_(False)
+
+
+def build_model(
+    config: LinMUConfig,
+    dtype: torch.dtype,
+    tensors: Mapping[str, StoredTensor | OutputTensor],
+    device: str | torch.device | None = None,
+) -> LinMUForConditionalGeneration:
+    """A model with the given tensors, read in chunks; it never takes more memory than its own."""
+    # Built where it will live: buffers that no checkpoint holds, such as rotary frequencies, are right from the start.
+    with no_init_weights(), torch.device(device or "cpu"):
+        model = LinMUForConditionalGeneration._from_config(config, dtype=dtype)
+    model.tie_weights()
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if state[name].dtype != tensor.dtype:
+                state[name].data = state[name].data.to(tensor.dtype)
+            flat, start = state[name].view(-1), 0
+            for chunk in tensor.chunks():
+                piece = torch.frombuffer(chunk, dtype=tensor.dtype)
+                flat[start : start + len(piece)] = piece.to(flat.device)
+                start += len(piece)
+    return model
