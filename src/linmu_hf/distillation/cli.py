@@ -1,0 +1,85 @@
+"""`linmu-distill`: a converted model and its teacher in, a distilled model out."""
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoProcessor, HfArgumentParser
+from transformers.utils import logging
+
+from ..conversion.teacher import load_teacher
+from ..evaluation.loading import check_model, first_line, library_versions, load_rows
+from ..modeling.modeling_linmu import LinMUForConditionalGeneration
+from .config import DistillConfig
+from .runner import check_output, distill
+
+
+@dataclass
+class ScriptArguments:
+    """What `linmu-distill` takes besides the arguments of [`DistillConfig`]."""
+
+    model: str = field(metadata={"help": "The student: folder or Hub id of a converted model."})
+    dataset: str = field(metadata={"help": "Folder written by save_to_disk, or anything load_dataset opens."})
+    teacher: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the teacher; short for --teacher_model_name_or_path."}
+    )
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to learn from."})
+    json: str | None = field(default=None, metadata={"help": "File that gets the run's last figures."})
+
+
+def run(script: ScriptArguments, config: DistillConfig) -> dict:
+    teacher_path = script.teacher or config.teacher_model_name_or_path
+    if teacher_path is None:
+        raise ValueError("no teacher: give --teacher FOLDER_OR_HUB_ID")
+    config.teacher_model_name_or_path = teacher_path
+    check_model(script.model)
+    check_output(config)
+    dataset = load_rows(script.dataset, script.dataset_train_split)
+    mixed = config.bf16 or config.fp16
+    student = LinMUForConditionalGeneration.from_pretrained(script.model, dtype="auto" if mixed else "float32")
+    processor = AutoProcessor.from_pretrained(script.model)
+    options = {"dtype": None if mixed else "float32", **(config.teacher_model_init_kwargs or {})}
+    teacher = load_teacher(teacher_path, revision=config.teacher_model_revision, **options)
+
+    start = time.perf_counter()
+    rows = distill(config, student, teacher, dataset, processor)
+    figures: dict[str, dict] = {}
+    for row in rows:
+        figures.setdefault(row["stage"], {}).update(row)
+    return {
+        "output_dir": config.output_dir,
+        "model": script.model,
+        "teacher": teacher_path,
+        "dataset": script.dataset,
+        "rows": len(dataset),
+        "seconds": round(time.perf_counter() - start, 1),
+        "stages": figures,
+        "versions": library_versions(),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = HfArgumentParser(
+        (ScriptArguments, DistillConfig), prog="linmu-distill", description=__doc__.split(": ")[1]
+    )
+    logging.set_verbosity_warning()
+    try:
+        script, config = parser.parse_args_into_dataclasses(argv)
+        if script.json and not Path(script.json).expanduser().parent.is_dir():
+            raise ValueError(f"--json {script.json}: its folder does not exist")
+        report = run(script, config)
+    except (OSError, ValueError, FloatingPointError) as error:
+        print(f"linmu-distill: error: {first_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("linmu-distill: interrupted; the same command takes it up again", file=sys.stderr)
+        return 130
+    if script.json:
+        Path(script.json).expanduser().write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""The arguments of a distillation."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .stages import PAPER_STAGES, Stage
+
+
+@dataclass
+class DistillConfig(TrainingArguments):
+    """
+    Arguments of [`distill`] and [`DistillTrainer`]: those of [`~transformers.TrainingArguments`] and the ones below.
+
+    `learning_rate` and `max_steps` are set for each stage from `stage_learning_rates` and `stage_steps`; every stage
+    has its own warm-up and decay. Lists of three hold one value for each stage.
+
+    Args:
+        teacher_model_name_or_path (`str`, *optional*): Hub id or folder of the teacher.
+        teacher_model_revision (`str`, *optional*): revision of the teacher on the Hub.
+        teacher_model_init_kwargs (`dict`, *optional*): keyword arguments for loading the teacher, such as `dtype`.
+        stage_steps (`list[int]`, *optional*, defaults to the paper's `[10000, 15000, 25000]`):
+            Optimizer steps. 0 leaves a stage out.
+        stage_learning_rates (`list[float]`, *optional*, defaults to the paper's `[5e-4, 5e-4, 2e-5]`):
+            Peak learning rates.
+        align_steps (`list[int]`, *optional*, defaults to `[0, 0, 0]`):
+            Teacher-fed steps in front of each stage: the same parameters train on L_hid alone, every M-MATE block on
+            the teacher's own layer input. They cost about one teacher forward and leave `stage-N-align`.
+        align_learning_rate (`float`, *optional*, defaults to 1e-3): peak learning rate of these steps.
+        hidden_input (`list[str]`, *optional*, defaults to `["student"]`):
+            `"student"` (the paper) or `"teacher"`, one value or one for each stage. With `"teacher"` the whole stage
+            is teacher-fed and L_hid is its only loss; not for a stage that trains LoRA.
+        hidden_loss (`str`, *optional*, defaults to `"sum"`):
+            `"sum"`: Eq. 6 as printed. `"relative"`: each layer divided by the teacher's mean squared norm there (of
+            the micro-batch), so that all layers weigh alike.
+        temperature (`float`, *optional*, defaults to 1.0): tau of Eq. 7.
+        lambda_hid, lambda_tok, lambda_seq, lambda_sup (`float`, *optional*, defaults to 0.5): weights of the losses.
+        seq_kd (`bool`, *optional*, defaults to `True`):
+            Whether the last stage learns from teacher-decoded answers (Eq. 8): from the column `pseudo_messages` if
+            the dataset has it, else decoded once before that stage. `False` leaves L_seq out.
+        max_completion_length (`int`, *optional*, defaults to 128): longest answer that the teacher decodes, in tokens.
+        lora_r (`int`, *optional*, defaults to 8): rank of the adapters on the decoder's FFNs in stage 3; 0 for none.
+        lora_alpha (`float`, *optional*, defaults to 16): their scale is `lora_alpha / lora_r`.
+        slow_lr_multiplier (`float`, *optional*, defaults to 0.2):
+            Learning rate of decays, step widths and gates, relative to the stage's.
+        logits_chunk_size (`int`, *optional*, defaults to 1024): positions whose logits exist at a time.
+        feature_cache_gb (`float`, *optional*, defaults to 2.0):
+            Memory in GiB for rows that are encoded already, so that later epochs skip the processor. 0 caches nothing.
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Whether to delete an earlier distillation in `output_dir` and start anew, instead of continuing it.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
+
+    teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Hub id or folder of the teacher."})
+    teacher_model_revision: str | None = field(default=None, metadata={"help": "Revision of the teacher on the Hub."})
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments for loading the teacher, as JSON."}
+    )
+
+    stage_steps: list[int] = field(
+        default_factory=lambda: [stage.max_steps for stage in PAPER_STAGES],
+        metadata={"help": "Optimizer steps of the three stages. 0 leaves a stage out."},
+    )
+    stage_learning_rates: list[float] = field(
+        default_factory=lambda: [stage.learning_rate for stage in PAPER_STAGES],
+        metadata={"help": "Peak learning rates of the three stages."},
+    )
+    align_steps: list[int] = field(
+        default_factory=lambda: [0, 0, 0], metadata={"help": "Teacher-fed steps in front of each stage."}
+    )
+    align_learning_rate: float = field(
+        default=1e-3, metadata={"help": "Peak learning rate of the teacher-fed steps in front of a stage."}
+    )
+    hidden_input: list[str] = field(
+        default_factory=lambda: ["student"],
+        metadata={"help": "What M-MATE blocks are fed with: `student` or `teacher`, once or for each stage."},
+    )
+    hidden_loss: str = field(
+        default="sum", metadata={"help": "L_hid as printed (`sum`), or scaled per layer (`relative`)."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the token-level distillation loss."})
+    lambda_hid: float = field(default=0.5, metadata={"help": "Weight of the mixer output loss (stages 1 and 2)."})
+    lambda_tok: float = field(default=0.5, metadata={"help": "Weight of the token-level distillation loss."})
+    lambda_seq: float = field(default=0.5, metadata={"help": "Weight of the sequence-level loss (stage 3)."})
+    lambda_sup: float = field(default=0.5, metadata={"help": "Weight of the ground-truth loss (stage 3)."})
+    seq_kd: bool = field(default=True, metadata={"help": "Whether stage 3 learns from teacher-decoded answers."})
+    max_completion_length: int = field(
+        default=128, metadata={"help": "Longest answer that the teacher decodes, in tokens."}
+    )
+    lora_r: int = field(default=8, metadata={"help": "Rank of the adapters on the decoder's FFNs in stage 3."})
+    lora_alpha: float = field(default=16, metadata={"help": "Scale of the adapters, divided by their rank."})
+    slow_lr_multiplier: float = field(
+        default=0.2, metadata={"help": "Learning rate of decays, step widths and gates, relative to the stage's."}
+    )
+    logits_chunk_size: int = field(default=1024, metadata={"help": "Positions whose logits exist at a time."})
+    feature_cache_gb: float = field(default=2.0, metadata={"help": "Memory in GiB for rows encoded already."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Whether to delete an earlier distillation in `output_dir` and start anew."}
+    )
+
+    # Other defaults than in `TrainingArguments`.
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The scheduler type to use in each stage."})
+    warmup_steps: float = field(
+        default=0.03, metadata={"help": "Warm-up steps of each stage, or their share of the stage if below 1."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Log every X updates steps."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept while a stage runs."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: rows are encoded whole."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.logging_nan_inf_filter = False  # a loss that is not finite is an error here, not something to filter
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False
+        if len(self.hidden_input) == 1:
+            self.hidden_input = list(self.hidden_input) * 3
+        for name in ("stage_steps", "stage_learning_rates", "align_steps", "hidden_input"):
+            value = getattr(self, name)
+            if len(value) != 3:
+                raise ValueError(f"{name}={value} must have 3 entries, one for each stage")
+        for name in ("stage_steps", "align_steps"):
+            if min(getattr(self, name)) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.hidden_loss not in ("sum", "relative"):
+            raise ValueError(f"hidden_loss={self.hidden_loss!r} must be 'sum' or 'relative'")
+        for name in ("temperature", "slow_lr_multiplier", "lora_alpha", "align_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        for name in ("logits_chunk_size", "max_completion_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True would drop images and messages: leave it off")
+        if self.save_total_limit is not None and self.save_total_limit < 2:
+            raise ValueError(
+                f"save_total_limit={self.save_total_limit} must be at least 2, or a run killed while it writes a "
+                "checkpoint has none to resume from"
+            )
+        self.stages()
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages that these arguments ask for, teacher-fed steps as stages of their own."""
+        stages = []
+        for index, paper in enumerate(PAPER_STAGES):
+            teacher_fed = self.hidden_input[index] == "teacher"
+            if self.align_steps[index]:
+                stages.append(
+                    Stage(
+                        f"{paper.name}-align",
+                        trains=paper.trains,
+                        max_steps=self.align_steps[index],
+                        learning_rate=self.align_learning_rate,
+                        hid=self.lambda_hid,
+                        hidden_input="teacher",
+                    )
+                )
+            if self.stage_steps[index]:
+                stages.append(
+                    replace(
+                        paper,
+                        max_steps=self.stage_steps[index],
+                        learning_rate=self.stage_learning_rates[index],
+                        hid=self.lambda_hid if paper.hid else 0.0,
+                        tok=self.lambda_tok if paper.tok and not teacher_fed else 0.0,
+                        seq=self.lambda_seq if paper.seq and self.seq_kd else 0.0,
+                        sup=self.lambda_sup if paper.sup else 0.0,
+                        lora_r=self.lora_r if paper.lora_r else 0,
+                        hidden_input=self.hidden_input[index],
+                    )
+                )
+        if not stages:
+            raise ValueError(f"stage_steps={self.stage_steps} and align_steps={self.align_steps} leave nothing to do")
+        return tuple(stages)

@@ -1,0 +1,28 @@
+"""LoRA on the decoder's FFNs (Eq. 12), put in for one stage and merged at its end."""
+
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from .stages import LORA_TARGETS
+
+
+def add_lora(model: nn.Module, r: int, alpha: float) -> None:
+    """
+    Puts adapters of rank `r` on gate, up and down projection of every decoder layer, in place.
+
+    Every other parameter is frozen by this; [`set_trainable`] says afterwards what trains. The model stays the ordinary
+    Transformers model that it is: there is no `PeftModel` around it, which would freeze and then not save M-MATE.
+    """
+    inject_adapter_in_model(LoraConfig(r=r, lora_alpha=alpha, target_modules=LORA_TARGETS), model)
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Adds the adapters to the weights that they adapt and takes them out again, in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config

@@ -1,0 +1,322 @@
+"""All stages in order, each leaving a folder; a killed run continues where it was."""
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import set_seed
+from transformers.utils import logging
+
+from ..data import check_dataset
+from .collator import EncodedDataset
+from .config import DistillConfig
+from .lora import add_lora, merge_lora
+from .plots import plot_training_log
+from .pseudo_targets import decode_pseudo_targets
+from .stages import Stage, set_trainable
+from .trainer import DistillTrainer
+
+
+logger = logging.get_logger(__name__)
+
+SETTINGS = "distillation.json"
+LOG = "training_log.jsonl"
+CURVES = "loss_curves.png"
+PSEUDO_TARGETS = "pseudo_targets.jsonl"
+PSEUDO_COLUMN = "pseudo_messages"
+
+# The arguments that change the result, apart from the stages. Everything else may differ when a run is continued.
+ARGUMENTS = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed", "train_sampling_strategy",
+    "dataloader_drop_last", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "slow_lr_multiplier", "bf16", "fp16",
+    "temperature", "hidden_loss", "lora_alpha", "max_completion_length",
+)  # fmt: skip
+
+
+def distill(
+    config: DistillConfig,
+    student,
+    teacher,
+    dataset,
+    processor,
+    *,
+    stages: Sequence[Stage] | None = None,
+) -> list[dict[str, Any]]:
+    """
+    Distils `teacher` into `student`, stage by stage (Algorithm 2).
+
+    Every stage leaves `output_dir/<stage>`, a folder that `from_pretrained` opens, processor included; `output_dir`
+    itself becomes the last one, with `training_log.jsonl` and `loss_curves.png`. Called again after it was killed, with
+    the same arguments, it skips finished stages and resumes the running one at its last checkpoint, with the result
+    that it would have had.
+
+    Args:
+        config (`DistillConfig`): the arguments.
+        student (`LinMUForConditionalGeneration`): a converted model; trained in place.
+        teacher (`LinMUForConditionalGeneration`): see [`load_teacher`]; not changed.
+        dataset (`datasets.Dataset` or `Sequence[Mapping]`): conversational rows, see [`encode_rows`].
+        processor (`ProcessorMixin`): the processor of both.
+        stages (`Sequence[Stage]`, *optional*): other stages than `config.stages()`.
+
+    Returns:
+        `list[dict]`: the rows of `training_log.jsonl`.
+
+    Raises:
+        `ValueError`: a bad row, or an `output_dir` with a distillation of other settings.
+        `FloatingPointError`: a loss that is not finite.
+    """
+    stages = config.stages() if stages is None else tuple(stages)
+    names = [stage.name for stage in stages]
+    if len(set(names)) < len(names):
+        raise ValueError(f"stages {names} must have names of their own: each names a folder")
+    out = Path(config.output_dir)
+    check_output(config)
+    _check_inputs(config, student, dataset, processor, stages)
+    _prepare_output(out, _settings(config, stages, student, teacher, dataset), config.overwrite_output_dir)
+
+    finished = list(takewhile(lambda stage: (out / stage.name).is_dir(), stages))
+    if finished:
+        logger.info(f"already there: {', '.join(stage.name for stage in finished)}")
+        _load_weights(student, out / finished[-1].name)
+    for stage in stages[len(finished) :]:
+        _run_stage(config, stage, student, teacher, dataset, processor, out)
+
+    rows = [json.loads(line) for name in names for line in (out / name / LOG).read_text().splitlines()]
+    plot_training_log(rows, out / CURVES)
+    _publish(out / names[-1], out, rows)
+    return rows
+
+
+def _run_stage(config, stage: Stage, student, teacher, dataset, processor, out: Path) -> None:
+    running, partial = out / f"{stage.name}.running", out / f"{stage.name}.partial"
+    pseudo = _pseudo_messages(config, teacher, dataset, processor, out) if stage.seq else None
+    cache_bytes = int(config.feature_cache_gb * 2**30)
+    args = _stage_arguments(config, stage, running)
+    set_seed(args.seed)  # LoRA starts from random numbers
+    if stage.lora_r:
+        add_lora(student, stage.lora_r, config.lora_alpha)
+    names = set_trainable(student, stage)
+    dtypes = _train_in_fp32(student, args)
+    # The Trainer writes its own choice into the config, which the stage's folder would keep.
+    use_cache = student.config.__dict__.get("use_cache")
+    trainer = DistillTrainer(
+        model=student,
+        teacher=teacher,
+        args=args,
+        stage=stage,
+        train_dataset=EncodedDataset(processor, dataset, pseudo, cache_bytes),
+    )
+    count = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    logger.info(f"{stage.name}: {stage.max_steps} steps on {count:,} parameters in {len(names)} tensors")
+    trainer.train(resume_from_checkpoint=_last_checkpoint(running))
+
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            raise FloatingPointError(
+                f"{stage.name}: {name} is not finite after the last step; lower the learning rate"
+            )
+    student.config.__dict__.pop("use_cache", None)
+    if use_cache is not None:
+        student.config.use_cache = use_cache
+    if args.activation_checkpointing:
+        student.gradient_checkpointing_disable()
+        student.disable_input_require_grads()
+    merge_lora(student)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(False)
+        if name in dtypes:
+            parameter.data = parameter.data.to(dtypes[name])
+    student.eval()
+
+    shutil.rmtree(partial, ignore_errors=True)
+    student.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    rows = [{"stage": stage.name, **row} for row in trainer.state.log_history]
+    (partial / LOG).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.rmtree(out / stage.name, ignore_errors=True)
+    os.replace(partial, out / stage.name)
+    shutil.rmtree(running, ignore_errors=True)
+
+
+def _stage_arguments(config: DistillConfig, stage: Stage, running: Path) -> DistillConfig:
+    args = copy.copy(config)
+    args.output_dir = str(running)
+    args.max_steps = stage.max_steps
+    args.learning_rate = stage.learning_rate
+    if args.logging_steps > stage.max_steps:
+        args.logging_steps = stage.max_steps
+    return args
+
+
+def _train_in_fp32(student: nn.Module, args: DistillConfig) -> dict[str, torch.dtype]:
+    """Turns half-precision parameters that train into fp32, for small updates count; returns what they were."""
+    dtypes = {name: p.dtype for name, p in student.named_parameters() if p.requires_grad and p.dtype.itemsize < 4}
+    if dtypes and not (args.bf16 or args.fp16):
+        raise ValueError(
+            f"the student is in {next(iter(dtypes.values()))}: load it in float32, or train in mixed precision with bf16"
+        )
+    for name, parameter in student.named_parameters():
+        if name in dtypes:
+            parameter.data = parameter.data.float()
+    return dtypes
+
+
+def _pseudo_messages(config, teacher, dataset, processor, out: Path) -> list[list[dict]]:
+    if PSEUDO_COLUMN in _columns(dataset):
+        return [row[PSEUDO_COLUMN] for row in _without_media(dataset)]
+    return decode_pseudo_targets(
+        teacher.eval().to(config.device),
+        processor,
+        dataset,
+        max_new_tokens=config.max_completion_length,
+        batch_size=config.per_device_train_batch_size,
+        cache_file=out / PSEUDO_TARGETS,
+    )
+
+
+# ---- Before work starts
+
+
+def _check_inputs(config, student, dataset, processor, stages) -> None:
+    if len(dataset) == 0:
+        raise ValueError("the dataset has no rows")
+    check_dataset(dataset)
+    EncodedDataset(processor, dataset)[0]  # the template, the processor and the labels fit together
+    if not any(layer.is_m_mate for layer in student.model.language_model.layers):
+        raise ValueError("the student has no M-MATE layer to train: convert the teacher with `linmu-convert` first")
+    if student.dtype.itemsize < 4 and not (config.bf16 or config.fp16):
+        raise ValueError(
+            f"the student is in {student.dtype}: load it in float32, or train in mixed precision with bf16"
+        )
+    reached = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    if config.dataloader_drop_last and len(dataset) < reached:
+        raise ValueError(f"{len(dataset)} rows do not fill one batch of {reached}: lower per_device_train_batch_size")
+
+
+def _settings(config, stages, student, teacher, dataset) -> dict[str, Any]:
+    """All that decides the result; a run is continued only if it is the same."""
+    settings = {name: getattr(config, name) for name in ARGUMENTS}
+    settings |= {
+        "stages": {stage.name: asdict(stage) for stage in stages},
+        "student": _weights_fingerprint(student),
+        "teacher": _weights_fingerprint(teacher),
+        "dataset": _dataset_fingerprint(dataset),
+    }
+    return json.loads(json.dumps(settings, default=str))
+
+
+def check_output(config: DistillConfig) -> None:
+    """Raises a `ValueError` if `output_dir` holds a model that no distillation put there."""
+    out = Path(config.output_dir)
+    if (out / "config.json").exists() and not (out / SETTINGS).exists():
+        raise ValueError(f"{out} holds a model that no distillation put there: choose another output_dir")
+
+
+def _prepare_output(out: Path, settings: dict[str, Any], overwrite: bool) -> None:
+    file = out / SETTINGS
+    if overwrite and file.exists():
+        names = [*json.loads(file.read_text())["stages"], *settings["stages"]]
+        for name in names:
+            for folder in (out / name, out / f"{name}.running", out / f"{name}.partial"):
+                shutil.rmtree(folder, ignore_errors=True)
+        for path in (
+            *out.glob("*.safetensors"),
+            *(out / n for n in ("config.json", LOG, CURVES, PSEUDO_TARGETS, SETTINGS)),
+        ):
+            path.unlink(missing_ok=True)
+    if file.exists():
+        differing = _differences(json.loads(file.read_text()), settings)
+        if differing:
+            raise ValueError(
+                f"{out} holds a distillation with other settings: {'; '.join(differing)}. Use these to continue it, "
+                "another output_dir, or --overwrite_output_dir to start anew"
+            )
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    _write(file, json.dumps(settings, indent=2) + "\n")
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys([*old, *new])
+        return [text for key in keys for text in _differences(old.get(key), new.get(key), f"{name}.{key}".strip("."))]
+    return [] if old == new else [f"{name} was {_brief(old)}, now {_brief(new)}"]
+
+
+def _brief(value: Any) -> str:
+    return "absent" if value is None else "there" if isinstance(value, dict) else str(value)
+
+
+def _weights_fingerprint(model: nn.Module) -> str:
+    """A hash of names, shapes and the ends of every tensor: enough to tell checkpoints apart, at no cost."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.flatten()
+        ends = torch.cat([flat[:64], flat[-64:]]).float().cpu().numpy().tobytes()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + ends)
+    return digest.hexdigest()[:16]
+
+
+def _dataset_fingerprint(dataset) -> str:
+    """A hash of the number of rows, the columns and the conversations of up to 512 rows spread over the dataset."""
+    rows = _without_media(dataset)
+    digest = hashlib.sha256(f"{len(rows)} {sorted(_columns(dataset))}".encode())
+    for index in range(0, len(rows), max(1, len(rows) // 512)):
+        digest.update(json.dumps(rows[index]["messages"], sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+def _columns(dataset) -> list[str]:
+    return dataset.column_names if hasattr(dataset, "column_names") else list(dataset[0])
+
+
+def _without_media(dataset):
+    """The rows without images and videos, so that reading them decodes nothing."""
+    if not hasattr(dataset, "select_columns"):
+        return dataset
+    return dataset.select_columns([name for name in ("messages", PSEUDO_COLUMN) if name in dataset.column_names])
+
+
+# ---- Folders
+
+
+def _last_checkpoint(running: Path) -> str | None:
+    """The newest complete checkpoint; the Trainer writes its state last, so a checkpoint without it is half written."""
+    numbered = {int(path.name.split("-")[1]): path for path in running.glob("checkpoint-*")}
+    for _, path in sorted(numbered.items(), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+            return str(path)
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+    return None
+
+
+def _load_weights(student, folder: Path) -> None:
+    saved = type(student).from_pretrained(folder, dtype=student.dtype)
+    student.load_state_dict(saved.state_dict())
+
+
+def _publish(stage: Path, out: Path, rows: list[dict[str, Any]]) -> None:
+    """Copies the last stage into `out`; the config comes last, so `out` loads only when it is complete."""
+    for path in sorted(stage.iterdir(), key=lambda path: path.name == "config.json"):
+        if path.name != LOG:
+            shutil.copyfile(path, out / f"{path.name}.partial")
+            os.replace(out / f"{path.name}.partial", out / path.name)
+    _write(out / LOG, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)

@@ -1,0 +1,264 @@
+"""One stage of a distillation as a `transformers.Trainer`."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_callback import ProgressCallback
+
+from .collator import DistillCollator, EncodedDataset
+from .config import DistillConfig
+from .losses import IGNORE_INDEX, hidden_loss, next_token_targets, output_losses, squared_errors
+from .plots import LAYER_PREFIX
+from .stages import Stage, parameter_groups
+
+
+TRAINED_WEIGHTS = "trained.safetensors"
+
+
+class DistillTrainer(Trainer):
+    """
+    Trains the student's trainable parameters on one stage's losses against a frozen teacher.
+
+    Logs every loss term (`loss_hid`, `loss_tok`, `loss_seq`, `loss_sup`, without their weights), `agreement` (share of
+    answer tokens that student and teacher both prefer), and the squared error of the mixers relative to the teacher's,
+    `relative_error`, for each layer and as their mean. Checkpoints hold the trainable parameters alone.
+
+    Args:
+        model (`LinMUForConditionalGeneration`):
+            The student, with LoRA in place and [`set_trainable`] done; see [`distill`] for the whole way.
+        teacher (`LinMUForConditionalGeneration`):
+            The teacher, as [`load_teacher`] gives it; it is frozen and put into evaluation mode.
+        args (`DistillConfig`): arguments of this stage (`output_dir`, `max_steps` and `learning_rate` are the stage's).
+        stage (`Stage`): the losses.
+        train_dataset (`EncodedDataset`): the rows.
+        kwargs: passed on to [`~transformers.Trainer`].
+    """
+
+    # Every loss here is divided by the counts of the whole accumulated batch.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, model, teacher, args: DistillConfig, stage: Stage, train_dataset: EncodedDataset, **kwargs):
+        tokenizer = train_dataset.processor.tokenizer
+        collator = DistillCollator(tokenizer.pad_token_id, pseudo=stage.seq > 0)
+        super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collator, **kwargs)
+        if args.world_size > 1 or args.n_gpu > 1:
+            raise ValueError(f"found {max(args.world_size, args.n_gpu)} devices; distillation runs on one so far")
+        self.stage = stage
+        self.student = model
+        self.teacher = teacher.requires_grad_(False).eval().to(args.device)
+        self.replaced = [index for index, layer in enumerate(model.model.language_model.layers) if layer.is_m_mate]
+        self._check_teacher()
+        self.shares_vision = _equal_weights(model.model.visual, teacher.model.visual)
+        if args.activation_checkpointing:
+            # Nothing in front of the first mixer trains: a reentrant checkpoint would find no input to differentiate
+            # and drop all gradients in silence.
+            model.enable_input_require_grads()
+        self._sums: dict[str, Tensor] = {}
+        self._first_unlogged_step = 0
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(StageProgress(stage.name))
+
+    def _check_teacher(self) -> None:
+        student, teacher = self.student.config.text_config, self.teacher.config.text_config
+        for name in ("num_hidden_layers", "hidden_size"):
+            if getattr(student, name) != getattr(teacher, name) and (
+                self.stage.hid or self.stage.hidden_input == "teacher"
+            ):
+                raise ValueError(
+                    f"{name} is {getattr(student, name)} in the student and {getattr(teacher, name)} in the teacher: the "
+                    "hidden loss compares layer by layer. Take the student's own teacher, or set lambda_hid=0"
+                )
+        if student.vocab_size != teacher.vocab_size:
+            raise ValueError(
+                f"vocab_size is {student.vocab_size} in the student and {teacher.vocab_size} in the teacher"
+            )
+
+    # ---- Losses
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """
+        The weighted sum of the stage's losses on one micro-batch.
+
+        Args:
+            inputs (`dict[str, Tensor]`): a batch of [`DistillCollator`].
+            num_items_in_batch (`Tensor`, *optional*):
+                [3], the real tokens, answer tokens and pseudo-target tokens of the global batch.
+        """
+        counts = self._count([inputs]) if num_items_in_batch is None else num_items_in_batch
+        with self.accelerator.autocast():
+            losses = self._losses(dict(inputs), counts.to(self.args.device))
+        weights = {key: getattr(self.stage, key) for key in ("hid", "tok", "seq", "sup")}
+        loss = sum(weight * losses[key] for key, weight in weights.items() if weight)
+        if not torch.isfinite(loss):
+            terms = ", ".join(f"{key} {float(losses[key]):.4g}" for key, weight in weights.items() if weight)
+            raise FloatingPointError(
+                f"{self.stage.name}: the loss of step {self.state.global_step + 1} is not finite ({terms}). Lower the "
+                f"stage's learning rate ({self.stage.learning_rate}), warm up longer, or lower max_grad_norm "
+                f"({self.args.max_grad_norm})"
+            )
+        return (loss, None) if return_outputs else loss
+
+    def _losses(self, inputs: dict[str, Tensor], counts: Tensor) -> dict[str, Tensor]:
+        stage, student, teacher = self.stage, self.student, self.teacher
+        num_tokens, num_answers, num_pseudo = counts
+        labels, pseudo_labels = inputs.pop("labels"), inputs.pop("pseudo_labels", None)
+        mask = inputs["attention_mask"]
+        logs_errors = (
+            (self.state.global_step + 1) % self.state.logging_steps == 0 if self.state.logging_steps else False
+        )
+        compares = stage.hid > 0 or (logs_errors and self._comparable())
+
+        with torch.no_grad():
+            inputs["position_ids"], inputs["vision_layout"] = student.model.get_positions(**inputs)
+            if self.shares_vision:
+                inputs["mm_encoder_outputs"] = _encode_vision(student.model, inputs)
+            target = None
+            if compares or stage.tok:
+                target = teacher.model(**inputs, use_cache=False, output_mixer_states=compares)
+
+        if stage.hidden_input == "teacher":
+            outputs = student.model.language_model.run_mixers(
+                target.mixer_inputs,
+                attention_mask=mask,
+                position_ids=inputs["position_ids"],
+                vision_layout=inputs["vision_layout"],
+            )
+        else:
+            answer = student.model(**inputs, use_cache=False, output_mixer_states=compares)
+            outputs = answer.mixer_outputs
+
+        losses: dict[str, Tensor] = {}
+        if compares:
+            outputs = [outputs[index] if stage.hid else outputs[index].detach() for index in self.replaced]
+            errors, energies = squared_errors(outputs, [target.mixer_outputs[index] for index in self.replaced], mask)
+            self._add(errors=errors, energies=energies)
+            if stage.hid:
+                batch_tokens = mask.sum() if self.args.hidden_loss == "relative" else None
+                losses["hid"] = hidden_loss(errors, energies, num_tokens, batch_tokens=batch_tokens)
+
+        targets = {"tok": labels} if stage.tok else {}
+        if stage.sup:
+            targets["sup"] = labels
+        if stage.seq:
+            targets["seq"] = pseudo_labels
+        if targets:
+            targets = {key: next_token_targets(value) for key, value in targets.items()}
+            counted = torch.stack([value != IGNORE_INDEX for value in targets.values()]).any(0)
+            losses |= output_losses(
+                answer.last_hidden_state[counted],
+                student.lm_head,
+                {key: value[counted] for key, value in targets.items()},
+                {"tok": num_answers, "sup": num_answers, "seq": num_pseudo},
+                teacher_hidden=target.last_hidden_state[counted] if stage.tok else None,
+                teacher_head=teacher.lm_head,
+                temperature=self.args.temperature,
+                chunk_size=self.args.logits_chunk_size,
+            )
+        self._add(**losses)
+        return losses
+
+    def _comparable(self) -> bool:
+        student, teacher = self.student.config.text_config, self.teacher.config.text_config
+        return (student.num_hidden_layers, student.hidden_size) == (teacher.num_hidden_layers, teacher.hidden_size)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        return self._count(batch_samples).to(device)
+
+    def _count(self, batches: list[dict[str, Tensor]]) -> Tensor:
+        """Real tokens, answer tokens and pseudo-target tokens of one accumulated batch, [3]."""
+        keys = ("labels", "pseudo_labels")
+        answers = [sum((b[key][:, 1:] != IGNORE_INDEX).sum() for b in batches if key in b) for key in keys]
+        return torch.tensor([sum(b["attention_mask"].sum() for b in batches), *answers]).clamp_min(1)
+
+    # ---- Optimizer
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            kind, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.student)
+            groups = parameter_groups(
+                self.student, self.args.learning_rate, self.args.weight_decay, self.args.slow_lr_multiplier
+            )
+            self.optimizer = kind(groups, **kwargs)
+        return self.optimizer
+
+    def _get_learning_rate(self) -> float:
+        """The stage's rate: that of the fastest group, not of the first."""
+        return float(max(group["lr"] for group in self.optimizer.param_groups))
+
+    # ---- Logs
+
+    def _add(self, **values: Tensor) -> None:
+        if not self._sums:
+            self._first_unlogged_step = self.state.global_step
+        for key, value in values.items():
+            self._sums[key] = self._sums.get(key, 0.0) + value.detach()
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs and self._sums:
+            steps = max(self.state.global_step - self._first_unlogged_step, 1)
+            sums, self._sums = self._sums, {}
+            errors, energies = sums.pop("errors", None), sums.pop("energies", None)
+            for key, value in sums.items():
+                logs[key if key == "agreement" else f"loss_{key}"] = float(value) / steps
+            if errors is not None:
+                relative = (errors / energies.clamp_min(torch.finfo(energies.dtype).tiny)).tolist()
+                logs["relative_error"] = sum(relative) / len(relative)
+                logs.update({f"{LAYER_PREFIX}{index}": e for index, e in zip(self.replaced, relative, strict=True)})
+        super().log(logs, start_time)
+
+    # ---- Checkpoints: what trains, and no more
+
+    def _save(self, output_dir=None, state_dict=None):
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: p.detach().contiguous() for name, p in self.student.named_parameters() if p.requires_grad}
+        save_file(tensors, folder / TRAINED_WEIGHTS, metadata={"format": "pt"})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        saved = load_file(Path(resume_from_checkpoint) / TRAINED_WEIGHTS)
+        trained = {name: p for name, p in self.student.named_parameters() if p.requires_grad}
+        if saved.keys() != trained.keys():
+            names = sorted(saved.keys() ^ trained.keys())
+            raise ValueError(f"{resume_from_checkpoint} was written by another stage or model: {names[:3]} differ")
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(saved[name])
+
+
+class StageProgress(ProgressCallback):
+    """The Trainer's progress bar, with the stage's name in front and without a figure for each layer."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.training_bar.set_description(self.name)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        shown = {key: value for key, value in (logs or {}).items() if not key.startswith(LAYER_PREFIX)}
+        super().on_log(args, state, control, logs=shown, **kwargs)
+
+
+def _encode_vision(model: nn.Module, inputs: dict[str, Tensor]) -> dict:
+    """Vision features for both models; takes the pixels out of `inputs`."""
+    images, videos = inputs.pop("pixel_values", None), inputs.pop("pixel_values_videos", None)
+    encoded = {}
+    if images is not None:
+        encoded["image"] = model.get_image_features(images, inputs["image_grid_thw"], return_dict=True)
+    if videos is not None:
+        encoded["video"] = model.get_video_features(videos, inputs["video_grid_thw"], return_dict=True)
+    return encoded
+
+
+def _equal_weights(one: nn.Module, other: nn.Module) -> bool:
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(
+        a[key].dtype == b[key].dtype and a[key].shape == b[key].shape and torch.equal(a[key], b[key].to(a[key].device))
+        for key in a
+    )
