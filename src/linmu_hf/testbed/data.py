@@ -1,7 +1,7 @@
 """Questions about real images: handwritten digits composed into mosaics and short clips.
 
-The source images are scikit-learn's 8x8 digits, split once into train and test; a test digit is never seen in training.
-A digit fills a cell of 16x16 pixels, which is one vision token of the testbed's teacher.
+The source images are scikit-learn's 8x8 digits, split once into train and test; training never sees a test digit. A
+digit fills a cell of 16x16 pixels, which is one vision token of the testbed's teacher.
 
     task   image                                     question                 answer
     cell   4x4 mosaic                                row 2 column 3?          7
@@ -27,7 +27,7 @@ CELL = 16
 FRAMES_PER_MOMENT = 2  # the teacher's temporal_patch_size: one moment is one temporal position
 QUESTIONS_PER_ROW = 8
 SCENES = ("mosaic", "large", "clip")
-SCENE_OF_TASK = {"cell": "mosaic", "below": "mosaic", "count": "mosaic", "large": "large", "when": "clip", "first": "clip"}
+SCENE_OF_TASK = dict(zip(TASKS, ("mosaic", "mosaic", "mosaic", "large", "clip", "clip")))
 SCENE_SHARES = (0.4, 0.25, 0.35)
 TEST_DIGITS = 400
 AUGMENTED_VERSIONS = 24
@@ -73,7 +73,8 @@ def glyph_pool(split: str) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     versions = AUGMENTED_VERSIONS if split == "train" else 1
     n = len(source)
     rng = np.random.default_rng(1)
-    spread = (np.arange(versions) > 0).astype(np.float32)[:, None] * np.ones((1, n), np.float32)  # no change in version 0
+    spread = np.ones((versions, n), np.float32)
+    spread[0] = 0
     angle = spread * rng.uniform(-0.26, 0.26, (versions, n)).astype(np.float32)
     scale_y, scale_x = 1 + spread * rng.uniform(-0.15, 0.15, (2, versions, n)).astype(np.float32)
     shear = spread * rng.uniform(-0.15, 0.15, (versions, n)).astype(np.float32)
@@ -98,11 +99,14 @@ def glyph_pool(split: str) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     return glyphs.astype(np.float32), source, [np.flatnonzero(labels == digit) for digit in range(10)]
 
 
-def _paint(rng: np.random.Generator, split: str, digits: np.ndarray, colours: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _paint(
+    rng: np.random.Generator, split: str, digits: np.ndarray, colours: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Cells to pixels: `digits [moments, rows, columns]` to `(pixels [moments, height, width, 3], sources)`."""
     glyphs, source, members = glyph_pool(split)
     shape = digits.shape
-    chosen = np.array([members[d][int(u * len(members[d]))] if d >= 0 else 0 for d, u in zip(digits.flat, rng.random(digits.size))])
+    draws = rng.random(digits.size)
+    chosen = np.array([members[d][int(u * len(members[d]))] if d >= 0 else 0 for d, u in zip(digits.flat, draws)])
     version = rng.integers(0, len(glyphs), digits.size)
     contrast = (digits.ravel() >= 0) * rng.uniform(0.7, 1.0, digits.size)
     ink = glyphs[version, chosen] * contrast[:, None, None].astype(np.float32)  # [cells, 16, 16]
@@ -171,12 +175,17 @@ def ask(rng: np.random.Generator, scene: Scene, task: str) -> tuple[str, str]:
 
 
 def converse(rng: np.random.Generator, scene: Scene, questions: int = QUESTIONS_PER_ROW) -> list[tuple[str, str]]:
-    """Draw a training conversation: different questions of the tasks that suit the scene."""
+    """Draw a training conversation: different questions of the tasks that suit the scene, fewer if it has too few."""
+    moments, rows, _ = scene.grid
     tasks = [task for task, kind in SCENE_OF_TASK.items() if kind == scene.kind]
+    impossible = {"below": rows == 1, "first": moments == 1}
+    tasks = [task for task in tasks if not impossible.get(task)]
     drawn = {}
-    while len(drawn) < questions:
+    for _ in range(20 * questions):
         question, answer = ask(rng, scene, tasks[int(rng.integers(0, len(tasks)))])
         drawn[question] = answer
+        if len(drawn) == questions:
+            break
     return list(drawn.items())
 
 

@@ -1,4 +1,4 @@
-"""Scenes to model inputs without the chat template's cost: equal to the processor's output, and fast enough to train on."""
+"""Scenes to model inputs, equal to the processor's output, without the chat template's cost."""
 
 from collections.abc import Sequence
 

@@ -3,8 +3,7 @@
 import string
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
 from .data import COLOURS
 
@@ -35,14 +34,15 @@ WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 ORDINARY_WORDS = (
-    "the of and to in is you that it he was for on are as with his they at be this have from or one had by word but not "
-    "what all were we when your can said there use an each which she do how their if will up other about out many then "
-    "them these so some her would make like him into time has look two more write go see number no way could people my "
-    "than first water been call who its now find long down day did get come made may part over new sound take only "
-    "little work know place year live me back give most very after thing our just name good sentence man think say great "
-    "where help through much before line right too mean old any same tell boy follow came want show also around form "
-    "three small set put end does another well large must big even such because turn here why ask went men read need "
-    "image picture video frame digit left above next to color describe answer yes please hello thanks"
+    "the of and to in is you that it he was for on are as with his they at be this have from or one had by word "
+    "but not what all were we when your can said there use an each which she do how their if will up other about "
+    "out many then them these so some her would make like him into time has look two more write go see number no "
+    "way could people my than first water been call who its now find long down day did get come made may part "
+    "over new sound take only little work know place year live me back give most very after thing our just name "
+    "good sentence man think say great where help through much before line right too mean old any same tell boy "
+    "follow came want show also around form three small set put end does another well large must big even such "
+    "because turn here why ask went men read need image picture video frame digit left above next to color "
+    "describe answer yes please hello thanks"
 )
 # No line break after <|im_end|>: ChatML has one, and at this size every token counts.
 CHAT_TEMPLATE = """\
@@ -85,7 +85,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    sentences = ["user\n", "assistant\n", "system\n", "below row 1 column 2?", "row 1 column 2?", "7 or 3 first?", "when is 7?"]
+    sentences = ["user\n", "assistant\n", "system\n"]
+    sentences += ["below row 1 column 2?", "row 1 column 2?", "7 or 3 first?", "when is 7?"]
     sentences += [f"how many {colour}?" for colour in COLOURS]
     # the testbed's own words come first among the merges
     corpus = sentences * 100 + [f" {word}" for word in ORDINARY_WORDS.split()] * 2 + list(string.printable)
@@ -110,8 +111,9 @@ def build_processor() -> Qwen2_5_VLProcessor:
         "merge_size": MERGE_SIZE,
         "temporal_patch_size": TEMPORAL_PATCH_SIZE,
         "size": size,
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
+        # the mosaics' own: with 0.5 the dark background drowns the digits and learning stalls
+        "image_mean": [0.18, 0.18, 0.15],
+        "image_std": [0.2, 0.2, 0.2],
     }
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(**vision),

@@ -1,6 +1,6 @@
 """Train the testbed's teacher, a plain `Qwen2_5_VLForConditionalGeneration` of 1.3M parameters.
 
-    python -m linmu_hf.testbed.train_teacher --output DIR --steps 2500 --log DIR/training_log.jsonl
+python -m linmu_hf.testbed.train_teacher --output DIR --steps 2500 --log DIR/training_log.jsonl
 """
 
 import argparse
@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AttentionInterface, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from .check_teacher import answer_questions
-from .data import SCENE_SHARES, SCENES, TASKS, Scene, compose, converse, evaluation_scenes, scene_grid
+from .data import SCENE_SHARES, SCENES, TASKS, compose, converse, evaluation_scenes, scene_grid
 from .encoding import IGNORED, encode
 from .processor import build_processor
 
@@ -68,11 +67,11 @@ def teacher_config(tokenizer) -> Qwen2_5_VLConfig:
 
 
 def equal_windows_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, max_length_q, **kwargs):
-    """The vision tower's attention over equally long windows in one call; Transformers' own SDPA path loops over them."""
+    """The vision tower's attention over equal windows in one call; Transformers' own SDPA path loops over them."""
     _, h, s, d = query.shape
     n = len(cu_seq_lens_q) - 1
     if n * int(max_length_q) != s:
-        raise ValueError(f"{n} windows of at most {int(max_length_q)} patches do not fill {s}: batch scenes of one size")
+        raise ValueError(f"{n} windows of {int(max_length_q)} patches do not fill {s}: batch scenes of one size")
     query, key, value = (x.reshape(h, n, s // n, d).transpose(0, 1) for x in (query, key, value))
     out = F.scaled_dot_product_attention(query, key, value, scale=scaling)  # [n, h, s / n, d]
     return out.transpose(1, 2).reshape(1, s, h, d), None
@@ -82,37 +81,71 @@ def equal_windows_attention(module, query, key, value, attention_mask, scaling, 
 AttentionInterface.register("flash_equal_windows", equal_windows_attention)
 
 
-def batches(processor, seed: int, batch_size: int, warmup_steps: int) -> Iterator[list[dict]]:
-    """Endless steps of three micro-batches of equal shape each; during `warmup_steps` 4x4 mosaics alone."""
-    def draw(step: int) -> list[dict]:
+class Curriculum:
+    """Scenes start tiny and grow by a row, column or moment whenever the model answers their questions.
+
+    On a full mosaic a lookup is one cell among many and the model stays at chance for long; on two cells it does not.
+    """
+
+    # mean loss per answer token to grow at; half of these tokens are the certain <|im_end|>
+    THRESHOLDS = {"mosaic": 0.5, "large": 0.3, "clip": 0.35}
+    PATIENCE = 150
+
+    def __init__(self):
+        self.levels = dict.fromkeys(SCENES, 1)
+        self.losses = dict.fromkeys(SCENES, 1.0)
+        self.steps = dict.fromkeys(SCENES, 0)
+
+    def update(self, kind: str, loss: float) -> None:
+        self.steps[kind] += 1
+        self.losses[kind] += 0.2 * (loss - self.losses[kind])
+        if self.losses[kind] < self.THRESHOLDS[kind] or self.steps[kind] == self.PATIENCE:
+            self.levels[kind] += 1
+            self.losses[kind] = 1.0
+            self.steps[kind] = 0
+
+    @staticmethod
+    def grid(rng: np.random.Generator, kind: str, level: int) -> tuple[int, int, int]:
+        """Draw the (moments, rows, columns) of a scene at a level."""
+        full = scene_grid(rng, kind, "train")
+        if kind == "clip":
+            return min(full[0], level + 1), min(3, level), min(3, level)
+        if level >= (4 if kind == "mosaic" else 8):
+            return full
+        return 1, int(rng.integers(level, level + 2)), int(rng.integers(level, level + 2))
+
+
+def batches(processor, seed: int, batch_size: int, curriculum: Curriculum) -> Iterator[list[dict]]:
+    """Endless steps of three micro-batches, one per kind of scene and each of one grid."""
+
+    def draw(step: int, levels: dict[str, int]) -> list[dict]:
         rng = np.random.default_rng((seed, step))
         micro_batches = []
         for kind, share in zip(SCENES, SCENE_SHARES):
-            if step < warmup_steps:
-                kind = "mosaic"
-            n = max(1, round(share * batch_size))
-            grid = scene_grid(rng, kind, "train")
-            scenes = [compose(rng, kind, "train", grid) for _ in range(n)]
+            grid = curriculum.grid(rng, kind, levels[kind])
+            scenes = [compose(rng, kind, "train", grid) for _ in range(round(share * batch_size))]
             micro_batches.append(encode(processor, [(scene, converse(rng, scene)) for scene in scenes]))
         return micro_batches
 
     with ThreadPoolExecutor(1) as worker:
         step = 0
-        upcoming = worker.submit(draw, step)
+        upcoming = worker.submit(draw, step, dict(curriculum.levels))
         while True:
             current, step = upcoming.result(), step + 1
-            upcoming = worker.submit(draw, step)
+            upcoming = worker.submit(draw, step, dict(curriculum.levels))
             yield current
 
 
 def answer_loss(model: Qwen2_5_VLForConditionalGeneration, batch: dict) -> torch.Tensor:
     """Sum of the cross entropy over the answers' tokens; logits are made at those tokens alone."""
     labels = batch["labels"]
-    inputs = {k: v for k, v in batch.items() if k not in ("labels", "attention_mask")}  # right padded: causal is enough
+    # right padded: the causal mask is enough
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "attention_mask")}
+    # one grid in the whole batch: all rows have the positions of the longest
     longest = int(batch["attention_mask"].sum(1).argmax())
-    shared = {k: v[longest : longest + 1] for k, v in inputs.items() if k in ("input_ids", "mm_token_type_ids", "second_per_grid_ts") or "grid" in k}
-    positions, _ = model.model.get_rope_index(**shared)
-    hidden = model.model(**inputs, position_ids=positions.expand(-1, len(labels), -1), use_cache=False).last_hidden_state
+    one_row = {name: value[longest, None] for name, value in inputs.items() if not name.startswith("pixel")}
+    positions = model.model.get_rope_index(**one_row)[0].expand(-1, len(labels), -1)
+    hidden = model.model(**inputs, position_ids=positions, use_cache=False).last_hidden_state
     answered = labels[:, 1:] != IGNORED
     logits = model.lm_head(hidden[:, :-1][answered])
     return F.cross_entropy(logits, labels[:, 1:][answered], reduction="sum")
@@ -130,6 +163,19 @@ def optimizers(model: torch.nn.Module, muon_lr: float, adam_lr: float) -> list[t
     ]
 
 
+@torch.no_grad()
+def answer_questions(model, processor, samples: list, batch_size: int = 64) -> np.ndarray:
+    """Whether each single question is answered right, `[n]` of bool: the answer's tokens are all the likeliest."""
+    model.eval()
+    right = []
+    for start in range(0, len(samples), batch_size):
+        batch = encode(processor, [(scene, [turn]) for scene, turn in samples[start : start + batch_size]])
+        labels = batch.pop("labels")[:, 1:]
+        predicted = model(**batch, use_cache=False).logits[:, :-1].argmax(-1)
+        right.append(((predicted == labels) | (labels == IGNORED)).all(1).numpy())
+    return np.concatenate(right)
+
+
 def save(model, processor, output: Path) -> None:
     model.save_pretrained(output)
     processor.save_pretrained(output)
@@ -140,7 +186,7 @@ def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    log = open(args.log or output / "training_log.jsonl", "w")  # noqa: SIM115
+    log = open(args.log or output / "training_log.jsonl", "w")
     processor = build_processor()
     model = Qwen2_5_VLForConditionalGeneration(teacher_config(processor.tokenizer))
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
@@ -151,9 +197,11 @@ def train(args: argparse.Namespace) -> None:
         model.load_state_dict(Qwen2_5_VLForConditionalGeneration.from_pretrained(args.init).state_dict())
     opts = optimizers(model, args.lr, args.lr)
     held_out = {task: list(evaluation_scenes(task, args.eval_samples, seed=1)) for task in TASKS}
+    curriculum = Curriculum()
     started, best, window = time.time(), -1.0, []
-    progress = tqdm(total=args.steps, desc=f"teacher, {parameters / 1e6:.2f}M parameters", smoothing=0.05, mininterval=5)
-    for step, micro_batches in enumerate(batches(processor, args.seed, args.batch_size, args.mosaic_steps)):
+    title = f"teacher, {parameters / 1e6:.2f}M parameters"
+    progress = tqdm(total=args.steps, desc=title, smoothing=0.05, mininterval=5)
+    for step, micro_batches in enumerate(batches(processor, args.seed, args.batch_size, curriculum)):
         # the schedule ends with the steps or with the time, whichever is sooner
         done = max(step / args.steps, (time.time() - started) / args.max_seconds)
         if done >= 1:
@@ -163,10 +211,11 @@ def train(args: argparse.Namespace) -> None:
         model.train()
         model.model.visual.config._attn_implementation = "flash_equal_windows"
         total, terms = sum(int((b["labels"][:, 1:] != IGNORED).sum()) for b in micro_batches), []
-        for batch in micro_batches:
+        for kind, batch in zip(SCENES, micro_batches):
             loss = answer_loss(model, batch)
             (loss / total).backward()
             terms.append(loss.item() / int((batch["labels"][:, 1:] != IGNORED).sum()))
+            curriculum.update(kind, terms[-1])
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt in opts:
             for group in opt.param_groups:
@@ -180,10 +229,12 @@ def train(args: argparse.Namespace) -> None:
             window = []
             record = {"step": step + 1, "seconds": round(time.time() - started, 1), "lr": args.lr * warm * decay}
             record |= {f"loss_{k}": round(float(m), 4) for k, m in zip(SCENES, means)}
+            record |= {"levels": list(curriculum.levels.values())}
             if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
                 model.model.visual.config._attn_implementation = "sdpa"
-                record["accuracy"] = {task: answer_questions(model, processor, held_out[task]).mean() for task in TASKS}
-                mean = sum(record["accuracy"].values())
+                accuracy = {task: answer_questions(model, processor, held_out[task]).mean() for task in TASKS}
+                record["accuracy"] = accuracy
+                mean = sum(accuracy.values())
                 if mean > best:
                     best = mean
                     save(model, processor, output)
@@ -203,7 +254,6 @@ def main() -> None:
     parser.add_argument("--max-seconds", type=float, default=math.inf, help="end the schedule by then")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--warmup-steps", type=int, default=100)
-    parser.add_argument("--mosaic-steps", type=int, default=300, help="steps on 4x4 mosaics alone at the start")
     parser.add_argument("--init", help="start from this checkpoint")
     parser.add_argument("--log", help="JSON lines file, by default OUTPUT/training_log.jsonl")
     parser.add_argument("--log-every", type=int, default=25)

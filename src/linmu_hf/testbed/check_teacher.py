@@ -1,0 +1,85 @@
+"""Check the shipped teacher on held-out digits; exits with 1 if a task falls below 95%.
+
+    python -m linmu_hf.testbed.check_teacher [--samples 200] [--json FILE]
+
+The model is a plain Transformers checkpoint: nothing of linmu_hf's models takes part.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from linmu_hf.data import answer_text, encode_prompts
+
+from .data import TASKS, evaluation_rows
+
+
+TEACHER = Path(__file__).parent / "teacher"
+REQUIRED = 0.95
+LONGEST_ANSWER = 3  # two digits and <|im_end|>
+
+
+@torch.no_grad()
+def count_right(model, processor, rows: list[dict], batch_size: int = 50) -> int:
+    """How many rows are answered right by greedy `generate`."""
+    right = 0
+    for start in range(0, len(rows), batch_size):
+        chosen = rows[start : start + batch_size]
+        prompts = encode_prompts(processor, chosen)
+        tokens = model.generate(**prompts, max_new_tokens=LONGEST_ANSWER, do_sample=False)
+        texts = processor.batch_decode(tokens[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+        right += sum(text.strip() == answer_text(row) for text, row in zip(texts, chosen))
+    return right
+
+
+def wilson_interval(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95% confidence interval of a proportion (Wilson)."""
+    p = right / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def check(model_path: str | Path, samples: int, seed: int = 0) -> dict[str, dict]:
+    """Accuracy and interval of every task: `{task: {"accuracy", "low", "high", "samples"}}`."""
+    model = AutoModelForImageTextToText.from_pretrained(model_path).eval()
+    processor = AutoProcessor.from_pretrained(model_path)
+    results = {}
+    for task in tqdm(TASKS, desc="tasks", leave=False):
+        right = count_right(model, processor, list(evaluation_rows(task, samples, seed)))
+        low, high = wilson_interval(right, samples)
+        results[task] = {"accuracy": right / samples, "low": low, "high": high, "samples": samples}
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=str(TEACHER), help="by default the shipped teacher")
+    parser.add_argument("--samples", type=int, default=200, help="questions per task")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", help="also write the table to this file")
+    args = parser.parse_args()
+    if args.samples < 1:
+        parser.error(f"--samples {args.samples} must be at least 1")
+    if not (Path(args.model) / "config.json").is_file():
+        parser.error(f"--model {args.model} holds no config.json: name a folder that `save_pretrained` wrote")
+
+    results = check(args.model, args.samples, args.seed)
+    print(f"{'task':8}{'accuracy':>10}   95% interval     questions")
+    for task, r in results.items():
+        print(f"{task:8}{r['accuracy']:10.1%}   {r['low']:.1%} to {r['high']:.1%}   {r['samples']}")
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
+    failed = [task for task, r in results.items() if r["accuracy"] < REQUIRED]
+    if failed:
+        sys.exit(f"below {REQUIRED:.0%}: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""The whole way on a laptop: data, conversion, three stages of distillation, evaluation, pictures.
+
+    python -m linmu_hf.testbed.quickstart --output runs/quickstart [--full] [--teacher FOLDER]
+
+Every part runs a command that is there for any other model too, and prints it. Run again after it was killed, it skips
+what is finished and takes up the rest.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from ..conversion import cli as conversion
+from ..distillation import cli as distillation
+from ..evaluation import cli as evaluation
+from ..evaluation.loading import load_rows
+from ..evaluation.retention import correct_answers, format_table
+from .make_data import make_data
+
+
+TEACHER = Path(__file__).parent / "teacher"
+STAGES = ("stage-1", "stage-2", "stage-3")
+PICTURED_TASKS = ("cell", "below", "count", "large")
+PICTURES_PER_TASK = 2
+LOGGING_STEPS = 5
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long each part of the way takes; lists of three hold one value for each stage."""
+
+    train_rows: int
+    test_rows_per_task: int
+    calibration_rows: int
+    batch_size: int
+    align_steps: tuple[int, int, int]
+    align_learning_rate: float
+    stage_steps: tuple[int, int, int]
+    stage_learning_rates: tuple[float, float, float]
+
+
+QUICK = Schedule(
+    train_rows=3000,
+    test_rows_per_task=100,
+    calibration_rows=64,
+    batch_size=32,
+    align_steps=(150, 0, 0),
+    align_learning_rate=2e-3,
+    stage_steps=(100, 200, 50),
+    stage_learning_rates=(1e-3, 1e-3, 3e-4),
+)
+FULL = replace(
+    QUICK,
+    train_rows=20000,
+    test_rows_per_task=500,
+    align_steps=(1000, 0, 0),
+    stage_steps=(2000, 4000, 1000),
+)
+
+
+class Way:
+    """
+    The parts of the way, each run once; `progress.json` remembers which are finished and how long they took.
+
+    Args:
+        output (`Path`): folder of the run.
+        settings (`dict`): what the run was asked for; a folder of other settings is refused.
+    """
+
+    def __init__(self, output: Path, settings: dict[str, Any]):
+        self.file = output / "progress.json"
+        self.seconds: dict[str, float] = {}
+        self.finished: list[str] = []
+        if self.file.exists():
+            saved = json.loads(self.file.read_text())
+            if saved["settings"] != json.loads(json.dumps(settings)):
+                raise ValueError(f"{output} holds a run of other settings: choose another --output or add --overwrite")
+            self.seconds, self.finished = saved["seconds"], saved["finished"]
+        self.settings = settings
+        output.mkdir(parents=True, exist_ok=True)
+        self._save()
+
+    def run(self, part: str, work: Callable[[], Any]) -> None:
+        if part in self.finished:
+            print(f"\n== {part}: finished before, {self.seconds[part]:.0f} s")
+            return
+        print(f"\n== {part}", flush=True)
+        start = time.perf_counter()
+        try:
+            work()
+            self.finished.append(part)
+        finally:
+            self.seconds[part] = round(self.seconds.get(part, 0.0) + time.perf_counter() - start, 1)
+            self._save()
+
+    def _save(self) -> None:
+        state = {"settings": self.settings, "finished": self.finished, "seconds": self.seconds}
+        partial = self.file.with_suffix(".partial")
+        partial.write_text(json.dumps(state, indent=2) + "\n")
+        os.replace(partial, self.file)
+
+
+def command(name: str, main: Callable, *arguments) -> Callable[[], None]:
+    """A command line of this package as a part of the way: shows what one would type, then does it."""
+    words = [
+        str(word) for argument in arguments for word in (argument if isinstance(argument, tuple) else (argument,))
+    ]
+
+    def work() -> None:
+        print(f"$ {name} {shlex.join(words)}\n", flush=True)
+        if code := main(words):
+            sys.exit(code)
+
+    return work
+
+
+def walk(output: Path, teacher: str, schedule: Schedule) -> dict[str, Any]:
+    """Goes the whole way and returns what `results.json` holds."""
+    way = Way(output, {"teacher": teacher, **asdict(schedule)})
+    data, init, student, scores = (output / name for name in ("data", "init", "student", "retention.json"))
+    way.run("data", lambda: make_data(data, schedule.train_rows, schedule.test_rows_per_task))
+    way.run(
+        "convert",
+        command(
+            "linmu-convert", conversion.main,
+            "--teacher", teacher, "--output", init, "--overwrite",
+            "--calibrate", data, "--calibrate-samples", schedule.calibration_rows,
+        ),
+    )  # fmt: skip
+    way.run(
+        "distil",
+        command(
+            "linmu-distill", distillation.main,
+            "--model", init, "--teacher", teacher, "--dataset", data, "--output_dir", student,
+            "--per_device_train_batch_size", schedule.batch_size, "--logging_steps", LOGGING_STEPS,
+            "--align_steps", schedule.align_steps, "--align_learning_rate", schedule.align_learning_rate,
+            "--stage_steps", schedule.stage_steps, "--stage_learning_rates", schedule.stage_learning_rates,
+        ),
+    )  # fmt: skip
+    stages = [student / name for name in STAGES if (student / name).is_dir()]
+    models = [word for folder in (init, *stages) for word in ("--model", folder)]
+    way.run(
+        "evaluate",
+        command("linmu-eval", evaluation.main, *models, "--teacher", teacher, "--dataset", data, "--json", scores),
+    )
+    way.run("pictures", lambda: draw_pictures(output, student, data))
+
+    results = json.loads(scores.read_text())
+    return {
+        "models": results["models"],
+        "rows": results["rows"],
+        "seconds": way.seconds | {"total": round(sum(way.seconds.values()), 1)},
+        "settings": way.settings,
+        "versions": results["versions"] | {"python": platform.python_version()},
+        "machine": {
+            "cores": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "cuda": torch.cuda.is_available(),
+        },
+    }
+
+
+def draw_pictures(output: Path, student: Path, data: Path) -> None:
+    """`curves.png`, and `answers.png`: held-out images with the student's answers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from transformers import pipeline
+
+    shutil.copyfile(student / "loss_curves.png", output / "curves.png")
+    rows = list(load_rows(str(data), limit=PICTURES_PER_TASK))
+    rows = [row for task in PICTURED_TASKS for row in rows if row["task"] == task]
+    ask = pipeline("image-text-to-text", model=str(student))
+    conversations = []
+    for row in rows:
+        question = row["messages"][0]["content"][-1]["text"]
+        content = [{"type": "image", "image": row["images"][0]}, {"type": "text", "text": question}]
+        conversations.append([{"role": "user", "content": content}])
+    answers = [
+        ask(text=chat, return_full_text=False, max_new_tokens=16)[0]["generated_text"] for chat in conversations
+    ]
+
+    columns = len(rows) // PICTURES_PER_TASK
+    figure, axes = plt.subplots(PICTURES_PER_TASK, columns, figsize=(3 * columns, 3.4 * PICTURES_PER_TASK))
+    for axis, row, answer, right in zip(axes.T.flat, rows, answers, correct_answers(rows, answers)):
+        question, truth = row["messages"][0]["content"][-1]["text"], row["messages"][-1]["content"][0]["text"]
+        axis.imshow(row["images"][0], interpolation="nearest")
+        axis.axis("off")
+        verdict = answer if right else f"{answer[:24]} (it is {truth})"
+        axis.set_title(f"{question}\n{verdict}", color="green" if right else "firebrick", fontsize=10)
+        print(f"{question:24} {verdict}")
+    figure.tight_layout()
+    figure.savefig(output / "answers.png", dpi=110)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--full", action="store_true", help="the long schedule")
+    parser.add_argument("--teacher", default=str(TEACHER), help="a Qwen2.5-VL that knows the testbed's tasks")
+    parser.add_argument("--overwrite", action="store_true", help="delete an earlier run in --output")
+    arguments = parser.parse_args(argv)
+    if not Path(arguments.teacher).is_dir():
+        sys.exit(
+            f"quickstart: error: there is no teacher in {arguments.teacher}; linmu_hf.testbed.train_teacher trains one"
+        )
+    if arguments.overwrite and (arguments.output / "progress.json").exists():
+        shutil.rmtree(arguments.output)
+    logging.disable_progress_bar()  # of loading and saving weights; ours stay
+    try:
+        results = walk(arguments.output, arguments.teacher, FULL if arguments.full else QUICK)
+    except ValueError as error:
+        sys.exit(f"quickstart: error: {error}")
+    file = arguments.output / "results.json"
+    file.write_text(json.dumps(results, indent=2) + "\n")
+
+    print(f"\nAccuracy on {results['rows']} held-out rows, percent, with 95% intervals\n")
+    print(format_table(results["models"]))
+    print("\n" + ", ".join(f"{part} {seconds:.0f} s" for part, seconds in results["seconds"].items()))
+    for name, meaning in (
+        ("results.json", "all of this as JSON"),
+        ("curves.png", "losses and errors over the steps"),
+        ("answers.png", "held-out images with the student's answers"),
+        ("student", f'the model: linmu-chat --model {arguments.output / "student"} --image FILE "row 1 column 2?"'),
+    ):
+        print(f"{arguments.output / name!s:32} {meaning}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The testbed's data: held-out digits, reproducible rows, answers that follow from what is shown."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from linmu_hf.testbed.data import (
+    COLOURS,
+    QUESTIONS_PER_ROW,
+    SCENE_OF_TASK,
+    TASKS,
+    evaluation_rows,
+    evaluation_scenes,
+    split_indices,
+    training_rows,
+    training_scenes,
+)
+
+
+def answer_from_labels(scene, question):
+    numbers = [int(n) for n in re.findall(r"\d+", question)]
+    source_labels = np.where(scene.sources >= 0, load_digits().target[scene.sources], -1)
+    assert np.array_equal(source_labels, scene.digits)
+    if "row" in question:
+        row, column = numbers
+        return source_labels[0, row - 1 + question.startswith("below"), column - 1]
+    if question.startswith("how many"):
+        return (scene.colours == list(COLOURS).index(question.split()[-1].rstrip("?"))).sum()
+    moments = [int(np.argwhere((source_labels == n).any((1, 2))).item()) for n in numbers]
+    return moments[0] + 1 if question.startswith("when") else numbers[int(np.argmin(moments))]
+
+
+def test_train_and_test_digits_are_disjoint_and_complete():
+    train, test = split_indices("train"), split_indices("test")
+    assert not set(train) & set(test)
+    assert len(train) + len(test) == len(load_digits().target)
+    assert np.bincount(load_digits().target[test]).tolist() == [40] * 10
+
+
+def test_scenes_use_the_digits_of_their_split_alone():
+    for scene, _ in training_scenes(0, 50):
+        assert set(scene.sources[scene.sources >= 0]) <= set(split_indices("train"))
+    for task in TASKS:
+        for scene, _ in evaluation_scenes(task, 5):
+            assert set(scene.sources[scene.sources >= 0]) <= set(split_indices("test"))
+
+
+def test_training_answers_follow_from_the_labels():
+    for scene, turns in training_scenes(1, 60):
+        assert len(turns) == QUESTIONS_PER_ROW
+        for question, answer in turns:
+            assert int(answer) == answer_from_labels(scene, question), question
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_evaluation_answers_follow_from_the_labels(task):
+    for scene, (question, answer) in evaluation_scenes(task, 30):
+        assert scene.kind == SCENE_OF_TASK[task]
+        assert int(answer) == answer_from_labels(scene, question), question
+
+
+def test_rows_are_reproducible_and_depend_on_their_seed():
+    def pixels(rows):
+        pictures = [[*row["images"], *itertools.chain.from_iterable(row["videos"])] for row in rows]
+        return [[np.asarray(frame).tobytes() for frame in frames] for frames in pictures]
+
+    once, again, other = (list(training_rows(seed, 12)) for seed in (3, 3, 4))
+    assert [row["messages"] for row in once] == [row["messages"] for row in again]
+    assert pixels(once) == pixels(again) != pixels(other)
+    # row i does not depend on how many are asked for
+    assert pixels(training_rows(3, 5)) == pixels(once)[:5]
+    assert pixels(evaluation_rows("when", 3)) == pixels(evaluation_rows("when", 3))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_evaluation_rows_have_one_question_and_the_test_size(task):
+    row = next(evaluation_rows(task, 1))
+    assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+    assert row["task"] == task
+    if SCENE_OF_TASK[task] == "clip":
+        assert len(row["videos"][0]) == 16
+        assert row["videos"][0][0].size == (48, 48)
+    else:
+        assert row["images"][0].size == ((128, 128) if task == "large" else (64, 64))
+
+
+def test_counts_are_spread_over_many_values():
+    answers = [int(answer) for _, (_, answer) in evaluation_scenes("count", 400)]
+    assert np.bincount(answers).max() < 0.3 * len(answers)
+    assert len(set(answers)) >= 12
+
+
+def test_an_unknown_task_is_refused():
+    with pytest.raises(ValueError, match="'cells' must be one of"):
+        next(evaluation_rows("cells", 1))
