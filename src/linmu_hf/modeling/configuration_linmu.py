@@ -105,7 +105,7 @@ class LinMUTextConfig(PreTrainedConfig):
     conv_kernel: int = 4
     conv_activation: str | None = None
     timescale_init: str = "log_spaced"
-    timescale_range: list[float] | tuple[float, ...] = (4.0, 4096.0)
+    timescale_range: list[int | float] | tuple[int | float, ...] = (4.0, 4096.0)
     window_size: list[int] | tuple[int, ...] = (16, 4, 4)
     image_window_size: list[int] | tuple[int, ...] = (1, 16, 16)
     window_wrap: bool = False

@@ -139,7 +139,10 @@ def causal_conv(xbc, weight, segments, tail=None):
     if tail is not None:
         padded = padded.index_copy(0, heads.flatten(), tail.flatten(0, 1).to(padded.dtype))
     n_out = len(padded) - halo
-    y = sum(padded[tap : tap + n_out] * weight[tap].to(padded.dtype) for tap in range(halo + 1))
+    taps = weight.to(padded.dtype)
+    y = padded[:n_out] * taps[0]
+    for tap in range(1, halo + 1):
+        y = torch.addcmul(y, padded[tap : tap + n_out], taps[tap])
     return y[places - halo], padded[heads + lengths[:, None]]
 
 
