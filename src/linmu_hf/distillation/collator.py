@@ -69,9 +69,9 @@ class DistillCollator:
     """
     Pads token fields on the right, concatenates pixels and grids.
 
-    The batch holds the rows in order and behind them, if `pseudo` is set, the rows whose teacher-decoded answers differ
-    from the true ones. `labels` [b, t] are the true answers (-100 in the rows behind), `pseudo_labels` [b, t] the
-    teacher's (the same tensor's rows where both agree), so that one forward pass serves all losses.
+    The batch holds the rows in order and behind them, if `pseudo` is set, once more those for which the teacher's
+    answers differ from the true ones. `labels` [b, t] are the true answers (-100 in the rows behind), `pseudo_labels`
+    [b, t] the teacher's: rows on which both agree serve both losses in one pass.
 
     Args:
         pad_token_id (`int`): id to pad `input_ids` with.

@@ -11,8 +11,8 @@ def add_lora(model: nn.Module, r: int, alpha: float) -> None:
     """
     Puts adapters of rank `r` on gate, up and down projection of every decoder layer, in place.
 
-    Every other parameter is frozen by this; [`set_trainable`] says afterwards what trains. The model stays the ordinary
-    Transformers model that it is: there is no `PeftModel` around it, which would freeze and then not save M-MATE.
+    Every other parameter is frozen by this; [`set_trainable`] says afterwards what trains. There is no `PeftModel`
+    around the model: that would freeze M-MATE, and not save it once unfrozen.
     """
     inject_adapter_in_model(LoraConfig(r=r, lora_alpha=alpha, target_modules=LORA_TARGETS), model)
 

@@ -2,7 +2,7 @@
 The distillation losses.
 
     code                              paper
-    student_outputs, teacher_outputs  h^S, h^T   mixer outputs before the residual sum, one [b, t, d] per replaced layer
+    student_outputs, teacher_outputs  h^S, h^T   mixer outputs before the residual sum, [b, t, d] per replaced layer
     student_hidden, teacher_hidden    -          states in front of the `lm_head` at counted positions, [n, d]
     temperature                       tau
     num_tokens                        N          real tokens of the global batch
@@ -44,8 +44,8 @@ def squared_errors(
         attention_mask (`Tensor`): [b, t], zero at padding.
 
     Returns:
-        `tuple[Tensor, Tensor]`: errors and energies, both [l] in fp32. Their ratio is the layer's relative error: 1 for
-        a student that outputs zeros.
+        `tuple[Tensor, Tensor]`: errors and energies, both [l] in fp32. Their ratio is the layer's relative error: 1
+        for a student that outputs zeros.
     """
     mask = attention_mask.float()
     errors, energies = [], []

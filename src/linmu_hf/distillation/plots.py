@@ -17,25 +17,20 @@ def plot_training_log(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
         rows (`Sequence[dict]`): rows of `training_log.jsonl`, in order.
         path (`str` or `Path`): where the picture goes.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
     rows = [row for row in rows if "loss" in row]
     starts = _stage_starts(rows)
-    keys = [*TERMS, "relative_error"]
-    layers = sorted(
-        {key for row in rows for key in row if key.startswith(LAYER_PREFIX)}, key=lambda k: int(k[len(LAYER_PREFIX) :])
-    )
-    figure, (losses, errors) = plt.subplots(2, 1, figsize=(9, 7), sharex=True, layout="constrained")
-    for key in keys[:-1]:
-        _draw(losses, rows, starts, key, label=TERMS[key])
-    for index, key in enumerate(layers):
-        colour = plt.get_cmap("viridis")(index / max(len(layers) - 1, 1))
-        _draw(
-            errors, rows, starts, key, label=f"layer {key[len(LAYER_PREFIX) :]}", color=colour, alpha=0.7, linewidth=1
-        )
+    layers = {int(key.removeprefix(LAYER_PREFIX)) for row in rows for key in row if key.startswith(LAYER_PREFIX)}
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    losses, errors = figure.subplots(2, 1, sharex=True)
+    for key, label in TERMS.items():
+        _draw(losses, rows, starts, key, label=label)
+    for layer in sorted(layers):
+        colour = colormaps["viridis"](layer / max(*layers, 1))
+        style = {"label": f"layer {layer}", "color": colour, "alpha": 0.7, "linewidth": 1}
+        _draw(errors, rows, starts, f"{LAYER_PREFIX}{layer}", **style)
     _draw(errors, rows, starts, "relative_error", label="mean", color="black")
     for axes, title in ((losses, "loss terms"), (errors, "squared error of the mixers, relative to the teacher")):
         axes.set_yscale("log")
@@ -43,19 +38,12 @@ def plot_training_log(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
         axes.grid(alpha=0.3)
         for stage, start in starts.items():
             axes.axvline(start, color="grey", linestyle=":", linewidth=1)
-            axes.annotate(
-                stage,
-                (start, 1),
-                xycoords=("data", "axes fraction"),
-                xytext=(3, -10),
-                textcoords="offset points",
-                fontsize=8,
-            )
+            place = {"xycoords": ("data", "axes fraction"), "xytext": (3, -10), "textcoords": "offset points"}
+            axes.annotate(stage, (start, 1), fontsize=8, **place)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7, ncols=2, loc="lower left")
     errors.set_xlabel("optimizer step")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _stage_starts(rows) -> dict[str, int]:

@@ -61,12 +61,11 @@ def decode_pseudo_targets(
 
 def _decode(teacher, processor, rows: list[dict], max_new_tokens: int) -> list[Messages]:
     rows = [{**row, "messages": [dict(message) for message in row["messages"]]} for row in rows]
-    pending = {index: 0 for index in range(len(rows))}  # row -> first turn that is not decoded yet
+    pending = dict.fromkeys(range(len(rows)), 0)  # row -> first turn that is not decoded yet
     while pending:
         deviating = {}
-        for index, turns in zip(
-            pending, _deviating_turns(teacher, processor, [rows[i] for i in pending]), strict=True
-        ):
+        found = _deviating_turns(teacher, processor, [rows[index] for index in pending])
+        for index, turns in zip(pending, found, strict=True):
             turn = next((turn for turn in turns if turn >= pending[index]), None)
             if turn is not None:
                 deviating[index] = turn
@@ -121,10 +120,8 @@ def _cut_behind_turn(row: dict, turn: int) -> dict:
     """The row up to and with its assistant turn number `turn`, and the images and videos of that part only."""
     messages = row["messages"][: _assistant_turns(row["messages"])[turn] + 1]
     parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
-    media = {
-        column: (row.get(column) or [])[: sum(part["type"] == kind for part in parts)]
-        for kind, column in MEDIA.items()
-    }
+    kinds = [part["type"] for part in parts]
+    media = {column: (row.get(column) or [])[: kinds.count(kind)] for kind, column in MEDIA.items()}
     return {**row, "messages": messages, **media}
 
 

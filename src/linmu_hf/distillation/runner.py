@@ -56,9 +56,9 @@ def distill(
     Distils `teacher` into `student`, stage by stage (Algorithm 2).
 
     Every stage leaves `output_dir/<stage>`, a folder that `from_pretrained` opens, processor included; `output_dir`
-    itself becomes the last one, with `training_log.jsonl` and `loss_curves.png`. Called again after it was killed, with
-    the same arguments, it skips finished stages and resumes the running one at its last checkpoint, with the result
-    that it would have had.
+    itself becomes the last one, with `training_log.jsonl` and `loss_curves.png`. Called again after it was killed,
+    with the same arguments, it skips finished stages and resumes the running one at its last checkpoint, with the
+    result that it would have had.
 
     Args:
         config (`DistillConfig`): the arguments.
@@ -106,7 +106,7 @@ def _run_stage(config, stage: Stage, student, teacher, dataset, processor, out: 
     if stage.lora_r:
         add_lora(student, stage.lora_r, config.lora_alpha)
     names = set_trainable(student, stage)
-    dtypes = _train_in_fp32(student, args)
+    dtypes = _train_in_fp32(student)
     # The Trainer writes its own choice into the config, which the stage's folder would keep.
     use_cache = student.config.__dict__.get("use_cache")
     trainer = DistillTrainer(
@@ -158,13 +158,9 @@ def _stage_arguments(config: DistillConfig, stage: Stage, running: Path) -> Dist
     return args
 
 
-def _train_in_fp32(student: nn.Module, args: DistillConfig) -> dict[str, torch.dtype]:
+def _train_in_fp32(student: nn.Module) -> dict[str, torch.dtype]:
     """Turns half-precision parameters that train into fp32, for small updates count; returns what they were."""
     dtypes = {name: p.dtype for name, p in student.named_parameters() if p.requires_grad and p.dtype.itemsize < 4}
-    if dtypes and not (args.bf16 or args.fp16):
-        raise ValueError(
-            f"the student is in {next(iter(dtypes.values()))}: load it in float32, or train in mixed precision with bf16"
-        )
     for name, parameter in student.named_parameters():
         if name in dtypes:
             parameter.data = parameter.data.float()
@@ -192,12 +188,10 @@ def _check_inputs(config, student, dataset, processor, stages) -> None:
         raise ValueError("the dataset has no rows")
     check_dataset(dataset)
     EncodedDataset(processor, dataset)[0]  # the template, the processor and the labels fit together
+    if student.dtype.itemsize < 4 and not (config.bf16 or config.fp16):
+        raise ValueError(f"the student is in {student.dtype}: load it in float32, or train in mixed precision (bf16)")
     if not any(layer.is_m_mate for layer in student.model.language_model.layers):
         raise ValueError("the student has no M-MATE layer to train: convert the teacher with `linmu-convert` first")
-    if student.dtype.itemsize < 4 and not (config.bf16 or config.fp16):
-        raise ValueError(
-            f"the student is in {student.dtype}: load it in float32, or train in mixed precision with bf16"
-        )
     reached = config.per_device_train_batch_size * config.gradient_accumulation_steps
     if config.dataloader_drop_last and len(dataset) < reached:
         raise ValueError(f"{len(dataset)} rows do not fill one batch of {reached}: lower per_device_train_batch_size")
@@ -229,10 +223,8 @@ def _prepare_output(out: Path, settings: dict[str, Any], overwrite: bool) -> Non
         for name in names:
             for folder in (out / name, out / f"{name}.running", out / f"{name}.partial"):
                 shutil.rmtree(folder, ignore_errors=True)
-        for path in (
-            *out.glob("*.safetensors"),
-            *(out / n for n in ("config.json", LOG, CURVES, PSEUDO_TARGETS, SETTINGS)),
-        ):
+        written = ("config.json", LOG, CURVES, PSEUDO_TARGETS, SETTINGS)
+        for path in (*out.glob("*.safetensors"), *(out / name for name in written)):
             path.unlink(missing_ok=True)
     if file.exists():
         differing = _differences(json.loads(file.read_text()), settings)
@@ -291,7 +283,7 @@ def _without_media(dataset):
 
 
 def _last_checkpoint(running: Path) -> str | None:
-    """The newest complete checkpoint; the Trainer writes its state last, so a checkpoint without it is half written."""
+    """The newest complete checkpoint: the Trainer writes its state last, so one without it is half written."""
     numbered = {int(path.name.split("-")[1]): path for path in running.glob("checkpoint-*")}
     for _, path in sorted(numbered.items(), reverse=True):
         try:

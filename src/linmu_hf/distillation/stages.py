@@ -64,8 +64,8 @@ class Stage:
             raise ValueError(f"{self.name}: hidden_input={self.hidden_input!r} must be 'student' or 'teacher'")
         if self.hidden_input == "teacher" and (self.hid == 0 or self.tok or self.seq or self.sup or self.lora_r):
             raise ValueError(
-                f"{self.name}: hidden_input='teacher' runs the mixers alone, so it trains neither LoRA nor any loss but "
-                "`hid`: set tok=seq=sup=0, lora_r=0 and hid > 0, or use hidden_input='student'"
+                f"{self.name}: hidden_input='teacher' runs the mixers alone, so it trains neither LoRA nor any loss "
+                "but `hid`: set tok=seq=sup=0, lora_r=0 and hid > 0, or use hidden_input='student'"
             )
 
 

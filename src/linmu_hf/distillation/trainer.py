@@ -31,7 +31,7 @@ class DistillTrainer(Trainer):
             The student, with LoRA in place and [`set_trainable`] done; see [`distill`] for the whole way.
         teacher (`LinMUForConditionalGeneration`):
             The teacher, as [`load_teacher`] gives it; it is frozen and put into evaluation mode.
-        args (`DistillConfig`): arguments of this stage (`output_dir`, `max_steps` and `learning_rate` are the stage's).
+        args (`DistillConfig`): its arguments, `max_steps` and `learning_rate` those of the stage.
         stage (`Stage`): the losses.
         train_dataset (`EncodedDataset`): the rows.
         kwargs: passed on to [`~transformers.Trainer`].
@@ -63,19 +63,14 @@ class DistillTrainer(Trainer):
             self.add_callback(StageProgress(stage.name))
 
     def _check_teacher(self) -> None:
-        student, teacher = self.student.config.text_config, self.teacher.config.text_config
-        for name in ("num_hidden_layers", "hidden_size"):
-            if getattr(student, name) != getattr(teacher, name) and (
-                self.stage.hid or self.stage.hidden_input == "teacher"
-            ):
+        configs = self.student.config.text_config, self.teacher.config.text_config
+        for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
+            student, teacher = (getattr(config, name) for config in configs)
+            if student != teacher:
                 raise ValueError(
-                    f"{name} is {getattr(student, name)} in the student and {getattr(teacher, name)} in the teacher: the "
-                    "hidden loss compares layer by layer. Take the student's own teacher, or set lambda_hid=0"
+                    f"{name} is {student} in the student and {teacher} in the teacher: take the teacher that the "
+                    "student was converted from"
                 )
-        if student.vocab_size != teacher.vocab_size:
-            raise ValueError(
-                f"vocab_size is {student.vocab_size} in the student and {teacher.vocab_size} in the teacher"
-            )
 
     # ---- Losses
 
@@ -94,7 +89,7 @@ class DistillTrainer(Trainer):
         weights = {key: getattr(self.stage, key) for key in ("hid", "tok", "seq", "sup")}
         loss = sum(weight * losses[key] for key, weight in weights.items() if weight)
         if not torch.isfinite(loss):
-            terms = ", ".join(f"{key} {float(losses[key]):.4g}" for key, weight in weights.items() if weight)
+            terms = ", ".join(f"{key} {losses[key].item():.4g}" for key, weight in weights.items() if weight)
             raise FloatingPointError(
                 f"{self.stage.name}: the loss of step {self.state.global_step + 1} is not finite ({terms}). Lower the "
                 f"stage's learning rate ({self.stage.learning_rate}), warm up longer, or lower max_grad_norm "
@@ -107,10 +102,8 @@ class DistillTrainer(Trainer):
         num_tokens, num_answers, num_pseudo = counts
         labels, pseudo_labels = inputs.pop("labels"), inputs.pop("pseudo_labels", None)
         mask = inputs["attention_mask"]
-        logs_errors = (
-            (self.state.global_step + 1) % self.state.logging_steps == 0 if self.state.logging_steps else False
-        )
-        compares = stage.hid > 0 or (logs_errors and self._comparable())
+        logs_errors = bool(self.state.logging_steps) and (self.state.global_step + 1) % self.state.logging_steps == 0
+        compares = stage.hid > 0 or logs_errors
 
         with torch.no_grad():
             inputs["position_ids"], inputs["vision_layout"] = student.model.get_positions(**inputs)
@@ -160,10 +153,6 @@ class DistillTrainer(Trainer):
             )
         self._add(**losses)
         return losses
-
-    def _comparable(self) -> bool:
-        student, teacher = self.student.config.text_config, self.teacher.config.text_config
-        return (student.num_hidden_layers, student.hidden_size) == (teacher.num_hidden_layers, teacher.hidden_size)
 
     def _get_num_items_in_batch(self, batch_samples, device):
         return self._count(batch_samples).to(device)

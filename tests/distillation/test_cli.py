@@ -1,0 +1,80 @@
+import json
+
+import pytest
+from datasets import Dataset, DatasetDict, Features, Image, List, Value
+
+from linmu_hf.distillation.cli import main
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, rows, processor, make_student, make_teacher):
+    root = tmp_path_factory.mktemp("cli")
+    for name, model in (("student", make_student()), ("teacher", make_teacher())):
+        model.save_pretrained(root / name)
+        processor.save_pretrained(root / name)
+    part = {"type": Value("string"), "text": Value("string")}
+    features = Features(
+        {
+            "messages": List({"role": Value("string"), "content": List(part)}),
+            "images": List(Image()),
+            "videos": List(List(Image())),
+        }
+    )
+    dataset = Dataset.from_list(rows, features=features)
+    DatasetDict({"train": dataset}).save_to_disk(root / "data")
+    return root
+
+
+def command(root, out, **changes):
+    values = {
+        "model": root / "student",
+        "teacher": root / "teacher",
+        "dataset": root / "data",
+        "output_dir": out,
+        "stage_steps": "1 1 1",
+        "per_device_train_batch_size": 2,
+        "max_completion_length": 2,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    } | changes
+    return [part for name, value in values.items() for part in (f"--{name}", *str(value).split())]
+
+
+def test_command_runs_all_stages(folders, tmp_path):
+    report = tmp_path / "report.json"
+    assert main(command(folders, tmp_path / "out", json=report)) == 0
+    assert (tmp_path / "out" / "config.json").exists()
+    stages = json.loads(report.read_text())["stages"]
+    assert list(stages) == ["stage-1", "stage-2", "stage-3"]
+    assert "loss_hid" in stages["stage-1"] and "loss_seq" in stages["stage-3"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "/nowhere/model"}, "/nowhere/model is not a folder"),
+        ({"teacher": "/nowhere/teacher"}, "/nowhere/teacher"),
+        ({"dataset": "/nowhere/data"}, "/nowhere/data"),
+        ({"dataset_train_split": "dev"}, "has no split 'dev'"),
+        ({"stage_steps": "1 1"}, "stage_steps=[1, 1] must have 3 entries"),
+        ({"json": "/nowhere/report.json"}, "its folder does not exist"),
+    ],
+)
+def test_one_line_for_each_error(folders, tmp_path, capsys, changes, message):
+    assert main(command(folders, tmp_path / "out", **changes)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("linmu-distill: error: ") and message in error
+    assert not (tmp_path / "out" / "distillation.json").exists()
+
+
+def test_teacher_must_be_named(folders, tmp_path, capsys):
+    arguments = command(folders, tmp_path / "out")
+    place = arguments.index("--teacher")
+    assert main(arguments[:place] + arguments[place + 2 :]) == 2
+    assert "no teacher: give --teacher" in capsys.readouterr().err
+
+
+def test_unknown_flags_exit_with_2(folders, tmp_path):
+    with pytest.raises((SystemExit, ValueError)) as error:
+        main([*command(folders, tmp_path / "out"), "--stepz", "3"])
+    assert getattr(error.value, "code", 2) == 2

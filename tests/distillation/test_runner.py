@@ -1,0 +1,220 @@
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from linmu_hf.distillation import DistillConfig, distill
+from linmu_hf.distillation import runner as runner_module
+from linmu_hf.distillation.trainer import DistillTrainer
+
+
+STAGES = ["stage-1-align", "stage-1", "stage-2", "stage-3"]
+ARGUMENTS = {
+    "stage_steps": [5, 3, 5],
+    "align_steps": [3, 0, 0],
+    "stage_learning_rates": [3e-3, 3e-3, 1e-3],
+    "per_device_train_batch_size": 4,
+    "max_completion_length": 4,
+    "save_steps": 2,
+    "logging_steps": 2,
+    "lora_r": 2,
+    "disable_tqdm": True,
+}
+
+
+@pytest.fixture(scope="module")
+def run(rows, processor, make_student, make_teacher):
+    """Distils a fresh student into a folder and returns it."""
+
+    def run(folder, rows=rows, **changes):
+        student = make_student()
+        config = DistillConfig(output_dir=str(folder), use_cpu=True, **ARGUMENTS | changes)
+        distill(config, student, make_teacher(), rows, processor)
+        return student
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(run, tmp_path_factory):
+    """An uninterrupted run: its folder and its student in memory."""
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    return folder, run(folder)
+
+
+def assert_same_weights(one, other):
+    one, other = (model.state_dict() for model in (one, other))
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(
+            value, other[name], rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def load(folder):
+    return AutoModelForImageTextToText.from_pretrained(folder)
+
+
+def test_every_stage_leaves_a_loadable_folder(finished, processor, make_student):
+    folder, student = finished
+    previous = make_student()
+    for name in STAGES:
+        model = load(folder / name)
+        AutoProcessor.from_pretrained(folder / name)
+        changed = {n for n, v in model.state_dict().items() if not torch.equal(v, previous.state_dict()[n])}
+        kinds = {
+            "local_swin" if ".local_swin." in n else "flex" if ".mixer." in n else "ffn" if ".mlp." in n else n
+            for n in changed
+        }
+        assert kinds == {"stage-2": {"flex", "local_swin"}, "stage-3": {"flex", "local_swin", "ffn"}}.get(
+            name, {"flex"}
+        )
+        previous = model
+    assert_same_weights(load(folder), student)
+    assert_same_weights(load(folder / "stage-3"), student)
+    assert not [path for path in folder.iterdir() if path.suffix in (".running", ".partial")]
+    assert json.loads((folder / "config.json").read_text()) == json.loads((folder / "stage-3/config.json").read_text())
+
+
+def test_folders_keep_the_students_configuration(finished, make_student, tmp_path):
+    folder, student = finished
+    make_student().save_pretrained(tmp_path)
+    before, after = (json.loads((path / "config.json").read_text()) for path in (tmp_path, folder))
+    assert before == after
+    assert not hasattr(student, "peft_config") and not student.training
+
+
+def test_log_and_curves(finished):
+    folder, _ = finished
+    log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    assert list(dict.fromkeys(row["stage"] for row in log)) == STAGES
+    terms = {name: set() for name in STAGES}
+    for row in log:
+        terms[row["stage"]] |= {key for key in row if key.startswith("loss_")}
+    assert terms == {
+        "stage-1-align": {"loss_hid"},
+        "stage-1": {"loss_hid", "loss_tok"},
+        "stage-2": {"loss_hid", "loss_tok"},
+        "stage-3": {"loss_tok", "loss_seq", "loss_sup"},
+    }
+    assert (folder / "loss_curves.png").stat().st_size > 10_000
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at(monkeypatch, owner, name, call):
+    """Makes the `call`-th call of `owner.name` die."""
+    original, calls = getattr(owner, name), []
+
+    def dying(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise Killed
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, dying)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "done"),
+    [
+        (DistillTrainer, "compute_loss", 3, 0),  # aligning
+        (DistillTrainer, "compute_loss", 3 + 4, 1),  # stage 1
+        (DistillTrainer, "compute_loss", 3 + 5 + 3, 2),  # stage 2
+        (DistillTrainer, "compute_loss", 3 + 5 + 3 + 4, 3),  # stage 3, with adapters
+        (DistillTrainer, "compute_loss", 3 + 5 + 3 + 1, 3),  # before its first checkpoint
+        (DistillTrainer, "_save_rng_state", 4, 1),  # half a checkpoint in stage 1, one whole before it
+        (runner_module.os, "replace", 2, 0),  # with stage-1-align written but not in place
+        (runner_module, "plot_training_log", 1, 4),  # with all stages done
+    ],
+)
+def test_a_killed_run_continues_with_the_same_result(finished, run, tmp_path, monkeypatch, owner, name, call, done):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        kill_at(patch, owner, name, call)
+        with pytest.raises(Killed):
+            run(out)
+    assert [stage for stage in STAGES if (out / stage).exists()] == STAGES[:done]
+    with pytest.raises((OSError, ValueError)):
+        load(out)
+    trained = []
+    with monkeypatch.context() as patch:
+        compute_loss = DistillTrainer.compute_loss
+        patch.setattr(DistillTrainer, "compute_loss", lambda *a, **k: trained.append(1) or compute_loss(*a, **k))
+        student = run(out)
+    assert len(trained) <= sum((3, 5, 3, 5)[done:])
+    assert_same_weights(student, finished[1])
+    assert_same_weights(load(out), finished[1])
+    logs = [[json.loads(line) for line in (f / "training_log.jsonl").open()] for f in (out, finished[0])]
+    steps = [[(row["stage"], row["step"]) for row in log if "loss" in row] for log in logs]
+    assert steps[0] == steps[1]
+
+
+def test_a_finished_run_is_not_run_again(finished, run, monkeypatch):
+    folder, student = finished
+    monkeypatch.setattr(DistillTrainer, "train", None)
+    assert_same_weights(run(folder), student)
+
+
+def test_other_settings_are_refused_and_overwritten_on_demand(finished, run, tmp_path):
+    out = tmp_path / "out"
+    short = {"stage_steps": [2, 0, 0], "align_steps": [0, 0, 0]}
+    run(out, **short)
+    with pytest.raises(ValueError, match=r"temperature was 1.0, now 2.0; stages\.stage-1\.max_steps was 2, now 3\."):
+        run(out, **short | {"stage_steps": [3, 0, 0], "temperature": 2.0})
+    run(out, **short | {"logging_steps": 1})  # what does not change the result may differ
+    run(out, **short | {"stage_steps": [0, 2, 0], "overwrite_output_dir": True})
+    assert not (out / "stage-1").exists() and (out / "stage-2").exists()
+
+
+def test_other_rows_are_refused(run, rows, tmp_path):
+    short = {"stage_steps": [1, 0, 0], "align_steps": [0, 0, 0]}
+    run(tmp_path / "out", **short)
+    with pytest.raises(ValueError, match="dataset was"):
+        run(tmp_path / "out", rows=rows[:5], **short)
+
+
+def test_foreign_models_are_not_touched(run, make_student, tmp_path):
+    make_student().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a model that no distillation put there"):
+        run(tmp_path, overwrite_output_dir=True)
+
+
+def test_bad_rows_stop_before_training(run, rows, tmp_path):
+    bad = {**rows[4], "images": []}
+    for broken, message in (
+        ([*rows[:4], bad], "row 4 .*asks for 1 images"),
+        ([rows[0], {**rows[1], "messages": rows[1]["messages"][:1]}], "row 1 .*no assistant turn"),
+        ([{"text": "hello"}], "row 0 has no `messages`"),
+        ([], "the dataset has no rows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path / "out", rows=broken)
+    assert not (tmp_path / "out").exists()
+
+
+def test_half_precision_needs_mixed_precision(rows, processor, make_student, make_teacher, tmp_path):
+    config = DistillConfig(output_dir=str(tmp_path / "out"), use_cpu=True, **ARGUMENTS)
+    with pytest.raises(ValueError, match=r"student is in torch\.bfloat16: load it in float32"):
+        distill(config, make_student().bfloat16(), make_teacher(), rows, processor)
+
+
+def test_bf16_trains_fp32_masters(rows, processor, make_student, make_teacher, tmp_path):
+    values = ARGUMENTS | {"stage_steps": [2, 0, 1], "align_steps": [1, 0, 0], "lambda_seq": 0.0}
+    config = DistillConfig(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=True, **values)
+    seen = set()
+    student, step = make_student().bfloat16(), DistillTrainer.training_step
+
+    def spy(self, model, *args, **kwargs):
+        seen.update(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
+        return step(self, model, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DistillTrainer, "training_step", spy)
+        distill(config, student, make_teacher().bfloat16(), rows, processor)
+    assert seen == {torch.float32}
+    assert student.lm_head.weight.dtype == torch.bfloat16
+    assert student.model.language_model.layers[0].mixer.flex_ma.o_proj.weight.dtype == torch.bfloat16

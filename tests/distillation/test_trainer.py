@@ -1,0 +1,189 @@
+import copy
+
+import pytest
+import torch
+
+from linmu_hf.distillation.collator import EncodedDataset
+from linmu_hf.distillation.config import DistillConfig
+from linmu_hf.distillation.lora import add_lora
+from linmu_hf.distillation.losses import IGNORE_INDEX, hidden_loss, squared_errors
+from linmu_hf.distillation.stages import FLEX, LORA, SWIN, Stage, set_trainable
+from linmu_hf.distillation.trainer import DistillTrainer
+
+
+def stage(**changes):
+    values = {"name": "stage", "trains": (FLEX, SWIN), "max_steps": 2, "learning_rate": 1e-3, "hid": 0.5, "tok": 0.5}
+    return Stage(**values | changes)
+
+
+@pytest.fixture
+def make_trainer(tmp_path, processor, rows, make_student, make_teacher):
+    def make(stage, student=None, teacher=None, pseudo=None, **arguments):
+        values = {"per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True}
+        config = DistillConfig(output_dir=str(tmp_path), use_cpu=True, **values | arguments)
+        config.max_steps, config.learning_rate = stage.max_steps, stage.learning_rate
+        student = student or make_student()
+        if stage.lora_r:
+            add_lora(student, stage.lora_r, config.lora_alpha)
+        set_trainable(student, stage)
+        dataset = EncodedDataset(processor, rows, pseudo)
+        return DistillTrainer(student, teacher or make_teacher(), config, stage, dataset)
+
+    return make
+
+
+def batch_of(trainer, indices):
+    return trainer.data_collator([trainer.train_dataset[index] for index in indices])
+
+
+def gradients(trainer, batches):
+    """Gradients of one optimizer step over `batches` as micro-batches."""
+    trainer.model.zero_grad()
+    trainer.model.train()
+    counts = trainer._get_num_items_in_batch(batches, "cpu")
+    for batch in batches:
+        trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=counts).backward()
+    return {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def assert_same(one, other, **tolerance):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def test_loss_equals_the_naive_formulas(make_trainer, rows):
+    pseudo = [copy.deepcopy(row["messages"]) for row in rows]
+    pseudo[1][-1]["content"] = "many more"
+    weights = {"hid": 0.3, "tok": 0.5, "seq": 0.7, "sup": 0.9}
+    trainer = make_trainer(stage(**weights), pseudo=pseudo, temperature=2.0)
+    student, teacher = trainer.student.eval(), trainer.teacher
+    batch = batch_of(trainer, range(4))
+    labels, pseudo_labels = batch["labels"], batch["pseudo_labels"]
+    inputs = {key: value for key, value in batch.items() if "labels" not in key}
+    with torch.no_grad():
+        loss = trainer.compute_loss(student, dict(batch))
+        s, t = (model(**inputs, output_mixer_states=True) for model in (student, teacher))
+
+    def at(logits, targets):
+        shifted = targets[:, 1:]
+        return logits[:, :-1][shifted != IGNORE_INDEX], shifted[shifted != IGNORE_INDEX]
+
+    mask = batch["attention_mask"]
+    hid = hidden_loss(*squared_errors(s.mixer_outputs, t.mixer_outputs, mask), mask.sum())
+    (s_logits, truth), (t_logits, _) = at(s.logits, labels), at(t.logits, labels)
+    p_t, p_s = (torch.softmax(logits / 2, -1) for logits in (t_logits, s_logits))
+    tok = 4 * (p_t * (p_t.log() - p_s.log())).sum(-1).mean()
+    seq = torch.nn.functional.cross_entropy(*at(s.logits, pseudo_labels))
+    sup = torch.nn.functional.cross_entropy(s_logits, truth)
+    torch.testing.assert_close(loss, 0.3 * hid + 0.5 * tok + 0.7 * seq + 0.9 * sup, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_vision_features_are_shared_only_if_the_towers_are_equal(make_trainer, make_teacher, shared):
+    teacher = make_teacher()
+    if not shared:
+        with torch.no_grad():
+            next(teacher.model.visual.parameters()).add_(0.1)
+    trainer = make_trainer(stage(), teacher=teacher)
+    assert trainer.shares_vision == shared
+    separate = make_trainer(stage(), student=trainer.student, teacher=teacher)
+    separate.shares_vision = False
+    batch = batch_of(trainer, range(6))
+    with torch.no_grad():
+        losses = [each.compute_loss(each.model, dict(batch)) for each in (trainer, separate)]
+    torch.testing.assert_close(*losses)
+
+
+def test_gradient_accumulation_changes_nothing(make_trainer):
+    trainer = make_trainer(stage(sup=0.5))
+    whole = gradients(trainer, [batch_of(trainer, range(6))])
+    parts = gradients(trainer, [batch_of(trainer, [0]), batch_of(trainer, [1, 2]), batch_of(trainer, [3, 4, 5])])
+    assert_same(parts, whole, rtol=1e-3, atol=1e-5)
+
+
+def test_a_step_changes_what_trains_and_nothing_else(make_trainer):
+    trainer = make_trainer(stage(trains=(FLEX,)))
+    student = {name: value.clone() for name, value in trainer.student.state_dict().items()}
+    teacher = {name: value.clone() for name, value in trainer.teacher.state_dict().items()}
+    trainer.train()
+    changed = {name for name, value in trainer.student.state_dict().items() if not torch.equal(value, student[name])}
+    assert changed and all(".mixer." in name and ".local_swin." not in name for name in changed)
+    assert all(torch.equal(value, teacher[name]) for name, value in trainer.teacher.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in trainer.teacher.parameters())
+    assert not trainer.teacher.training
+
+
+def test_teacher_fed_mixers_alone_get_gradients(make_trainer):
+    trainer = make_trainer(stage(tok=0.0, hidden_input="teacher"))
+    trainer.student.requires_grad_(True)
+    found = gradients(trainer, [batch_of(trainer, range(6))])
+    assert found and all(".mixer." in name for name in found)
+    # Each block sees the teacher's input: spoiling an earlier block leaves the later ones' gradients alone.
+    with torch.no_grad():
+        trainer.student.model.language_model.layers[0].mixer.flex_ma.o_proj.weight.mul_(3)
+    spoiled = gradients(trainer, [batch_of(trainer, range(6))])
+    assert_same(*({n: g for n, g in each.items() if ".layers.2." in n} for each in (found, spoiled)))
+
+
+def test_student_fed_later_mixers_depend_on_earlier_ones(make_trainer):
+    trainer = make_trainer(stage())
+    before = gradients(trainer, [batch_of(trainer, range(6))])
+    with torch.no_grad():
+        trainer.student.model.language_model.layers[0].mixer.flex_ma.o_proj.weight.mul_(3)
+    after = gradients(trainer, [batch_of(trainer, range(6))])
+    name = "model.language_model.layers.2.mixer.flex_ma.o_proj.weight"
+    assert not torch.allclose(before[name], after[name])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_gives_the_same_gradients(make_trainer, reentrant):
+    values = stage(trains=(FLEX, SWIN, LORA), sup=0.5, lora_r=2)
+    trainer = make_trainer(values)
+    plain = gradients(trainer, [batch_of(trainer, range(4))])
+    torch.manual_seed(0)
+    kwargs = {"use_reentrant": reentrant}
+    other = make_trainer(values, activation_checkpointing=True, activation_checkpointing_kwargs=kwargs)
+    other.student.load_state_dict(trainer.student.state_dict())
+    other.student.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    checkpointed = gradients(other, [batch_of(other, range(4))])
+    assert_same(checkpointed, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_logs_every_term_and_layer(make_trainer):
+    trainer = make_trainer(stage(sup=0.25))
+    trainer.train()
+    row = trainer.state.log_history[0]
+    weighted = 0.5 * row["loss_hid"] + 0.5 * row["loss_tok"] + 0.25 * row["loss_sup"]
+    assert row["loss"] == pytest.approx(weighted, rel=1e-4)
+    layers = [row[f"relative_error_layer_{index}"] for index in range(3)]
+    assert row["relative_error"] == pytest.approx(sum(layers) / 3)
+    assert 0 <= row["agreement"] <= 1
+
+
+def test_hybrids_compare_replaced_layers_only(make_trainer, make_student):
+    trainer = make_trainer(stage(), student=make_student(keep_attention=(1,)))
+    trainer.train()
+    row = trainer.state.log_history[0]
+    assert {key for key in row if "layer_" in key} == {"relative_error_layer_0", "relative_error_layer_2"}
+
+
+def test_layer_errors_are_logged_without_the_hidden_loss(make_trainer):
+    trainer = make_trainer(stage(hid=0.0, sup=0.5), logging_steps=2)
+    trainer.train()
+    assert "relative_error" in trainer.state.log_history[0] and "loss_hid" not in trainer.state.log_history[0]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(make_trainer):
+    trainer = make_trainer(stage())
+    with torch.no_grad():
+        trainer.student.model.language_model.layers[1].mixer.flex_ma.o_proj.weight[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"stage: the loss of step 1 is not finite \(hid nan"):
+        trainer.train()
+
+
+def test_teacher_of_another_width_is_refused(make_trainer, make_teacher):
+    teacher = make_teacher()
+    teacher.config.text_config.hidden_size = 64
+    with pytest.raises(ValueError, match="hidden_size is 32 in the student and 64 in the teacher"):
+        make_trainer(stage(), teacher=teacher)
