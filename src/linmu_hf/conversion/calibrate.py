@@ -61,8 +61,8 @@ def calibrate(
     Args:
         student (`LinMUForConditionalGeneration`): The converted model.
         teacher (`LinMUForConditionalGeneration`): Its teacher, from [`load_teacher`].
-        batches (`Sequence[Mapping[str, torch.Tensor]]`): Model inputs; the last batch is held out to measure the error,
-            if there are several.
+        batches (`Sequence[Mapping[str, torch.Tensor]]`): Model inputs; if there are several, the last one is held out
+            to measure the error.
         strength (`float`, *optional*, defaults to 0.1): alpha, as a fraction of the mean eigenvalue of sum z z^T.
         max_growth (`float`, *optional*, defaults to 1.5): Largest |W| / |W_0|; alpha is raised until it holds.
         layers_at_once (`int`, *optional*): Layers fitted in one pass over the teacher, by default all. Each takes
@@ -84,7 +84,8 @@ def calibrate(
     n = layers_at_once or max(len(layers), 1)
     for first in range(0, len(layers), n):
         group = layers[first : first + n]
-        moments = {layer: _Moments() for layer in group}
+        d, width = text.layers[group[0]].mixer.flex_ma.o_proj.weight.shape
+        moments = {layer: _Moments(2 * width, d, text.embed_tokens.weight.device) for layer in group}
         for states in tqdm(_states(student, teacher, fitted), total=len(fitted), desc="calibrating"):
             for layer in group:
                 moments[layer].add(*_features(text.layers[layer].mixer, *states[layer]))
@@ -109,14 +110,14 @@ def calibrate(
 class _Moments:
     """Sums over tokens, in float64: all that a least-squares fit needs of its data."""
 
-    def __init__(self):
-        self.gram: torch.Tensor | float = 0.0  # z z^T, [2 h p, 2 h p]
-        self.cross: torch.Tensor | float = 0.0  # target z^T, [d, 2 h p]
+    def __init__(self, width: int, d: int, device: torch.device):
+        self.gram = torch.zeros(width, width, dtype=torch.float64, device=device)  # z z^T
+        self.cross = torch.zeros(d, width, dtype=torch.float64, device=device)  # target z^T
 
     def add(self, z: torch.Tensor, target: torch.Tensor) -> None:
         z, target = z.double(), target.double()
-        self.gram = self.gram + z.T @ z
-        self.cross = self.cross + target.T @ z
+        self.gram.addmm_(z.T, z)
+        self.cross.addmm_(target.T, z)
 
 
 def _states(student, teacher, batches) -> Iterator[list[tuple]]:

@@ -155,7 +155,7 @@ class OutputTensor:
 
 
 def pack_shards(tensors: Sequence[OutputTensor], max_shard_size: int) -> dict[str, list[OutputTensor]]:
-    """Splits tensors, in order, into files of at most `max_shard_size` bytes (a larger tensor has a file of its own)."""
+    """Splits tensors, in order, into files of at most `max_shard_size` bytes; a larger tensor has one of its own."""
     shards: list[list[OutputTensor]] = [[]]
     size = 0
     for tensor in tensors:

@@ -30,6 +30,7 @@ from .checkpoint import (
 from .plan import Plan, parse_dtype
 from .source import PROCESSOR_FILES, open_source
 from .teacher import build_model, load_teacher
+from .weight_map import decoder_config
 
 
 INCOMPLETE_SUFFIX = ".incomplete"
@@ -115,18 +116,17 @@ def convert(
         dry_run (`bool`, *optional*, defaults to `False`): Check and report without writing.
 
     Raises:
-        `FileNotFoundError`, `FileExistsError`, `ValueError`: Something is wrong with an argument or the teacher; always
-            before any work.
+        `FileNotFoundError`, `FileExistsError`, `ValueError`: Something is wrong with an argument or the teacher;
+            always raised before any work.
     """
     start = time.perf_counter()
     target = check_output(output, overwrite)
     max_bytes = parse_size(max_shard_size)
     dtype = parse_dtype(dtype)
     source = open_source(teacher, revision)
+    kept = keep_attention if isinstance(keep_attention, str) else tuple(keep_attention)
     try:
-        config = LinMUConfig.from_teacher(
-            source.config, keep_attention=keep_attention, preset=preset, **(mixer_options or {})
-        )
+        config = LinMUConfig.from_teacher(source.config, keep_attention=kept, preset=preset, **(mixer_options or {}))
     except StrictDataclassError as error:  # a value of the wrong type
         raise ValueError(str(error)) from error
     plan = Plan(source, config, dtype)
@@ -141,7 +141,7 @@ def convert(
         _verify(work, plan, hashes)
         _finish(work, target, plan)
 
-    layer_types = config.text_config.layer_types
+    layer_types = decoder_config(config).layer_types or []
     return ConversionReport(
         teacher=str(teacher),
         output=str(output),

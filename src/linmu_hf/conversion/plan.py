@@ -47,7 +47,8 @@ class Plan:
         self._layer: tuple[int, dict[str, torch.Tensor]] = (-1, {})
 
         origins: dict[str, str] = {}
-        self.used, self.dropped = [], []
+        self.used: list[str] = []
+        self.dropped: list[str] = []
         for key in source.tensors:
             targets = map_teacher_key(key, config)
             (self.dropped if targets is None else self.used).append(key)
@@ -87,7 +88,7 @@ class Plan:
         return tensor_chunks(self._layer[1][name].to(dtype))
 
     def fingerprint(self, shards: dict[str, list[OutputTensor]]) -> str:
-        """Changes with anything that changes the output: the teacher's files, the configuration, the files to write."""
+        """Changes with whatever changes the output: the teacher's files, the configuration, the files to write."""
         files = {tensor.file.name: tensor.file.stat() for tensor in self.source.tensors.values()}
         content = {
             "teacher": {name: (stat.st_size, stat.st_mtime_ns) for name, stat in sorted(files.items())},

@@ -89,7 +89,7 @@ def _download(path: str | Path, revision: str | None, only_config: bool = False)
     except HfHubHTTPError as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"there is no folder {path}, and the Hub gives no model of that name (revision {revision or 'main'}): {reason}"
+            f"there is no folder {path}, and no such model on the Hub (revision {revision or 'main'}): {reason}"
         ) from error
 
 

@@ -24,7 +24,7 @@ def load_teacher(
     """
     Loads a Qwen2.5-VL checkpoint as LinMU with full attention everywhere, frozen and in eval mode.
 
-    Its logits are those of `Qwen2_5_VLForConditionalGeneration`. A folder that already is a LinMU model loads as it is.
+    Its logits are those of `Qwen2_5_VLForConditionalGeneration`. A folder that is a LinMU model loads as it is.
 
     Args:
         path (`str` or `Path`): Folder, or model on the Hub.

@@ -1,12 +1,12 @@
 """Teacher tensor names to student tensor names: a table, and the one function that reads it.
 
-The table holds Eq. 4 (Flex-MA: C <- Q, B <- K, X <- V, O <- O) and Eq. 5 (Local-Swin: the teacher's own projections), so
-one teacher tensor becomes several student tensors in an `m_mate` layer. Biases go where their weights go.
+The table holds Eq. 4 (Flex-MA: C <- Q, B <- K, X <- V, O <- O) and Eq. 5 (Local-Swin: the teacher's own projections),
+so one teacher tensor becomes several student tensors in an `m_mate` layer. Biases go where their weights go.
 """
 
 import re
 
-from ..modeling.configuration_linmu import LinMUConfig
+from ..modeling.configuration_linmu import LinMUConfig, LinMUTextConfig
 
 
 # Hub names and Transformers' in-memory names, onto the student's; the first matching prefix counts.
@@ -28,7 +28,7 @@ KEPT = (
 )
 
 # The teacher's self-attention projections, onto the projections of each mixer.
-MIXERS = {
+MIXERS: dict[str, dict[str, tuple[str, ...]]] = {
     "full_attention": {
         "q_proj": ("q_proj",),
         "k_proj": ("k_proj",),
@@ -74,8 +74,9 @@ def map_teacher_key(key: str, config: LinMUConfig) -> list[str] | None:
         return None
     if projection := _PROJECTION.fullmatch(name):
         layer_prefix, layer, projection_name, kind = projection.groups()
-        if int(layer) < config.text_config.num_hidden_layers:
-            targets = MIXERS[config.text_config.layer_types[int(layer)]][projection_name]
+        layer_types = decoder_config(config).layer_types or []
+        if int(layer) < len(layer_types):
+            targets = MIXERS[layer_types[int(layer)]][projection_name]
             return [f"{layer_prefix}mixer.{target}.{kind}" for target in targets if _exists(target, config)]
     if any(re.fullmatch(pattern, name) for pattern in KEPT):
         return [name]
@@ -90,10 +91,15 @@ def is_new(name: str, config: LinMUConfig) -> bool:
     if parameter is None:
         return True
     layer, stem = parameter.groups()
-    copies = MIXERS[config.text_config.layer_types[int(layer)]].values()
-    return all(stem not in targets for targets in copies)
+    layer_types = decoder_config(config).layer_types or []
+    return all(stem not in targets for targets in MIXERS[layer_types[int(layer)]].values())
+
+
+def decoder_config(config: LinMUConfig) -> LinMUTextConfig:
+    assert isinstance(config.text_config, LinMUTextConfig)
+    return config.text_config
 
 
 def _exists(target: str, config: LinMUConfig) -> bool:
-    shared = config.text_config.share_directions and target.startswith("flex_ma.reverse_scan.")
+    shared = decoder_config(config).share_directions and target.startswith("flex_ma.reverse_scan.")
     return not shared

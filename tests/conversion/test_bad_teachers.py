@@ -1,0 +1,206 @@
+"""Everything that can be wrong with a teacher or an option: one clear error, on one line, before any work."""
+
+import json
+
+import pytest
+import torch
+from synthetic import make_teacher, rewrite
+from transformers import LlavaConfig, Qwen2Config, Qwen2ForCausalLM
+
+from linmu_hf.conversion import convert, load_teacher
+from linmu_hf.conversion.cli import main
+
+
+@pytest.fixture
+def teacher(processor, tmp_path):
+    make_teacher(tmp_path / "teacher", processor=processor)
+    return tmp_path / "teacher"
+
+
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """Asserts that function and command refuse, with the message, and leave nothing behind."""
+
+    def check(folder, message, flags=(), **options):
+        before = sorted(path.name for path in tmp_path.iterdir())
+        with pytest.raises((ValueError, OSError), match=message):
+            convert(str(folder), str(tmp_path / "out"), **options)
+        capsys.readouterr()
+        try:
+            assert main(["--teacher", str(folder), "--output", str(tmp_path / "out"), *flags]) == 2
+        except SystemExit as exit:  # argparse's own way
+            assert exit.code == 2
+        printed = capsys.readouterr().err
+        assert printed.startswith("linmu-convert: error: ") and printed.count("\n") == 1
+        assert sorted(path.name for path in tmp_path.iterdir()) == before
+        return printed
+
+    return check
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def test_missing_folder(refused, tmp_path):
+    refused(tmp_path / "nowhere", "there is no folder .*nowhere")
+
+
+def test_missing_hub_model(refused, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refused("nobody/nothing", "there is no folder nobody/nothing, and no model of that name could be downloaded")
+
+
+def test_file_instead_of_folder(refused, teacher):
+    refused(teacher / "config.json", "is a file: give the folder")
+
+
+def test_no_config(refused, teacher):
+    (teacher / "config.json").unlink()
+    refused(teacher, "has no config.json")
+
+
+def test_broken_config(refused, teacher):
+    (teacher / "config.json").write_text("{")
+    refused(teacher, "no valid JSON")
+
+
+def test_text_only_model(refused, tmp_path):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Qwen2Config(vocab_size=16, num_key_value_heads=2, **sizes)
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "text")
+    refused(tmp_path / "text", "is not a vision-language model .model_type='qwen2'.: supported teachers are")
+
+
+def test_unsupported_vlm(refused, tmp_path):
+    LlavaConfig().save_pretrained(tmp_path / "llava")
+    refused(tmp_path / "llava", "is an unsupported vision-language model .model_type='llava'.")
+
+
+def test_already_linmu(refused, teacher, tmp_path):
+    convert(str(teacher), str(tmp_path / "student"))
+    refused(tmp_path / "student", "already is a LinMU model: give the teacher")
+
+
+def test_quantized(refused, teacher):
+    change_config(teacher, quantization_config={"quant_method": "awq"})
+    refused(teacher, "is quantized .awq.")
+
+
+def test_truncated_shard(refused, teacher):
+    shard = sorted(teacher.glob("*.safetensors"))[5]
+    shard.write_bytes(shard.read_bytes()[:-10])
+    refused(teacher, f"{shard.name} is truncated")
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"\x00", b"<html>not found</html>", b"\xff" * 64, b"\x02" + b"\0" * 7 + b"[]"]
+)
+def test_corrupt_shard(refused, teacher, damage):
+    shard = sorted(teacher.glob("*.safetensors"))[-1]
+    shard.write_bytes(damage)
+    refused(teacher, f"{shard.name} is corrupt or no safetensors file")
+
+
+def test_corrupt_header(refused, teacher):
+    shard = sorted(teacher.glob("*.safetensors"))[0]
+    data = bytearray(shard.read_bytes())
+    data[20] = 0xFF
+    shard.write_bytes(data)
+    refused(teacher, f"{shard.name} is corrupt")
+
+
+def test_missing_shard(refused, teacher):
+    shard = sorted(teacher.glob("*.safetensors"))[3]
+    shard.unlink()
+    refused(teacher, f"shards that are missing, {shard.name} first")
+
+
+def test_index_and_shard_disagree(refused, teacher):
+    shard = sorted(teacher.glob("*.safetensors"))[3]
+    rewrite(shard, lambda tensors: {name + ".old": tensor for name, tensor in tensors.items()})
+    refused(teacher, f"in {shard.name}, which does not hold it")
+
+
+def test_broken_index(refused, teacher):
+    (teacher / "model.safetensors.index.json").write_text('{"weight_map": []}')
+    refused(teacher, "index.json is corrupt")
+
+
+def test_pickle_only(refused, teacher):
+    for file in teacher.glob("*.safetensors*"):
+        file.unlink()
+    refused(teacher, "holds no weights")
+    torch.save({}, teacher / "pytorch_model.bin")
+    refused(teacher, "holds only pickled weights")
+
+
+def test_missing_tensor(refused, processor, tmp_path):
+    make_teacher(tmp_path / "teacher", processor=processor, shard=None)
+    key = "model.layers.2.self_attn.k_proj.bias"
+    rewrite(
+        tmp_path / "teacher" / "model.safetensors",
+        lambda tensors: {name: tensor for name, tensor in tensors.items() if name != key},
+    )
+    refused(tmp_path / "teacher", "lacks 3 tensor.s. that its config.json asks for")
+
+
+def test_shapes_do_not_fit_the_config(refused, teacher):
+    config = json.loads((teacher / "config.json").read_text())
+    change_config(teacher, text_config={**config["text_config"], "intermediate_size": 96})
+    refused(teacher, "config.json and weights do not belong together")
+
+
+def test_fewer_layers_in_the_config(refused, teacher):
+    config = json.loads((teacher / "config.json").read_text())
+    text = {**config["text_config"], "num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}
+    change_config(teacher, text_config=text)
+    refused(teacher, "teacher tensor 'model.layers.3")
+
+
+def test_layer_out_of_range(refused, teacher):
+    printed = refused(
+        teacher, r"\[4\]; the teacher has layers 0 to 3", ["--keep-attention", "1,4"], keep_attention=[1, 4]
+    )
+    assert "keep_attention names layers [4]" in printed
+
+
+def test_unknown_mixer_option(refused, teacher):
+    refused(teacher, "unknown M-MATE options .'windows'.", ["--windows", "4"], mixer_options={"windows": 4})
+
+
+def test_wrong_window(refused, teacher):
+    message = r"window_size=\(16, 4\) must have 3 entries \(frames, height, width\)"
+    printed = refused(teacher, message, ["--window-size", "16,4"], mixer_options={"window_size": (16, 4)})
+    assert "window_size=(16, 4) must have 3 entries" in printed
+    refused(teacher, "window_size", ["--window-size", "big"], mixer_options={"window_size": "big"})
+
+
+def test_wrong_type_of_option(refused, teacher):
+    refused(teacher, "scan_rope", ["--scan-rope", "maybe"], mixer_options={"scan_rope": "maybe"})
+
+
+def test_unknown_preset(refused, teacher):
+    refused(teacher, "preset='best' is unknown", ["--preset", "best"], preset="best")
+
+
+def test_unknown_dtype(refused, teacher):
+    refused(teacher, "dtype='int4' must be one of", ["--dtype", "int4"], dtype="int4")
+
+
+def test_output_in_the_way(refused, teacher, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    refused(teacher, "exists and is not empty")
+    (tmp_path / "out" / "thesis.tex").unlink()
+    convert(str(teacher), str(tmp_path / "out"))  # an empty folder is no obstacle
+
+
+def test_load_teacher_refuses_the_same(teacher, tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        load_teacher(tmp_path / "nowhere")
+    sorted(teacher.glob("*.safetensors"))[0].write_bytes(b"")
+    with pytest.raises(ValueError, match="is corrupt"):
+        load_teacher(teacher)

@@ -1,0 +1,89 @@
+import json
+
+import pytest
+from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets import Image as ImageFeature
+from synthetic import ask, image, make_teacher, say
+
+from linmu_hf import LinMUConfig, LinMUForConditionalGeneration
+from linmu_hf.conversion import load_teacher
+from linmu_hf.conversion.cli import build_parser, main
+from linmu_hf.modeling.configuration_linmu import MIXER_FIELDS
+
+
+@pytest.fixture(scope="module")
+def teacher(processor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "teacher"
+    make_teacher(folder, processor=processor)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    rows = [
+        {"messages": [ask(f"which digit {i}?", images=1), say("7")], "images": [image(24, 40, i)]} for i in range(6)
+    ]
+    parts = List({"type": Value("string"), "text": Value("string")})
+    features = Features(
+        {"messages": List({"role": Value("string"), "content": parts}), "images": List(ImageFeature())}
+    )
+    folder = tmp_path_factory.mktemp("cli") / "data"
+    DatasetDict({"train": Dataset.from_list(rows, features=features)}).save_to_disk(folder)
+    return folder
+
+
+def test_flags_reach_the_config(teacher, tmp_path, capsys):
+    flags = "--keep-attention 0,2 --dtype bfloat16 --scan-rope false --bc-feature-map none --scan-normalizer false"
+    flags += " --window-size 8,2,2 --scan-orders thw --conv-kernel 2 --timescale-range 2,64.5 --json"
+    output = tmp_path / "out"
+    report = tmp_path / "report.json"
+    assert main(["--teacher", str(teacher), "--output", str(output), *flags.split(), str(report)]) == 0
+    text = LinMUConfig.from_pretrained(output).text_config
+    assert text.layer_types == ["full_attention", "m_mate", "full_attention", "m_mate"]
+    assert (text.scan_rope, text.bc_feature_map, text.window_size) == (False, None, [8, 2, 2])
+    assert (text.scan_orders, text.conv_kernel, text.timescale_range) == (["thw"], 2, [2.0, 64.5])
+    written = json.loads(report.read_text())
+    assert written["layers_replaced"] == [1, 3] and written["dtype"] == "bfloat16"
+    assert "2 of 4 replaced by M-MATE" in capsys.readouterr().out
+
+
+def test_every_option_has_a_flag():
+    flags = {flag for action in build_parser()._actions for flag in action.option_strings}
+    assert {"--" + name.replace("_", "-") for name in MIXER_FIELDS} <= flags
+
+
+def test_dry_run(teacher, tmp_path):
+    assert main(["--teacher", str(teacher), "--output", str(tmp_path / "out"), "--dry-run"]) == 0
+    assert not any(tmp_path.iterdir())
+
+
+def test_calibrate(teacher, dataset, tmp_path):
+    output, report = tmp_path / "out", tmp_path / "report.json"
+    flags = ["--teacher", str(teacher), "--output", str(output), "--json", str(report)]
+    assert main([*flags, "--calibrate", str(dataset), "--calibrate-samples", "6"]) == 0
+    calibration = json.loads(report.read_text())["calibration"]
+    assert sum(calibration["error_after"]) < sum(calibration["error_before"])
+    LinMUForConditionalGeneration.from_pretrained(output)
+
+
+def test_bad_calibration_data_stops_before_work(teacher, dataset, tmp_path, capsys):
+    flags = ["--teacher", str(teacher), "--output", str(tmp_path / "out")]
+    rows = [{"messages": [ask("which digit?", images=1), say("7")]}] * 2
+    Dataset.from_list(rows).save_to_disk(tmp_path / "bad")
+    for data, message in {
+        str(tmp_path / "bad"): "row 0 ('which digit?') asks for 1 images in its messages but has 0",
+        str(tmp_path / "nowhere"): "there is no folder",
+    }.items():
+        assert main([*flags, "--calibrate", data]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*flags, "--calibrate", str(dataset), "--calibrate-split", "dev"]) == 2
+    assert "has no split 'dev': it has ['train']" in capsys.readouterr().err
+    assert main([*flags, "--json", str(tmp_path / "no" / "report.json")]) == 2
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_teacher_may_be_linmu(teacher, tmp_path):
+    assert main(["--teacher", str(teacher), "--output", str(tmp_path / "out")]) == 0
+    model = load_teacher(tmp_path / "out")
+    assert set(model.config.text_config.layer_types) == {"m_mate"}
+    assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
