@@ -178,14 +178,8 @@ def format_table(reports: dict[str, dict[str, Any]]) -> str:
     rows.append(["mean", *(_percent(report["accuracy"]["mean"]) for report in reports.values())])
     kept = [report.get("retention") for report in reports.values()]
     if any(kept):
-        rows.append(
-            ["retention"]
-            + ["" if r is None else _percent(r["mean"]["retention"], r["mean"]["interval"]) for r in kept]
-        )
-        rows.append(
-            ["worst task"]
-            + ["" if r is None else _percent(r["worst"]["retention"]) + f" {r['worst']['task']}" for r in kept]
-        )
+        rows.append(["retention", *(_mean_retention(report) for report in kept)])
+        rows.append(["worst task", *(_worst_task(report) for report in kept)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     rule = "  ".join("-" * width for width in widths)
@@ -198,6 +192,14 @@ def _ratio(student: float, teacher: float, resampled_s: np.ndarray, resampled_t:
         return {"retention": None, "interval": None}
     low, high = np.quantile(resampled_s[defined] / resampled_t[defined], [0.025, 0.975])
     return {"retention": float(student / teacher), "interval": [float(low), float(high)]}
+
+
+def _mean_retention(report: dict[str, Any] | None) -> str:
+    return "" if report is None else _percent(report["mean"]["retention"], report["mean"]["interval"])
+
+
+def _worst_task(report: dict[str, Any] | None) -> str:
+    return "" if report is None else f"{_percent(report['worst']['retention'])} {report['worst']['task'] or ''}"
 
 
 def _percent(share: float | None, interval: Sequence[float] | None = None) -> str:

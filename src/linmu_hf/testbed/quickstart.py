@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import disable_progress_bars
 from transformers.utils import logging
 
 from ..conversion import cli as conversion
@@ -220,7 +221,8 @@ def main(argv: list[str] | None = None) -> None:
         )
     if arguments.overwrite and (arguments.output / "progress.json").exists():
         shutil.rmtree(arguments.output)
-    logging.disable_progress_bar()  # of loading and saving weights; ours stay
+    logging.disable_progress_bar()  # those of loading and saving; ours stay
+    disable_progress_bars()
     try:
         results = walk(arguments.output, arguments.teacher, FULL if arguments.full else QUICK)
     except ValueError as error:
