@@ -36,7 +36,7 @@ def assert_nothing_loads(output):
     assert not output.exists()
     work = output.with_name(output.name + ".incomplete")
     if work.exists():
-        with pytest.raises(OSError, match=r"config\.json"):
+        with pytest.raises(OSError, match="valid JSON"):
             LinMUForConditionalGeneration.from_pretrained(work)
 
 

@@ -121,27 +121,35 @@ def _layers(text: str) -> tuple[int, ...] | str:
 
 def _reader(name: str, kind):
     """Turns a flag's text into a value of the field's type, taken from its annotation."""
-    choices = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
 
     def read(text: str):
-        if text.lower() == "none" and type(None) in choices:
-            return None
-        for choice in choices:
-            origin = typing.get_origin(choice) or choice
-            try:
-                if origin is bool:
-                    return {"true": True, "false": False}[text.lower()]
-                if origin in (list, tuple):
-                    item = typing.get_args(choice)[0]
-                    return [item(entry) for entry in text.split(",")]
-                if origin in (int, float, str):
-                    return origin(text)
-            except (KeyError, ValueError):
-                continue
-        names = " or ".join(getattr(choice, "__name__", str(choice)) for choice in choices)
-        raise argparse.ArgumentTypeError(f"{text!r} must be {names} for {_flag(name)}")
+        try:
+            return _parse(text, kind)
+        except (KeyError, ValueError):
+            wanted = getattr(kind, "__name__", None) if isinstance(kind, type) else str(kind)
+            raise argparse.ArgumentTypeError(f"{text!r} must be {wanted}") from None
 
     return read
+
+
+def _parse(text: str, kind):
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if text.lower() == "none" and type(None) in inner:
+            return None
+        for choice in inner:
+            try:
+                return _parse(text, choice)
+            except (KeyError, ValueError):
+                continue
+        raise ValueError(text)
+    if origin in (list, tuple):
+        return [_parse(entry, inner[0]) for entry in text.split(",")]
+    if kind is bool:
+        return {"true": True, "false": False}[text.lower()]
+    if kind is type(None):
+        raise ValueError(text)
+    return kind(text)
 
 
 def _shown(value) -> str:

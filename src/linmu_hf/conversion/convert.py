@@ -35,6 +35,7 @@ from .weight_map import decoder_config
 
 INCOMPLETE_SUFFIX = ".incomplete"
 MANIFEST = "conversion.json"
+UNFINISHED = "This conversion has not finished: run linmu-convert again.\n"
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 Shards = dict[str, list[OutputTensor]]
 
@@ -197,7 +198,8 @@ def _write(work: Path, plan: Plan, shards: Shards) -> dict[str, dict[str, str]]:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         manifest = {"fingerprint": fingerprint, "hashes": {}}
-    (work / "config.json").unlink(missing_ok=True)  # from here on until the end, nothing in the folder loads
+    # Without a config.json, from_pretrained falls back on the class's defaults; with this one, nothing loads.
+    write_text(work / "config.json", UNFINISHED)
     with _progress("writing", plan.tensors) as bar:
         for file, tensors in shards.items():
             if file in manifest["hashes"] and (work / file).is_file():
