@@ -91,8 +91,10 @@ class Curriculum:
     THRESHOLDS = {"mosaic": 0.5, "large": 0.3, "clip": 0.35}
     PATIENCE = 150
 
-    def __init__(self):
-        self.levels = dict.fromkeys(SCENES, 1)
+    SMALL_MOSAICS = 0.3  # share of smaller ones kept for ever: counting starts on them
+
+    def __init__(self, levels: tuple[int, int, int] = (1, 1, 1)):
+        self.levels = dict(zip(SCENES, levels))
         self.losses = dict.fromkeys(SCENES, 1.0)
         self.steps = dict.fromkeys(SCENES, 0)
 
@@ -110,6 +112,8 @@ class Curriculum:
         full = scene_grid(rng, kind, "train")
         if kind == "clip":
             return min(full[0], level + 1), min(3, level), min(3, level)
+        if kind == "mosaic" and level >= 4 and rng.random() < Curriculum.SMALL_MOSAICS:
+            return 1, int(rng.integers(1, 5)), int(rng.integers(1, 5))
         if level >= (4 if kind == "mosaic" else 8):
             return full
         return 1, int(rng.integers(level, level + 2)), int(rng.integers(level, level + 2))
@@ -197,7 +201,7 @@ def train(args: argparse.Namespace) -> None:
         model.load_state_dict(Qwen2_5_VLForConditionalGeneration.from_pretrained(args.init).state_dict())
     opts = optimizers(model, args.lr, args.lr)
     held_out = {task: list(evaluation_scenes(task, args.eval_samples, seed=1)) for task in TASKS}
-    curriculum = Curriculum()
+    curriculum = Curriculum(args.levels)
     started, best, window = time.time(), -1.0, []
     title = f"teacher, {parameters / 1e6:.2f}M parameters"
     progress = tqdm(total=args.steps, desc=title, smoothing=0.05, mininterval=5)
@@ -254,6 +258,7 @@ def main() -> None:
     parser.add_argument("--max-seconds", type=float, default=math.inf, help="end the schedule by then")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--warmup-steps", type=int, default=100)
+    parser.add_argument("--levels", type=int, nargs=3, default=(1, 1, 1), help=f"of {', '.join(SCENES)} to begin with")
     parser.add_argument("--init", help="start from this checkpoint")
     parser.add_argument("--log", help="JSON lines file, by default OUTPUT/training_log.jsonl")
     parser.add_argument("--log-every", type=int, default=25)
