@@ -142,6 +142,7 @@ def test_a_killed_run_continues_with_the_same_result(finished, run, tmp_path, mo
         load(out)
     trained = []
     with monkeypatch.context() as patch:
+        patch.setattr(runner_module, "plot_training_log", lambda *args: None)  # slow
         compute_loss = DistillTrainer.compute_loss
         patch.setattr(DistillTrainer, "compute_loss", lambda *a, **k: trained.append(1) or compute_loss(*a, **k))
         student = run(out)

@@ -31,30 +31,32 @@ class EncodedDataset(Dataset):
     def __init__(self, processor, rows, pseudo_messages: Sequence[list] | None = None, cache_bytes: int = 0):
         self.processor, self.rows, self.pseudo_messages = processor, rows, pseudo_messages
         self.room = cache_bytes
-        self.cache: dict[int, dict[str, Features]] = {}
+        self.cache: dict[tuple[str, int], Features] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Features]:
         """`{"row": features}`, and `"pseudo"` features where the teacher's answers differ from the true ones."""
-        item = self.cache.get(index)
-        if item is None:
-            item = self._encode(index)
-            size = sum(value.nbytes for features in item.values() for value in features.values())
-            if size <= self.room:
-                self.room -= size
-                self.cache[index] = item
-        return item
-
-    def _encode(self, index: int) -> dict[str, Features]:
-        row = self.rows[index]
-        item = {"row": self._encode_row(row, index)}
+        item = {"row": self._features("row", index)}
         if self.pseudo_messages is not None:
-            pseudo = self._encode_row({**row, "messages": self.pseudo_messages[index]}, index)
+            pseudo = self._features("pseudo", index)
             if not torch.equal(pseudo["input_ids"], item["row"]["input_ids"]):
                 item["pseudo"] = pseudo
         return item
+
+    def _features(self, kind: str, index: int) -> Features:
+        features = self.cache.get((kind, index))
+        if features is None:
+            row = self.rows[index]
+            if kind == "pseudo":
+                row = {**row, "messages": self.pseudo_messages[index]}
+            features = self._encode_row(row, index)
+            size = sum(value.nbytes for value in features.values())
+            if size <= self.room:
+                self.room -= size
+                self.cache[kind, index] = features
+        return features
 
     def _encode_row(self, row: Any, index: int) -> Features:
         try:

@@ -81,15 +81,18 @@ def distill(
         raise ValueError(f"stages {names} must have names of their own: each names a folder")
     out = Path(config.output_dir)
     check_output(config)
-    _check_inputs(config, student, dataset, processor, stages)
+    features = EncodedDataset(processor, dataset, cache_bytes=int(config.feature_cache_gb * 2**30))
+    _check_inputs(config, student, features)
     _prepare_output(out, _settings(config, stages, student, teacher, dataset), config.overwrite_output_dir)
 
     finished = list(takewhile(lambda stage: (out / stage.name).is_dir(), stages))
     if finished:
         logger.info(f"already there: {', '.join(stage.name for stage in finished)}")
         _load_weights(student, out / finished[-1].name)
-    for stage in stages[len(finished) :]:
-        _run_stage(config, stage, student, teacher, dataset, processor, out)
+    for index, stage in enumerate(stages[len(finished) :], len(finished)):
+        features.pseudo_messages = _pseudo_messages(config, teacher, features, out) if stage.seq else None
+        args = _stage_arguments(config, stage, index, out / f"{stage.name}.running")
+        _run_stage(args, stage, student, teacher, features, out)
 
     rows = [json.loads(line) for name in names for line in (out / name / LOG).read_text().splitlines()]
     plot_training_log(rows, out / CURVES)
@@ -97,25 +100,16 @@ def distill(
     return rows
 
 
-def _run_stage(config, stage: Stage, student, teacher, dataset, processor, out: Path) -> None:
-    running, partial = out / f"{stage.name}.running", out / f"{stage.name}.partial"
-    pseudo = _pseudo_messages(config, teacher, dataset, processor, out) if stage.seq else None
-    cache_bytes = int(config.feature_cache_gb * 2**30)
-    args = _stage_arguments(config, stage, running)
+def _run_stage(args: DistillConfig, stage: Stage, student, teacher, features: EncodedDataset, out: Path) -> None:
+    running, partial = Path(args.output_dir), out / f"{stage.name}.partial"
     set_seed(args.seed)  # LoRA starts from random numbers
     if stage.lora_r:
-        add_lora(student, stage.lora_r, config.lora_alpha)
+        add_lora(student, stage.lora_r, args.lora_alpha)
     names = set_trainable(student, stage)
     dtypes = _train_in_fp32(student)
     # The Trainer writes its own choice into the config, which the stage's folder would keep.
     use_cache = student.config.__dict__.get("use_cache")
-    trainer = DistillTrainer(
-        model=student,
-        teacher=teacher,
-        args=args,
-        stage=stage,
-        train_dataset=EncodedDataset(processor, dataset, pseudo, cache_bytes),
-    )
+    trainer = DistillTrainer(student, teacher, args, stage, features)
     count = sum(p.numel() for p in student.parameters() if p.requires_grad)
     logger.info(f"{stage.name}: {stage.max_steps} steps on {count:,} parameters in {len(names)} tensors")
     trainer.train(resume_from_checkpoint=_last_checkpoint(running))
@@ -140,7 +134,7 @@ def _run_stage(config, stage: Stage, student, teacher, dataset, processor, out: 
 
     shutil.rmtree(partial, ignore_errors=True)
     student.save_pretrained(partial)
-    processor.save_pretrained(partial)
+    features.processor.save_pretrained(partial)
     rows = [{"stage": stage.name, **row} for row in trainer.state.log_history]
     (partial / LOG).write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.rmtree(out / stage.name, ignore_errors=True)
@@ -148,9 +142,12 @@ def _run_stage(config, stage: Stage, student, teacher, dataset, processor, out: 
     shutil.rmtree(running, ignore_errors=True)
 
 
-def _stage_arguments(config: DistillConfig, stage: Stage, running: Path) -> DistillConfig:
+def _stage_arguments(config: DistillConfig, stage: Stage, index: int, running: Path) -> DistillConfig:
     args = copy.copy(config)
     args.output_dir = str(running)
+    args.seed = config.seed + index  # another order of the rows in every stage
+    if config.data_seed is not None:
+        args.data_seed = config.data_seed + index
     args.max_steps = stage.max_steps
     args.learning_rate = stage.learning_rate
     if args.logging_steps > stage.max_steps:
@@ -167,13 +164,13 @@ def _train_in_fp32(student: nn.Module) -> dict[str, torch.dtype]:
     return dtypes
 
 
-def _pseudo_messages(config, teacher, dataset, processor, out: Path) -> list[list[dict]]:
-    if PSEUDO_COLUMN in _columns(dataset):
-        return [row[PSEUDO_COLUMN] for row in _without_media(dataset)]
+def _pseudo_messages(config: DistillConfig, teacher, features: EncodedDataset, out: Path) -> list[list[dict]]:
+    if PSEUDO_COLUMN in _columns(features.rows):
+        return [row[PSEUDO_COLUMN] for row in _without_media(features.rows)]
     return decode_pseudo_targets(
         teacher.eval().to(config.device),
-        processor,
-        dataset,
+        features.processor,
+        features.rows,
         max_new_tokens=config.max_completion_length,
         batch_size=config.per_device_train_batch_size,
         cache_file=out / PSEUDO_TARGETS,
@@ -183,18 +180,18 @@ def _pseudo_messages(config, teacher, dataset, processor, out: Path) -> list[lis
 # ---- Before work starts
 
 
-def _check_inputs(config, student, dataset, processor, stages) -> None:
-    if len(dataset) == 0:
+def _check_inputs(config: DistillConfig, student, features: EncodedDataset) -> None:
+    if len(features) == 0:
         raise ValueError("the dataset has no rows")
-    check_dataset(dataset)
-    EncodedDataset(processor, dataset)[0]  # the template, the processor and the labels fit together
+    check_dataset(features.rows)
+    features[0]  # the template, the processor and the labels fit together
     if student.dtype.itemsize < 4 and not (config.bf16 or config.fp16):
         raise ValueError(f"the student is in {student.dtype}: load it in float32, or train in mixed precision (bf16)")
     if not any(layer.is_m_mate for layer in student.model.language_model.layers):
         raise ValueError("the student has no M-MATE layer to train: convert the teacher with `linmu-convert` first")
     reached = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    if config.dataloader_drop_last and len(dataset) < reached:
-        raise ValueError(f"{len(dataset)} rows do not fill one batch of {reached}: lower per_device_train_batch_size")
+    if config.dataloader_drop_last and len(features) < reached:
+        raise ValueError(f"{len(features)} rows do not fill one batch of {reached}: lower per_device_train_batch_size")
 
 
 def _settings(config, stages, student, teacher, dataset) -> dict[str, Any]:
