@@ -89,7 +89,8 @@ def ssd(x, dt, A, B, C, segments: Segments, *, initial_states=None, backend: str
         backend = "streaming" if max(segments.lengths) > STREAMING_THRESHOLD else "chunked"
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; choose one of {['auto', *BACKENDS]}")
-    return BACKENDS[backend](x, dt, A, B, C, segments, initial_states)
+    with torch.autocast(x.device.type, enabled=False):  # decays and states keep their precision
+        return BACKENDS[backend](x, dt, A, B, C, segments, initial_states)
 
 
 def ssd_step(x, dt, A, B, C, states):
@@ -102,9 +103,10 @@ def ssd_step(x, dt, A, B, C, states):
     b, g, _ = x.shape
     s = dt.shape[-1]
     dtype = states.dtype
-    decay = torch.exp(dt.to(dtype) * A.to(dtype))
-    write = torch.einsum("bgp,bgk->bgpk", x.to(dtype), B.to(dtype))
-    write = write[:, :, None] * dt.to(dtype).view(b, g, s // g, 1, 1)
-    states = states * decay[..., None, None] + write.flatten(1, 2)
-    y = torch.einsum("bsqk,bspk->bsqp", C.to(dtype).view(b, s, -1, C.shape[-1]), states)
+    with torch.autocast(x.device.type, enabled=False):
+        decay = torch.exp(dt.to(dtype) * A.to(dtype))
+        write = torch.einsum("bgp,bgk->bgpk", x.to(dtype), B.to(dtype))
+        write = write[:, :, None] * dt.to(dtype).view(b, g, s // g, 1, 1)
+        states = states * decay[..., None, None] + write.flatten(1, 2)
+        y = torch.einsum("bsqk,bspk->bsqp", C.to(dtype).view(b, s, -1, C.shape[-1]), states)
     return y.flatten(1, 2).to(x.dtype), states

@@ -1,0 +1,240 @@
+"""Every form of the selective scan against the recurrence, and the recurrence against a matrix written down here."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from linmu_hf.ops.ssd import BACKENDS, Segments, ssd, ssd_step
+from linmu_hf.ops.ssd_torch import ssd_chunked, ssd_recurrence, ssd_streaming
+
+
+LENGTHS = [(1,), (63,), (64,), (65,), (200,), (1, 63, 64, 65, 200), (64, 64), (1, 1, 1)]
+# query heads h, state heads s, key/value heads g
+HEADS = {"s = h": (4, 4, 2), "s = g": (4, 2, 2), "g = h": (3, 3, 3), "g < s < h": (8, 4, 2), "one group": (6, 3, 1)}
+FAST = {
+    "chunked": ssd_chunked,
+    "streaming": ssd_streaming,
+    "streaming in pieces of 48": partial(ssd_streaming, piece=48),
+}
+
+
+def make(lengths, heads=(4, 4, 2), p=5, k=3, states=True, dtype=torch.float64):
+    h, s, g = heads
+    n = sum(lengths)
+    inputs = {
+        "x": torch.randn(n, g, p),
+        "dt": torch.rand(n, s) * 0.3,
+        "A": -torch.linspace(0.01, 4, s),
+        "B": torch.randn(n, g, k),
+        "C": torch.randn(n, h, k),
+    }
+    if states:
+        inputs["initial_states"] = torch.randn(len(lengths), s, p, k)
+    return {name: tensor.to(dtype).requires_grad_() for name, tensor in inputs.items()}
+
+
+def run(form, inputs, lengths, chunk_size=None):
+    """Values, final states and the gradients of a fixed random functional of both."""
+    segments = Segments.build(lengths, chunk_size=chunk_size)
+    y, finals = form(segments=segments, **inputs)
+    generator = torch.Generator().manual_seed(1)
+    loss = sum((t * torch.randn(t.shape, generator=generator).to(t)).sum() for t in (y, finals))
+    grads = torch.autograd.grad(loss, list(inputs.values()))
+    return {"y": y, "finals": finals, **{f"d {name}": grad for name, grad in zip(inputs, grads)}}
+
+
+def assert_same(actual, expected, rtol=1e-10):
+    for name, value in expected.items():
+        scale = value.abs().max().item()
+        torch.testing.assert_close(actual[name], value, atol=rtol * scale, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def quadratic(x, dt, A, B, C, initial_states=None):
+    """One segment as masked attention: y = (L o C B^T) diag(dt) x, with L the decay from one token to another."""
+    n, h, s, g = len(x), C.shape[1], dt.shape[1], x.shape[1]
+    state_of = torch.arange(h) // (h // s)
+    group_of = torch.arange(s) // (s // g)
+    a = torch.cumsum(dt * A, 0)[:, state_of]
+    causal = torch.ones(n, n, dtype=torch.bool).tril()[..., None]
+    weights = torch.exp((a[:, None] - a[None]).where(causal, -torch.inf)) * dt[None, :, state_of]
+    weights = weights * torch.einsum("ihk,jhk->ijh", C, B[:, group_of[state_of]])
+    y = torch.einsum("ijh,jhp->ihp", weights, x[:, group_of[state_of]])
+    a = torch.cumsum(dt * A, 0)
+    final = torch.einsum("js,jsp,jsk->spk", torch.exp(a[-1] - a) * dt, x[:, group_of], B[:, group_of])
+    if initial_states is not None:
+        y = y + torch.einsum("ihk,ih,hpk->ihp", C, torch.exp(a)[:, state_of], initial_states[0, state_of])
+        final = final + torch.exp(a[-1])[:, None, None] * initial_states[0]
+    return y, final[None]
+
+
+@pytest.mark.parametrize("states", [False, True], ids=["from zero", "from states"])
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+def test_recurrence_is_the_matrix_form(heads, states):
+    inputs = make((37,), heads, states=states)
+    expected = run(lambda segments, **kwargs: quadratic(**kwargs), inputs, (37,))
+    assert_same(run(ssd_recurrence, inputs, (37,)), expected)
+
+
+@pytest.mark.parametrize("states", [False, True], ids=["from zero", "from states"])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("form", FAST.values(), ids=FAST)
+def test_lengths(form, lengths, states):
+    inputs = make(lengths, states=states)
+    assert_same(run(form, inputs, lengths), run(ssd_recurrence, inputs, lengths))
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("form", FAST.values(), ids=FAST)
+@pytest.mark.parametrize("sizes", [(4, 8), (8, 4), (1, 1)], ids="p, k = {0[0]}, {0[1]}".format)
+def test_heads_and_sizes(form, heads, sizes):
+    inputs = make((30, 70), heads, *sizes)
+    assert_same(run(form, inputs, (30, 70)), run(ssd_recurrence, inputs, (30, 70)))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 16, 64, 256])
+def test_chunk_size_does_not_matter(chunk_size):
+    inputs = make((1, 65, 130))
+    assert_same(run(ssd_chunked, inputs, (1, 65, 130), chunk_size), run(ssd_recurrence, inputs, (1, 65, 130)))
+
+
+@pytest.mark.parametrize("form", FAST.values(), ids=FAST)
+def test_float32_is_close_to_float64(form):
+    lengths = (1, 63, 64, 65, 200)
+    inputs = make(lengths)
+    single = {name: tensor.detach().float().requires_grad_() for name, tensor in inputs.items()}
+    expected = run(ssd_recurrence, inputs, lengths)
+    assert_same({k: v.double() for k, v in run(form, single, lengths).items()}, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", [ssd_recurrence, *FAST.values()], ids=["recurrence", *FAST])
+def test_gradcheck(form):
+    inputs = make((3, 5), (2, 2, 1), 2, 3)
+    segments = Segments.build((3, 5), chunk_size=2)
+
+    def scan(*tensors):
+        return form(segments=segments, **dict(zip(inputs, tensors)))
+
+    assert torch.autograd.gradcheck(scan, tuple(inputs.values()))
+
+
+@pytest.mark.parametrize("form", FAST.values(), ids=FAST)
+def test_decays_over_a_thousand_tokens_stay_finite(form):
+    """Strong decay: differences of running sums must be taken before the exponential."""
+    inputs = make((1100,), states=False, dtype=torch.float32)
+    inputs["A"] = (inputs["A"] * 50).detach().requires_grad_()
+    result = run(form, inputs, (1100,))
+    assert all(value.isfinite().all() for value in result.values())
+    expected = run(ssd_recurrence, inputs, (1100,))
+    assert_same(result, expected, rtol=1e-4)
+
+
+def test_step_is_the_recurrence():
+    b, lengths = 3, (9, 9, 9)
+    inputs = make(lengths, (8, 4, 2))
+    y, finals = ssd_recurrence(segments=Segments.build(lengths), **inputs)
+    states = inputs.pop("initial_states")
+    A = inputs.pop("A")
+    rows = {name: tensor.unflatten(0, (b, 9)) for name, tensor in inputs.items()}
+    outputs = []
+    for t in range(9):
+        now = {name: tensor[:, t] for name, tensor in rows.items()}
+        out, states = ssd_step(A=A, states=states, **now)
+        outputs.append(out)
+    torch.testing.assert_close(torch.stack(outputs, 1).flatten(0, 1), y)
+    torch.testing.assert_close(states, finals)
+
+
+@pytest.mark.parametrize("form", FAST.values(), ids=FAST)
+def test_segments_do_not_see_one_another(form):
+    lengths = (20, 70, 1, 33)
+    inputs = make(lengths)
+    packed, finals = form(segments=Segments.build(lengths), **inputs)
+    start = 0
+    for i, length in enumerate(lengths):
+        rows = slice(start, start + length)
+        alone = {name: tensor[rows] for name, tensor in inputs.items() if name not in ("A", "initial_states")}
+        y, final = form(
+            A=inputs["A"],
+            initial_states=inputs["initial_states"][i : i + 1],
+            segments=Segments.build([length]),
+            **alone,
+        )
+        torch.testing.assert_close(packed[rows], y)
+        torch.testing.assert_close(finals[i : i + 1], final)
+        start += length
+
+
+@pytest.fixture
+def nan_filled_memory():
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("form", FAST.values(), ids=FAST)
+def test_uninitialised_memory_does_not_leak(form, nan_filled_memory):
+    assert torch.empty(3).isnan().all()
+    inputs = make((1, 63, 64, 65))
+    assert_same(run(form, inputs, (1, 63, 64, 65)), run(ssd_recurrence, inputs, (1, 63, 64, 65)))
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_half_precision_in_and_out_states_in_float32(backend):
+    inputs = make((40, 3), dtype=torch.float32)
+    half = {name: t.detach().bfloat16() if name in "xBC" else t.detach() for name, t in inputs.items()}
+    y, finals = ssd(segments=Segments.build((40, 3)), backend=backend, **half)
+    assert (y.dtype, finals.dtype) == (torch.bfloat16, torch.float32)
+    exact, exact_finals = ssd_recurrence(
+        segments=Segments.build((40, 3)), **{name: t.double() for name, t in half.items()}
+    )
+    torch.testing.assert_close(finals.double(), exact_finals, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(y.double(), exact, atol=1e-5, rtol=2**-8)
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_autocast_does_not_lower_the_precision_of_the_scan(backend):
+    inputs = make((40, 70), dtype=torch.float32)
+    segments = Segments.build((40, 70))
+    with torch.autocast("cpu", torch.bfloat16):
+        y, finals = ssd(segments=segments, backend=backend, **inputs)
+    expected, expected_finals = ssd_recurrence(segments=segments, **inputs)
+    torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(finals, expected_finals, atol=1e-4, rtol=1e-4)
+
+
+def test_autocast_does_not_lower_the_precision_of_a_step():
+    inputs = make((3,), dtype=torch.float32)
+    inputs["states"] = inputs.pop("initial_states").expand(3, -1, -1, -1)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = ssd_step(**inputs)
+    torch.testing.assert_close(actual, ssd_step(**inputs))
+
+
+def test_auto_streams_only_what_is_long(monkeypatch):
+    called = []
+    for name, form in BACKENDS.items():
+        monkeypatch.setitem(BACKENDS, name, lambda *args, form=form, name=name: called.append(name) or form(*args))
+    for lengths in ((40,), (4096,), (2, 4097)):
+        inputs = make(lengths, (1, 1, 1), 1, 1, states=False, dtype=torch.float32)
+        ssd(segments=Segments.build(lengths), **inputs)
+    assert called == ["chunked", "chunked", "streaming"]
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match=r"backend='fast' is unknown; choose one of \['auto', 'chunked'"):
+        ssd(**make((2,), states=False), segments=Segments.build((2,)), backend="fast")
+
+
+@pytest.mark.parametrize("lengths", [(1,), (64, 128), (5, 64, 1), (16, 32)], ids=str)
+def test_segments_are_cut_into_whole_chunks(lengths):
+    segments = Segments.build(lengths)
+    assert segments.lengths == lengths and len(segments) == len(lengths)
+    assert segments.chunks == tuple(-(-length // segments.chunk_size) for length in lengths)
+    slots = range(sum(lengths)) if segments.slots is None else segments.slots.tolist()
+    expected, first = [], 0
+    for length, chunks in zip(lengths, segments.chunks):
+        expected += range(first, first + length)
+        first += chunks * segments.chunk_size
+    assert list(slots) == expected
