@@ -3,16 +3,17 @@
 import multiprocessing
 import os
 import random
+import sys
+import time
 
 import pytest
 from synthetic import make_teacher
 
 from linmu_hf import LinMUForConditionalGeneration
 from linmu_hf.conversion import checkpoint, convert
-from linmu_hf.conversion import convert as convert_function
 
 
-convert_module = __import__("sys").modules[convert_function.__module__]
+convert_module = sys.modules[convert.__module__]  # the package's `convert` is the function
 OPTIONS = {"max_shard_size": "200KB", "keep_attention": [2]}
 
 
@@ -108,7 +109,7 @@ def test_killed_by_signal(case, tmp_path, monkeypatch):
     real = checkpoint.StoredTensor.chunks
 
     def slow_chunks(self, dtype=None):
-        __import__("time").sleep(0.002)
+        time.sleep(0.002)
         return real(self, dtype)
 
     monkeypatch.setattr(checkpoint.StoredTensor, "chunks", slow_chunks)
