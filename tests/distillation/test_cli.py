@@ -40,12 +40,15 @@ def command(root, out, **changes):
     return [part for name, value in values.items() for part in (f"--{name}", *str(value).split())]
 
 
-def test_command_runs_all_stages(folders, tmp_path):
+def test_command_runs_all_stages(folders, tmp_path, capsys):
     report = tmp_path / "report.json"
     assert main(command(folders, tmp_path / "out", json=report)) == 0
     assert (tmp_path / "out" / "config.json").exists()
     stages = json.loads(report.read_text())["stages"]
     assert list(stages) == ["stage-1", "stage-2", "stage-3"]
+    printed = capsys.readouterr().out
+    assert "stage-1       1 steps at 0.0005: 0.5 hid + 0.5 tok\n" in printed
+    assert "LoRA rank 8" in printed and "loss_tok" in printed
     assert "loss_hid" in stages["stage-1"] and "loss_seq" in stages["stage-3"]
 
 

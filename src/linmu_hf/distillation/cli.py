@@ -14,6 +14,7 @@ from ..evaluation.loading import check_model, first_line, library_versions, load
 from ..modeling.modeling_linmu import LinMUForConditionalGeneration
 from .config import DistillConfig
 from .runner import check_output, distill
+from .stages import Stage
 
 
 @dataclass
@@ -43,6 +44,10 @@ def run(script: ScriptArguments, config: DistillConfig) -> dict:
     options = {"dtype": None if mixed else "float32", **(config.teacher_model_init_kwargs or {})}
     teacher = load_teacher(teacher_path, revision=config.teacher_model_revision, **options)
 
+    stages = config.stages()
+    for stage in stages:
+        done = Path(config.output_dir, stage.name).is_dir() and not config.overwrite_output_dir
+        print(f"{stage.name:14}{describe(stage)}{', finished before' if done else ''}", flush=True)
     start = time.perf_counter()
     rows = distill(config, student, teacher, dataset, processor)
     figures: dict[str, dict] = {}
@@ -58,6 +63,27 @@ def run(script: ScriptArguments, config: DistillConfig) -> dict:
         "stages": figures,
         "versions": library_versions(),
     }
+
+
+def describe(stage: Stage) -> str:
+    """A stage in one line, such as `100 steps at 0.001: 0.5 hid + 0.5 tok`."""
+    losses = " + ".join(
+        f"{getattr(stage, key):g} {key}" for key in ("hid", "tok", "seq", "sup") if getattr(stage, key)
+    )
+    extra = f", LoRA rank {stage.lora_r}" if stage.lora_r else ""
+    extra += ", fed by the teacher" if stage.hidden_input == "teacher" else ""
+    return f"{stage.max_steps:,} steps at {stage.learning_rate:g}: {losses}{extra}"
+
+
+def format_table(stages: dict[str, dict]) -> str:
+    """The last figures of every stage."""
+    keys = ("loss_hid", "loss_tok", "loss_seq", "loss_sup", "agreement", "relative_error", "train_runtime")
+    keys = [key for key in keys if any(key in figures for figures in stages.values())]
+    lines = [f"{'':14}" + "".join(f"{key.removeprefix('train_'):>16}" for key in keys)]
+    for name, figures in stages.items():
+        cells = (f"{figures[key]:.4g}" if key in figures else "-" for key in keys)
+        lines.append(f"{name:14}" + "".join(f"{cell:>16}" for cell in cells))
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -76,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("linmu-distill: interrupted; the same command takes it up again", file=sys.stderr)
         return 130
+    print(f"\n{format_table(report['stages'])}\n\n{report['output_dir']}: {report['seconds']} s")
     if script.json:
         Path(script.json).expanduser().write_text(json.dumps(report, indent=2) + "\n")
     return 0

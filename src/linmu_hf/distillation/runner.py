@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import set_seed
-from transformers.utils import logging
 
 from ..data import check_dataset
 from .collator import EncodedDataset
@@ -25,8 +24,6 @@ from .pseudo_targets import decode_pseudo_targets
 from .stages import Stage, set_trainable
 from .trainer import DistillTrainer
 
-
-logger = logging.get_logger(__name__)
 
 SETTINGS = "distillation.json"
 LOG = "training_log.jsonl"
@@ -87,7 +84,6 @@ def distill(
 
     finished = list(takewhile(lambda stage: (out / stage.name).is_dir(), stages))
     if finished:
-        logger.info(f"already there: {', '.join(stage.name for stage in finished)}")
         _load_weights(student, out / finished[-1].name)
     for index, stage in enumerate(stages[len(finished) :], len(finished)):
         features.pseudo_messages = _pseudo_messages(config, teacher, features, out) if stage.seq else None
@@ -101,45 +97,42 @@ def distill(
 
 
 def _run_stage(args: DistillConfig, stage: Stage, student, teacher, features: EncodedDataset, out: Path) -> None:
-    running, partial = Path(args.output_dir), out / f"{stage.name}.partial"
+    running = Path(args.output_dir)
     set_seed(args.seed)  # LoRA starts from random numbers
     if stage.lora_r:
         add_lora(student, stage.lora_r, args.lora_alpha)
-    names = set_trainable(student, stage)
+    set_trainable(student, stage)
     dtypes = _train_in_fp32(student)
     # The Trainer writes its own choice into the config, which the stage's folder would keep.
     use_cache = student.config.__dict__.get("use_cache")
     trainer = DistillTrainer(student, teacher, args, stage, features)
-    count = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    logger.info(f"{stage.name}: {stage.max_steps} steps on {count:,} parameters in {len(names)} tensors")
     trainer.train(resume_from_checkpoint=_last_checkpoint(running))
 
-    for name, parameter in student.named_parameters():
-        if parameter.requires_grad and not parameter.isfinite().all():
-            raise FloatingPointError(
-                f"{stage.name}: {name} is not finite after the last step; lower the learning rate"
-            )
     student.config.__dict__.pop("use_cache", None)
     if use_cache is not None:
         student.config.use_cache = use_cache
     if args.activation_checkpointing:
         student.gradient_checkpointing_disable()
         student.disable_input_require_grads()
+    _finish_training(student, stage, dtypes)
+    rows = [{"stage": stage.name, **row} for row in trainer.state.log_history]
+    _write_stage(out / stage.name, student, features.processor, rows)
+    shutil.rmtree(running, ignore_errors=True)
+
+
+def _finish_training(student: nn.Module, stage: Stage, dtypes: dict[str, torch.dtype]) -> None:
+    """Back to an ordinary model: adapters merged, nothing trainable, the dtypes of before."""
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            raise FloatingPointError(
+                f"{stage.name}: {name} is not finite after the last step: lower its learning rate"
+            )
     merge_lora(student)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(False)
         if name in dtypes:
             parameter.data = parameter.data.to(dtypes[name])
     student.eval()
-
-    shutil.rmtree(partial, ignore_errors=True)
-    student.save_pretrained(partial)
-    features.processor.save_pretrained(partial)
-    rows = [{"stage": stage.name, **row} for row in trainer.state.log_history]
-    (partial / LOG).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shutil.rmtree(out / stage.name, ignore_errors=True)
-    os.replace(partial, out / stage.name)
-    shutil.rmtree(running, ignore_errors=True)
 
 
 def _stage_arguments(config: DistillConfig, stage: Stage, index: int, running: Path) -> DistillConfig:
@@ -289,6 +282,17 @@ def _last_checkpoint(running: Path) -> str | None:
         except (OSError, ValueError):
             shutil.rmtree(path)
     return None
+
+
+def _write_stage(folder: Path, student, processor, rows: list[dict[str, Any]]) -> None:
+    """Writes the folder under another name first, so that it is there whole or not at all."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    student.save_pretrained(partial)
+    processor.save_pretrained(partial)
+    (partial / LOG).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
 
 
 def _load_weights(student, folder: Path) -> None:
