@@ -24,7 +24,7 @@ def answer_from_labels(scene, question):
     numbers = [int(n) for n in re.findall(r"\d+", question)]
     source_labels = np.where(scene.sources >= 0, load_digits().target[scene.sources], -1)
     assert np.array_equal(source_labels, scene.digits)
-    if question.endswith("color?"):
+    if question.startswith("color"):
         return list(COLOURS)[scene.colours[0, numbers[0] - 1, numbers[1] - 1]]
     if "row" in question:
         row, column = numbers

@@ -6,7 +6,7 @@ digit fills a cell of 16x16 pixels, which is one vision token of the testbed's t
     task   image                                     question                 answer
     cell   4x4 mosaic                                row 2 column 3?          7
     below  4x4 mosaic                                below row 2 column 3?    the digit of the cell beneath
-    color  4x4 mosaic                                row 2 column 3 color?    red, green, blue or yellow
+    color  4x4 mosaic                                color of row 2 column 3? red, green, blue or yellow
     count  4x4 mosaic                                how many red?            0 to 16
     large  mosaic up to 8x8                          row 7 column 4?          7
     when   clip: 3x3 cells, one digit per moment     when is 7?               moment 1 to 8
@@ -163,7 +163,7 @@ def ask(rng: np.random.Generator, scene: Scene, task: str) -> tuple[str, str]:
         if task == "below":
             return f"below row {r + 1} column {c + 1}?", str(scene.digits[0, r + 1, c])
         if task == "color":
-            return f"row {r + 1} column {c + 1} color?", list(COLOURS)[scene.colours[0, r, c]]
+            return f"color of row {r + 1} column {c + 1}?", list(COLOURS)[scene.colours[0, r, c]]
         return f"row {r + 1} column {c + 1}?", str(scene.digits[0, r, c])
     if task == "count":
         colour = int(rng.integers(0, len(COLOURS)))

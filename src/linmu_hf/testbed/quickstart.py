@@ -28,6 +28,7 @@ from ..distillation import cli as distillation
 from ..evaluation import cli as evaluation
 from ..evaluation.loading import load_rows
 from ..evaluation.retention import correct_answers, format_table
+from .ablate import WINDOWS
 from .make_data import make_data
 
 
@@ -127,9 +128,21 @@ def command(name: str, main: Callable, *arguments) -> Callable[[], None]:
     return work
 
 
+def flags(options: dict[str, Any]) -> list[str]:
+    """Mixer options as `linmu-convert` takes them."""
+    return [
+        word
+        for name, value in options.items()
+        for word in (
+            f"--{name.replace('_', '-')}",
+            ",".join(map(str, value)) if isinstance(value, list) else str(value),
+        )
+    ]
+
+
 def walk(output: Path, teacher: str, schedule: Schedule) -> dict[str, Any]:
     """Goes the whole way and returns what `results.json` holds."""
-    way = Way(output, {"teacher": teacher, **asdict(schedule)})
+    way = Way(output, {"teacher": teacher, "mixer_options": WINDOWS, **asdict(schedule)})
     data, init, student, scores = (output / name for name in ("data", "init", "student", "retention.json"))
     way.run("data", lambda: make_data(data, schedule.train_rows, schedule.test_rows_per_task))
     way.run(
@@ -137,7 +150,7 @@ def walk(output: Path, teacher: str, schedule: Schedule) -> dict[str, Any]:
         command(
             "linmu-convert", conversion.main,
             "--teacher", teacher, "--output", init, "--overwrite",
-            "--calibrate", data, "--calibrate-samples", schedule.calibration_rows,
+            "--calibrate", data, "--calibrate-samples", schedule.calibration_rows, *flags(WINDOWS),
         ),
     )  # fmt: skip
     way.run(
@@ -146,6 +159,7 @@ def walk(output: Path, teacher: str, schedule: Schedule) -> dict[str, Any]:
             "linmu-distill", distillation.main,
             "--model", init, "--teacher", teacher, "--dataset", data, "--output_dir", student,
             "--per_device_train_batch_size", schedule.batch_size, "--logging_steps", LOGGING_STEPS,
+            "--hidden_loss", "relative",
             "--align_steps", schedule.align_steps, "--align_learning_rate", schedule.align_learning_rate,
             "--stage_steps", schedule.stage_steps, "--stage_learning_rates", schedule.stage_learning_rates,
         ),

@@ -119,13 +119,15 @@ class Curriculum:
         return 1, int(rng.integers(level, level + 2)), int(rng.integers(level, level + 2))
 
 
-def batches(processor, seed: int, batch_size: int, curriculum: Curriculum) -> Iterator[list[dict]]:
+def batches(
+    processor, seed: int, batch_size: int, curriculum: Curriculum, shares: tuple[float, ...] = SCENE_SHARES
+) -> Iterator[list[dict]]:
     """Endless steps of three micro-batches, one per kind of scene and each of one grid."""
 
     def draw(step: int, levels: dict[str, int]) -> list[dict]:
         rng = np.random.default_rng((seed, step))
         micro_batches = []
-        for kind, share in zip(SCENES, SCENE_SHARES):
+        for kind, share in zip(SCENES, shares):
             grid = curriculum.grid(rng, kind, levels[kind])
             scenes = [compose(rng, kind, "train", grid) for _ in range(round(share * batch_size))]
             micro_batches.append(encode(processor, [(scene, converse(rng, scene)) for scene in scenes]))
@@ -205,7 +207,7 @@ def train(args: argparse.Namespace) -> None:
     started, best, window = time.time(), -1.0, []
     title = f"teacher, {parameters / 1e6:.2f}M parameters"
     progress = tqdm(total=args.steps, desc=title, smoothing=0.05, mininterval=5)
-    for step, micro_batches in enumerate(batches(processor, args.seed, args.batch_size, curriculum)):
+    for step, micro_batches in enumerate(batches(processor, args.seed, args.batch_size, curriculum, args.shares)):
         # the schedule ends with the steps or with the time, whichever is sooner
         done = max(step / args.steps, (time.time() - started) / args.max_seconds)
         if done >= 1:
@@ -258,6 +260,7 @@ def main() -> None:
     parser.add_argument("--max-seconds", type=float, default=math.inf, help="end the schedule by then")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--warmup-steps", type=int, default=100)
+    parser.add_argument("--shares", type=float, nargs=3, default=SCENE_SHARES, help=f"of {', '.join(SCENES)}")
     parser.add_argument("--levels", type=int, nargs=3, default=(1, 1, 1), help=f"of {', '.join(SCENES)} to begin with")
     parser.add_argument("--init", help="start from this checkpoint")
     parser.add_argument("--log", help="JSON lines file, by default OUTPUT/training_log.jsonl")
