@@ -1,8 +1,11 @@
 """All-`full_attention` LinMU is the teacher: the proof that everything around the mixer is right."""
 
+import json
+
 import pytest
 import torch
 from synthetic import ask, image, make_teacher, say
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from linmu_hf.conversion import load_teacher
 from linmu_hf.data import encode_prompts, encode_rows
@@ -55,6 +58,32 @@ def test_greedy_tokens_equal_the_teachers(pair, processor, rows):
     batch = encode_prompts(processor, rows)
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": -1}
     assert torch.equal(ours.generate(**batch, **options), theirs.generate(**batch, **options))
+
+
+def test_flat_configuration_as_on_the_hub(processor, tmp_path):
+    """The published checkpoints keep the decoder's fields at the top level of config.json, tying included."""
+    make_teacher(tmp_path, processor=processor, tie=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    for name in ("model_type", "layer_types", "dtype"):
+        text.pop(name, None)
+    config |= text | {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
+        "sliding_window": 32768,
+        "use_sliding_window": False,
+        "torch_dtype": config.pop("dtype"),
+        "tie_word_embeddings": True,
+    }
+    config["vision_config"].pop("model_type")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path).eval()
+    batch = encode_rows(processor, [IMAGES, VIDEO])
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        expected, actual = theirs(**batch).logits[real], load_teacher(tmp_path)(**batch).logits[real]
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
 
 
 def test_teacher_is_frozen(pair):

@@ -172,7 +172,7 @@ def _fit_projections(mixer, moments: _Moments, strength: float, max_growth: floa
         growth = float(solution.norm() / start.norm())
         if growth <= max_growth:
             break
-        alpha = alpha * 4
+        alpha = alpha * 2
     for weight, fitted in zip(projections, solution.chunk(2, dim=-1), strict=True):
         weight.copy_(fitted)
     return growth
