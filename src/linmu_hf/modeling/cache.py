@@ -36,10 +36,12 @@ class MMateCacheLayer(LinearAttentionLayer, CacheLayerMixin):
                 if old is None:
                     old = new.new_zeros(batch, *new.shape[1:])
                 new = old.index_copy(0, rows, new)
-            if holder[0] is not None and holder[0].shape == new.shape:
+            if new.requires_grad:
+                holder[0] = new  # a copy in place would break the backward pass of the tokens before
+            elif holder[0] is not None and holder[0].shape == new.shape:
                 holder[0].copy_(new)
             else:
-                holder[0] = new.detach().clone() if not new.requires_grad else new
+                holder[0] = new.clone()
         self.device, self.dtype = states.device, states.dtype
         self.has_previous_state[0] = self.is_initialized = True
         self.is_conv_states_initialized[0] = tail is not None

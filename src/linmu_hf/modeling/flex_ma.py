@@ -103,8 +103,9 @@ class ScanDirection(nn.Module):
             C = C / math.sqrt(self.head_dim)
         if config.scan_normalizer:
             x = torch.cat([x, x.new_ones(n, self.groups, 1)], dim=-1)
-        dt = softplus(self.dt_proj(u).float() + self.dt_bias.float())
-        return x, dt, -self.A_log.float().exp(), B, C
+        dtype = torch.promote_types(u.dtype, torch.float32)
+        dt = softplus(self.dt_proj(u).to(dtype) + self.dt_bias.to(dtype))
+        return x, dt, -self.A_log.to(dtype).exp(), B, C
 
     def finish(self, y, x):
         """Normalises and adds the skip: y [n, h, p (+ 1)] -> [n, h, p]."""

@@ -18,6 +18,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from .cache import MMateCacheLayer
 from .configuration_linmu import LinMUConfig, LinMUTextConfig
 from .flex_ma import FlexMA, ScanDirection, ZeroLinear
+from .generation import VisionLayoutGeneration, next_positions, remember_positions
 from .m_mate import MMate
 from .token_layout import TokenLayout
 from .vision_qwen2_5_vl import Qwen2_5_VLVision, merged_grid_layout
@@ -332,6 +333,8 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
                 second_per_grid_ts=second_per_grid_ts, mm_token_type_ids=mm_token_type_ids,
             )  # fmt: skip
             position_ids = derived if position_ids is None else position_ids
+        if past_key_values is not None and position_ids is not None and position_ids.shape[-1] > 1:
+            remember_positions(past_key_values, position_ids, attention_mask)
         inputs_embeds = self._scatter_vision(
             input_ids, inputs_embeds, pixel_values, pixel_values_videos, image_grid_thw, video_grid_thw,
             mm_encoder_outputs or {},
@@ -355,8 +358,6 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
         positions, layout = self.get_positions(input_ids, new_mask, **vision)
         if past:
             positions = positions + next_positions(past_key_values, input_ids.shape[0], past, input_ids.device)
-        if past_key_values is not None:
-            remember_positions(past_key_values, positions, new_mask)
         return positions, layout
 
     def _scatter_vision(self, input_ids, embeds, pixel_values, pixel_values_videos, image_grid, video_grid, encoded):
@@ -373,22 +374,7 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
         return embeds
 
 
-def remember_positions(cache: Cache, positions, attention_mask=None):
-    """Notes on the cache the M-RoPE position that follows each sequence: spans advance positions less than tokens."""
-    if attention_mask is not None:
-        positions = positions.masked_fill(attention_mask == 0, -1)
-    cache.linmu_next_position = positions.amax(dim=(0, 2)) + 1  # [b]
-
-
-def next_positions(cache: Cache, batch: int, past: int, device):
-    """Position of the first new token of every sequence, `[b, 1]`; a batch expanded for beams is followed."""
-    known = getattr(cache, "linmu_next_position", None)
-    if known is None:
-        return torch.full((batch, 1), past, device=device)
-    return known.to(device).repeat_interleave(batch // len(known))[:, None]
-
-
-class LinMUForConditionalGeneration(LinMUPreTrainedModel, GenerationMixin):
+class LinMUForConditionalGeneration(VisionLayoutGeneration, LinMUPreTrainedModel, GenerationMixin):
     """LinMU with its language-model head: what `AutoModelForImageTextToText` loads."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -476,38 +462,6 @@ class LinMUForConditionalGeneration(LinMUPreTrainedModel, GenerationMixin):
             mixer_inputs=outputs.mixer_inputs,
             mixer_outputs=outputs.mixer_outputs,
         )
-
-    # generate() encodes images first and then drops pixels and grids; what the decoder needs of them travels as the
-    # per-token vision_layout, computed here together with the positions, before the drop.
-    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
-        text_positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-        input_ids = model_kwargs.get("input_ids", inputs_tensor)
-        if input_ids.ndim != 2 or torch.is_floating_point(input_ids):
-            return text_positions
-        cache = model_kwargs.get("past_key_values")
-        past = 0 if cache is None else cache.get_seq_length()
-        mask = model_kwargs.get("attention_mask")
-        types = model_kwargs.get("mm_token_type_ids")
-        positions, layout = self.model._new_positions(
-            input_ids[:, past:],
-            mask,
-            cache,
-            mm_token_type_ids=None if types is None else types[:, past:],
-            **{name: model_kwargs.get(name) for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")},
-        )
-        model_kwargs["vision_layout"] = layout
-        text_positions = text_positions.expand(input_ids.shape[0], -1)[:, -positions.shape[-1] :]
-        return torch.cat([text_positions[None], positions])
-
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, vision_layout=None, **kwargs):
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        # only prefill sees vision tokens; without a cache every step is a prefill
-        if vision_layout is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
-            embeds = inputs.get("inputs_embeds")
-            length = (inputs["input_ids"] if embeds is None else embeds).shape[1]
-            grown = length - vision_layout.shape[1]
-            inputs["vision_layout"] = nn.functional.pad(vision_layout, (0, 0, 0, grown), value=-1)
-        return inputs
 
 
 __all__ = [
