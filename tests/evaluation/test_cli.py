@@ -4,6 +4,7 @@ import pytest
 from datasets import Dataset
 
 from linmu_hf.evaluation import cli
+from linmu_hf.testbed.data import TASKS
 
 
 def run(*arguments):
@@ -18,7 +19,7 @@ def test_table_and_json_agree(teacher_folder, student_folder, dataset_folder, tm
     results = json.loads(file.read_text())
     assert list(results["models"]) == ["teacher", "student"]
     assert table.split()[:3] == ["task", "teacher", "student"]
-    assert results["rows"] == len(results["models"]["student"]["accuracy"]["tasks"]) == 6
+    assert results["rows"] == len(results["models"]["student"]["accuracy"]["tasks"]) == len(TASKS)
     assert "retention" in results["models"]["student"]
     assert results["versions"]["transformers"]
 
@@ -46,8 +47,8 @@ def test_errors_are_one_line(teacher_folder, text_only_folder, dataset_folder, t
     assert "has no config.json" in message(capsys, "--model", tmp_path, *data)
     assert "'qwen2' model, which takes no images" in message(capsys, "--model", text_only_folder, *data)
     model = ("--model", teacher_folder)
-    assert "no split 'dev': it has train, test" in message(capsys, *model, *data, "--split", "dev")
-    assert "is not a dataset" in message(capsys, *model, "--dataset", tmp_path / "none")
+    assert "no split 'dev': it has ['train', 'test']" in message(capsys, *model, *data, "--split", "dev")
+    assert "there is no folder" in message(capsys, *model, "--dataset", tmp_path / "none")
     assert "--limit 0 must be at least 1" in message(capsys, *model, *data, "--limit", 0)
 
     turns = [

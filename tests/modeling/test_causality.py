@@ -131,7 +131,11 @@ def test_reverse_scope_sequence_keeps_text_rows_causal(layer_idx):
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_rows_of_a_batch_and_padding_do_not_mix(padding):
-    samples = tiny.Sample(2, ("video", 3, 2, 3), 2), tiny.Sample(4), tiny.Sample(1, ("image", 2, 3), ("image", 3, 1), 6)
+    samples = (
+        tiny.Sample(2, ("video", 3, 2, 3), 2),
+        tiny.Sample(4),
+        tiny.Sample(1, ("image", 2, 3), ("image", 3, 1), 6),
+    )
     positions, layout, mask = positions_of(*samples, padding=padding)
     model = tiny.model().model.language_model
     b, t = mask.shape

@@ -7,6 +7,7 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from linmu_hf.testbed import quickstart
+from linmu_hf.testbed.data import TASKS
 from linmu_hf.testbed.processor import build_processor
 from linmu_hf.testbed.train_teacher import teacher_config
 
@@ -83,7 +84,7 @@ def test_the_whole_way_with_an_interruption(tmp_path, monkeypatch, capsys):
     assert "$ linmu-eval --model" in printed
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert list(results["models"]) == ["teacher", "init", "stage-1", "stage-2"]
-    assert results["rows"] == 12
+    assert results["rows"] == 2 * len(TASKS)
     assert set(results["seconds"]) == {"data", "convert", "distil", "evaluate", "pictures", "total"}
     assert results["versions"]["torch"]
     for name in ("curves.png", "answers.png"):

@@ -10,7 +10,8 @@ from transformers import AutoProcessor, HfArgumentParser
 from transformers.utils import logging
 
 from ..conversion.teacher import load_teacher
-from ..evaluation.loading import check_model, first_line, library_versions, load_rows
+from ..data import load_rows
+from ..evaluation.loading import check_model, first_line, library_versions
 from ..modeling.modeling_linmu import LinMUForConditionalGeneration
 from .config import DistillConfig
 from .runner import check_output, distill

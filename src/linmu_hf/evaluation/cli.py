@@ -4,9 +4,11 @@ import argparse
 import json
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
-from .loading import check_model, library_versions, load_model, load_rows
+from ..data import check_dataset, load_rows
+from .loading import check_model, library_versions, load_model
 from .retention import compare, correct_answers, format_table, generate_answers, tasks_of
 
 
@@ -35,14 +37,28 @@ def name_models(paths: list[str]) -> dict[str, str]:
     return {short if last.count(short) == 1 else path: path for short, path in zip(last, paths)}
 
 
+def first_of_every_task(dataset, limit: int):
+    """The dataset's first `limit` rows of every task, in their order."""
+    seen: Counter = Counter()
+    picked = []
+    for i, task in enumerate(dataset["task"] if "task" in dataset.column_names else ["all"] * len(dataset)):
+        seen[task] += 1
+        if seen[task] <= limit:
+            picked.append(i)
+    return dataset.select(picked)
+
+
 def evaluate(arguments: argparse.Namespace) -> dict:
     models = name_models(list(dict.fromkeys(arguments.model)))
     if arguments.teacher:
         models = {"teacher": arguments.teacher} | models
     for path in models.values():
         check_model(path)
-    rows = load_rows(arguments.dataset, arguments.split, arguments.limit)
-    rows = [rows[i] for i in range(len(rows))]  # images are decoded once, not once per model
+    dataset = load_rows(arguments.dataset, arguments.split)
+    check_dataset(dataset)
+    if arguments.limit is not None:
+        dataset = first_of_every_task(dataset, arguments.limit)
+    rows = list(dataset)  # images are decoded once, not once per model
 
     correct, seconds = {}, {}
     for name, path in models.items():
@@ -75,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     try:
         results = evaluate(arguments)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         sys.exit(f"linmu-eval: error: {error}")
     print(format_table(results["models"]))
     if arguments.json:

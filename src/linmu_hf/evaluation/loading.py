@@ -1,4 +1,4 @@
-"""Models and rows of an evaluation, with one clear error for each thing that can be wrong with them."""
+"""Models by folder or Hub id, with one clear error for each thing that can be wrong with them."""
 
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-
-from ..data import check_dataset
 
 
 def default_device() -> str:
@@ -59,38 +57,6 @@ def load_model(path: str, *, device: str | None = None, dtype: str = "auto") -> 
     return model.to(device or default_device()).eval(), processor
 
 
-def load_rows(dataset: str, split: str = "test", limit: int | None = None):
-    """
-    The rows of one split, checked.
-
-    Args:
-        dataset (`str`):
-            A folder written by `save_to_disk`, or anything that `datasets.load_dataset` opens.
-        split (`str`, *optional*, defaults to `"test"`):
-            The split to read.
-        limit (`int`, *optional*):
-            At most this many rows of every task, from the start.
-    """
-    from datasets import DatasetDict, load_dataset, load_from_disk
-
-    folder = Path(dataset).expanduser()
-    saved = any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
-    try:
-        rows = load_from_disk(str(folder)) if saved else load_dataset(dataset)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{dataset} is not a dataset: {first_line(error)}") from error
-    if isinstance(rows, DatasetDict):
-        if split not in rows:
-            raise ValueError(f"{dataset} has no split {split!r}: it has {', '.join(rows)}")
-        rows = rows[split]
-    check_dataset(rows)
-    if limit is not None:
-        rows = rows.select(_first_of_every_task(rows, limit))
-    if len(rows) == 0:
-        raise ValueError(f"{dataset} has no rows in split {split!r}")
-    return rows
-
-
 def library_versions() -> dict[str, str]:
     """The versions that a result depends on."""
     versions = {}
@@ -104,14 +70,3 @@ def library_versions() -> dict[str, str]:
 
 def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _first_of_every_task(rows, limit: int) -> list[int]:
-    tasks = rows["task"] if "task" in rows.column_names else ["all"] * len(rows)
-    seen: dict[str, int] = {}
-    picked = []
-    for i, task in enumerate(tasks):
-        seen[task] = seen.get(task, 0) + 1
-        if seen[task] <= limit:
-            picked.append(i)
-    return picked

@@ -24,9 +24,9 @@ from datasets import disable_progress_bars
 from transformers.utils import logging
 
 from ..conversion import cli as conversion
+from ..data import load_rows
 from ..distillation import cli as distillation
 from ..evaluation import cli as evaluation
-from ..evaluation.loading import load_rows
 from ..evaluation.retention import correct_answers, format_table
 from .ablate import WINDOWS
 from .make_data import make_data
@@ -196,7 +196,7 @@ def draw_pictures(output: Path, student: Path, data: Path) -> None:
     from transformers import pipeline
 
     shutil.copyfile(student / "loss_curves.png", output / "curves.png")
-    rows = list(load_rows(str(data), limit=PICTURES_PER_TASK))
+    rows = evaluation.first_of_every_task(load_rows(str(data), "test"), PICTURES_PER_TASK)
     rows = [row for task in PICTURED_TASKS for row in rows if row["task"] == task]
     ask = pipeline("image-text-to-text", model=str(student))
     conversations = []
