@@ -10,12 +10,20 @@ def remember_positions(cache: Cache, position_ids, attention_mask=None):
     Notes on the cache, before its layers see them, the positions of several new tokens: an image advances positions by
     less than its tokens, so what follows cannot be told from the length.
     """
-    t = position_ids.shape[-1]
-    positions = position_ids if position_ids.ndim == 2 else position_ids[-3:].amax(0)  # [b, t]
+    b, t = position_ids.shape[-2:]
+    # the step over a span is its height or width; the frames of a video do not count
+    positions = position_ids if position_ids.ndim == 2 else position_ids[-2:].amax(0)  # [b, t]
+    positions = positions.expand(b, t)
+    real = torch.ones_like(positions, dtype=torch.bool)
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-        positions = positions.masked_fill(attention_mask[:, -t:] == 0, -1)
-    cache.linmu_next_position = positions.amax(1) + 1  # [b]
-    cache.linmu_seen = cache.get_seq_length() + t
+        real = attention_mask[:, -t:].bool()
+    last = (real * torch.arange(t, device=real.device)).argmax(1, keepdim=True)
+    past = cache.get_seq_length()
+    # a row of padding alone stays where it was
+    before = next_positions(cache, b, past, positions.device)
+    following = torch.where(real.any(1, keepdim=True), positions.gather(1, last) + 1, before)
+    cache.linmu_next_position = following.squeeze(1)  # [b]
+    cache.linmu_seen = past + t
 
 
 def next_positions(cache: Cache, batch: int, past: int, device):

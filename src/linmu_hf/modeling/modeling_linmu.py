@@ -288,13 +288,16 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
                 text = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
             return text.expand(3, -1, -1), None
         layout = merged_grid_layout(mm_token_type_ids, image_grid_thw, video_grid_thw, merge)
-        positions, _ = self.get_rope_index(
-            input_ids,
-            mm_token_type_ids=mm_token_type_ids,
+        # in a chunk of a longer prompt a row may be padding alone
+        rows = slice(None) if attention_mask is None else attention_mask.bool().any(1)
+        positions = input_ids.new_zeros(3, *input_ids.shape)
+        positions[:, rows], _ = self.get_rope_index(
+            input_ids[rows],
+            mm_token_type_ids=mm_token_type_ids[rows],
             image_grid_thw=image_grid_thw,
             video_grid_thw=video_grid_thw,
             second_per_grid_ts=second_per_grid_ts,
-            attention_mask=attention_mask,
+            attention_mask=None if attention_mask is None else attention_mask[rows],
         )
         return positions, layout
 
@@ -333,8 +336,10 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
                 second_per_grid_ts=second_per_grid_ts, mm_token_type_ids=mm_token_type_ids,
             )  # fmt: skip
             position_ids = derived if position_ids is None else position_ids
-        if past_key_values is not None and position_ids is not None and position_ids.shape[-1] > 1:
-            remember_positions(past_key_values, position_ids, attention_mask)
+        if past_key_values is not None and position_ids is not None:
+            # single tokens are counted; one at the beginning ends the note of a cache that was reset
+            if position_ids.shape[-1] > 1 or not past_key_values.get_seq_length():
+                remember_positions(past_key_values, position_ids, attention_mask)
         inputs_embeds = self._scatter_vision(
             input_ids, inputs_embeds, pixel_values, pixel_values_videos, image_grid_thw, video_grid_thw,
             mm_encoder_outputs or {},
