@@ -51,24 +51,27 @@ class Schedule:
     align_learning_rate: float
     stage_steps: tuple[int, int, int]
     stage_learning_rates: tuple[float, float, float]
+    seq_kd: bool
 
 
 QUICK = Schedule(
-    train_rows=3000,
+    train_rows=4000,
     test_rows_per_task=100,
     calibration_rows=64,
     batch_size=32,
-    align_steps=(150, 0, 0),
+    align_steps=(200, 150, 0),
     align_learning_rate=2e-3,
-    stage_steps=(100, 200, 50),
-    stage_learning_rates=(1e-3, 1e-3, 3e-4),
+    stage_steps=(120, 200, 60),
+    stage_learning_rates=(5e-4, 5e-4, 2e-4),
+    seq_kd=False,  # decoding the teacher's answers would take longer than stage 3 itself
 )
 FULL = replace(
     QUICK,
     train_rows=20000,
     test_rows_per_task=500,
-    align_steps=(1000, 0, 0),
-    stage_steps=(2000, 4000, 1000),
+    align_steps=(1000, 1000, 0),
+    stage_steps=(1000, 2500, 500),
+    seq_kd=True,
 )
 
 
@@ -162,6 +165,7 @@ def walk(output: Path, teacher: str, schedule: Schedule) -> dict[str, Any]:
             "--hidden_loss", "relative",
             "--align_steps", schedule.align_steps, "--align_learning_rate", schedule.align_learning_rate,
             "--stage_steps", schedule.stage_steps, "--stage_learning_rates", schedule.stage_learning_rates,
+            "--seq_kd", schedule.seq_kd,
         ),
     )  # fmt: skip
     stages = [student / name for name in STAGES if (student / name).is_dir()]
