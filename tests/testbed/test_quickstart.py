@@ -19,7 +19,7 @@ TINY = replace(
     calibration_rows=4,
     batch_size=4,
     align_steps=(1, 0, 0),
-    stage_steps=(1, 1, 0),
+    stage_steps=(1, 1, 1),
 )
 
 
@@ -83,7 +83,7 @@ def test_the_whole_way_with_an_interruption(tmp_path, monkeypatch, capsys):
     assert "== distil: finished before" in printed
     assert "$ linmu-eval --model" in printed
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert list(results["models"]) == ["teacher", "init", "stage-1", "stage-2"]
+    assert list(results["models"]) == ["teacher", "init", "stage-1", "stage-2", "stage-3"]
     assert results["rows"] == 2 * len(TASKS)
     assert set(results["seconds"]) == {"data", "convert", "distil", "evaluate", "pictures", "total"}
     assert results["versions"]["torch"]

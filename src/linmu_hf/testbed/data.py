@@ -6,8 +6,6 @@ digit fills a cell of 16x16 pixels, which is one vision token of the testbed's t
     task   image                                     question                 answer
     cell   4x4 mosaic                                row 2 column 3?          7
     below  4x4 mosaic                                below row 2 column 3?    the digit of the cell beneath
-    color  4x4 mosaic                                color of row 2 column 3? red, green, blue or yellow
-    count  4x4 mosaic                                how many red?            0 to 16
     large  mosaic up to 8x8                          row 7 column 4?          7
     when   clip: 3x3 cells, one digit per moment     when is 7?               moment 1 to 8
     first  clip                                      7 or 3 first?            7
@@ -22,15 +20,14 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 
-TASKS = ("cell", "below", "color", "count", "large", "when", "first")
+TASKS = ("cell", "below", "large", "when", "first")
 COLOURS = {"red": (255, 70, 70), "green": (60, 225, 90), "blue": (80, 130, 255), "yellow": (245, 225, 60)}
 CELL = 16
 FRAMES_PER_MOMENT = 2  # the teacher's temporal_patch_size: one moment is one temporal position
 QUESTIONS_PER_ROW = 8
 SCENES = ("mosaic", "large", "clip")
-SCENE_OF_TASK = dict(zip(TASKS, ("mosaic",) * 4 + ("large", "clip", "clip")))
+SCENE_OF_TASK = dict(zip(TASKS, ("mosaic", "mosaic", "large", "clip", "clip")))
 SCENE_SHARES = (0.4, 0.25, 0.35)
-COUNT_WEIGHT = 2.0  # counting is the hardest to learn
 TEST_DIGITS = 400
 AUGMENTED_VERSIONS = 24
 
@@ -137,8 +134,7 @@ def compose(rng: np.random.Generator, kind: str, split: str, grid: tuple[int, in
         colours = rng.integers(0, len(COLOURS), grid)
     else:
         digits = rng.integers(0, 10, grid)
-        # uneven shares of the colours: counts from 0 to nearly all cells
-        colours = rng.choice(len(COLOURS), grid, p=rng.dirichlet(np.ones(len(COLOURS))))
+        colours = rng.integers(0, len(COLOURS), grid)
     pixels, sources = _paint(rng, split, digits, colours)
     frames = pixels.repeat(FRAMES_PER_MOMENT, axis=0) if kind == "clip" else pixels
     return Scene(kind, frames, digits, colours, sources)
@@ -158,16 +154,11 @@ def scene_grid(rng: np.random.Generator, kind: str, split: str) -> tuple[int, in
 def ask(rng: np.random.Generator, scene: Scene, task: str) -> tuple[str, str]:
     """Draw one question of `task` about `scene`: `(question, answer)`, rows, columns and moments counted from 1."""
     moments, rows, columns = scene.grid
-    if task in ("cell", "large", "below", "color"):
+    if task in ("cell", "large", "below"):
         r, c = int(rng.integers(0, rows - (task == "below"))), int(rng.integers(0, columns))
         if task == "below":
             return f"below row {r + 1} column {c + 1}?", str(scene.digits[0, r + 1, c])
-        if task == "color":
-            return f"color of row {r + 1} column {c + 1}?", list(COLOURS)[scene.colours[0, r, c]]
         return f"row {r + 1} column {c + 1}?", str(scene.digits[0, r, c])
-    if task == "count":
-        colour = int(rng.integers(0, len(COLOURS)))
-        return f"how many {list(COLOURS)[colour]}?", str(int((scene.colours == colour).sum()))
     shown = scene.digits.reshape(moments, -1).max(axis=1)  # the digit of each moment
     if task == "when":
         moment = int(rng.integers(0, moments))
@@ -184,10 +175,9 @@ def converse(rng: np.random.Generator, scene: Scene, questions: int = QUESTIONS_
     tasks = [task for task, kind in SCENE_OF_TASK.items() if kind == scene.kind]
     impossible = {"below": rows == 1, "first": moments == 1}
     tasks = [task for task in tasks if not impossible.get(task)]
-    weights = np.array([COUNT_WEIGHT if task == "count" else 1.0 for task in tasks])
     drawn = {}
     for _ in range(20 * questions):
-        question, answer = ask(rng, scene, tasks[rng.choice(len(tasks), p=weights / weights.sum())])
+        question, answer = ask(rng, scene, tasks[int(rng.integers(0, len(tasks)))])
         drawn[question] = answer
         if len(drawn) == questions:
             break

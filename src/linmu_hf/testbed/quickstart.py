@@ -34,7 +34,7 @@ from .make_data import make_data
 
 TEACHER = Path(__file__).parent / "teacher"
 STAGES = ("stage-1", "stage-2", "stage-3")
-PICTURED_TASKS = ("cell", "below", "count", "large")
+PICTURED_TASKS = ("cell", "below", "color", "count", "large")
 PICTURES_PER_TASK = 2
 LOGGING_STEPS = 5
 

@@ -91,8 +91,6 @@ class Curriculum:
     THRESHOLDS = {"mosaic": 0.5, "large": 0.3, "clip": 0.35}
     PATIENCE = 150
 
-    SMALL_MOSAICS = 0.3  # share of smaller ones kept for ever: counting starts on them
-
     def __init__(self, levels: tuple[int, int, int] = (1, 1, 1)):
         self.levels = dict(zip(SCENES, levels))
         self.losses = dict.fromkeys(SCENES, 1.0)
@@ -112,8 +110,6 @@ class Curriculum:
         full = scene_grid(rng, kind, "train")
         if kind == "clip":
             return min(full[0], level + 1), min(3, level), min(3, level)
-        if kind == "mosaic" and level >= 4 and rng.random() < Curriculum.SMALL_MOSAICS:
-            return 1, int(rng.integers(1, 5)), int(rng.integers(1, 5))
         if level >= (4 if kind == "mosaic" else 8):
             return full
         return 1, int(rng.integers(level, level + 2)), int(rng.integers(level, level + 2))
