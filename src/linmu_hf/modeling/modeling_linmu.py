@@ -340,6 +340,12 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
             # single tokens are counted; one at the beginning ends the note of a cache that was reset
             if position_ids.shape[-1] > 1 or not past_key_values.get_seq_length():
                 remember_positions(past_key_values, position_ids, attention_mask)
+        encoded = [pixel_values, pixel_values_videos, *(mm_encoder_outputs or {}).values()]
+        if vision_layout is None and any(value is not None for value in encoded):
+            raise ValueError(
+                "images or videos came with position_ids but without their vision_layout; pass both as "
+                "`get_positions` returns them, or leave position_ids out"
+            )
         inputs_embeds = self._scatter_vision(
             input_ids, inputs_embeds, pixel_values, pixel_values_videos, image_grid_thw, video_grid_thw,
             mm_encoder_outputs or {},
