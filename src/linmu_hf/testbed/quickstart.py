@@ -34,8 +34,8 @@ from .make_data import make_data
 
 TEACHER = Path(__file__).parent / "teacher"
 STAGES = ("stage-1", "stage-2", "stage-3")
-PICTURED_TASKS = ("cell", "below", "color", "count", "large")
-PICTURES_PER_TASK = 2
+PICTURED_TASKS = ("cell", "below", "large")
+PICTURES_PER_TASK = 3
 LOGGING_STEPS = 5
 
 
