@@ -227,14 +227,19 @@ def test_unknown_backend():
         ssd(**make((2,), states=False), segments=Segments.build((2,)), backend="fast")
 
 
-@pytest.mark.parametrize("lengths", [(1,), (64, 128), (5, 64, 1), (16, 32)], ids=str)
+@pytest.mark.parametrize("lengths", [(1,), (64, 128), (5, 64, 1), (16, 32), (128,)], ids=str)
 def test_segments_are_cut_into_whole_chunks(lengths):
     segments = Segments.build(lengths)
     assert segments.lengths == lengths and len(segments) == len(lengths)
-    assert segments.chunks == tuple(-(-length // segments.chunk_size) for length in lengths)
-    slots = range(sum(lengths)) if segments.slots is None else segments.slots.tolist()
-    expected, first = [], 0
-    for length, chunks in zip(lengths, segments.chunks):
-        expected += range(first, first + length)
-        first += chunks * segments.chunk_size
-    assert list(slots) == expected
+    size = segments.chunk_size
+    chunks = [-(-length // size) for length in lengths]
+    assert segments.steps == tuple(sum(count > i for count in chunks) for i in range(max(chunks)))
+    slots = list(range(sum(lengths))) if segments.slots is None else segments.slots.tolist()
+    # chunk i of every segment lies in block i, at the segment's place among the longest first
+    longest_first = sorted(range(len(lengths)), key=lambda segment: -chunks[segment])
+    expected = []
+    for segment, length in enumerate(lengths):
+        for t in range(length):
+            block = sum(segments.steps[: t // size]) + longest_first.index(segment)
+            expected.append(block * size + t % size)
+    assert slots == expected

@@ -140,11 +140,31 @@ def causal_conv(xbc, weight, segments, tail=None):
     if tail is not None:
         padded = padded.index_copy(0, heads.flatten(), tail.flatten(0, 1).to(padded.dtype))
     n_out = len(padded) - halo
-    taps = weight.to(padded.dtype)
-    y = padded[:n_out] * taps[0]
-    for tap in range(1, halo + 1):
-        y = torch.addcmul(y, padded[tap : tap + n_out], taps[tap])
-    return y[places - halo], padded[heads + lengths[:, None]]
+    y = _Taps.apply(padded, weight.to(padded.dtype))
+    return y.index_select(0, places - halo), padded[heads + lengths[:, None]]
+
+
+class _Taps(torch.autograd.Function):
+    """y_i = sum_tap w_tap x_{i + tap}, [n + w - 1, c] -> [n, c]: autograd of the slices would fill zeros for each tap."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        n = len(x) - len(weight) + 1
+        y = x[:n] * weight[0]
+        for tap in range(1, len(weight)):
+            y.addcmul_(x[tap : tap + n], weight[tap])
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        n = len(grad)
+        grad_x = torch.zeros_like(x)
+        for tap in range(len(weight)):
+            grad_x[tap : tap + n].addcmul_(grad, weight[tap])
+        grad_weight = torch.stack([(x[tap : tap + n] * grad).sum(0) for tap in range(len(weight))])
+        return grad_x, grad_weight
 
 
 class FlexMA(nn.Module):
@@ -177,8 +197,10 @@ class FlexMA(nn.Module):
         if layout.reverse is not None:
             vision = layout.scan_vision
             y_reverse = self._scan_reverse(u, x, rope, layout)
-            gate = torch.sigmoid(self.gate_proj(u[vision])).view(len(vision), self.heads, -1)
-            mixed = gate * y[vision] + (1 - gate) * y_reverse  # Eq. 3; text rows have the forward direction alone
+            gate = torch.sigmoid(self.gate_proj(u.index_select(0, vision))).view(len(vision), self.heads, -1)
+            mixed = (
+                gate * y.index_select(0, vision) + (1 - gate) * y_reverse
+            )  # Eq. 3; text rows have the forward direction alone
             y = y.index_copy(0, vision, mixed.to(y.dtype))
         return y.flatten(1)
 
@@ -201,14 +223,14 @@ class FlexMA(nn.Module):
         """Eq. 2 in reversed token order: the mask M_V leaves vision tokens only; [v, h, p] at the vision tokens."""
         scan, reverse, segments = self.reverse_scan, layout.reverse, layout.reverse_segments
         projections = self.forward_scan if self.config.share_directions else None
-        u, x = u[reverse], x[reverse]
+        u, x = u.index_select(0, reverse), x.index_select(0, reverse)
         xbc = torch.cat([x, scan.project(u, projections)], dim=-1)
         if self.config.conv_kernel > 1:
             xbc, _ = causal_conv(xbc, scan.conv_weight, segments)
-        x, dt, A, B, C = scan.prepare(u, xbc, tuple(t[reverse] for t in rope))
+        x, dt, A, B, C = scan.prepare(u, xbc, tuple(t.index_select(0, reverse) for t in rope))
         if self.config.reverse_scope == "sequence":
             is_vision = torch.zeros(len(reverse), dtype=torch.bool, device=x.device)
             is_vision[layout.reverse_slots] = True
             x = x * is_vision[:, None, None]
         y, _ = ssd(x, dt, A, B, C, segments)
-        return scan.finish(y, x)[layout.reverse_slots]
+        return scan.finish(y, x).index_select(0, layout.reverse_slots)

@@ -52,10 +52,13 @@ class MMate(nn.Module):
         order = layout.orders[self.config.scan_order(self.layer_idx)]
         tokens = hidden_states.flatten(0, 1)
         rope = tuple(t.flatten(0, 1) for t in rope)
-        flex = self.flex_ma(tokens[order], tuple(t[order] for t in rope), layout, cache_layer)
+        flex = self.flex_ma(
+            tokens.index_select(0, order), tuple(t.index_select(0, order) for t in rope), layout, cache_layer
+        )
         if layout.vision is None:
             return flex, None
-        return flex, self.local_swin(tokens[layout.vision], tuple(t[layout.vision] for t in rope), layout)
+        vision = tokens.index_select(0, layout.vision)
+        return flex, self.local_swin(vision, tuple(t.index_select(0, layout.vision) for t in rope), layout)
 
     def forward(self, hidden_states, rope, layout, cache_layer=None):
         """The block output, `[b, t, d]`; arguments as in `branches`. Padding rows carry no meaning."""
@@ -64,6 +67,10 @@ class MMate(nn.Module):
         order = layout.orders[self.config.scan_order(self.layer_idx)]
         y = torch.zeros_like(tokens).index_copy(0, order, self.flex_ma.o_proj(flex))
         if swin is not None:
-            fusion = 1 - torch.sigmoid(self.fusion_proj(tokens[layout.vision]))  # 1 - lambda_t; lambda = 1 on text
-            y = y.index_add(0, layout.vision, fusion * (self.local_swin.o_proj(swin) - y[layout.vision]))
+            fusion = 1 - torch.sigmoid(
+                self.fusion_proj(tokens.index_select(0, layout.vision))
+            )  # 1 - lambda_t; lambda = 1 on text
+            y = y.index_add(
+                0, layout.vision, fusion * (self.local_swin.o_proj(swin) - y.index_select(0, layout.vision))
+            )
         return self.output_norm(y).view_as(hidden_states)

@@ -33,17 +33,23 @@ class Segments:
     Where the segments of a packed token dimension begin, and how they are cut into chunks; built once, used by every
     layer.
 
+    Chunks are kept in the order in which states pass through them: the first chunk of every segment, then the second
+    of every segment that has one, and so on, longest segment first. What a step needs is then a plain split.
+
     Args:
         lengths (`tuple[int, ...]`): Tokens of each segment, all at least 1.
         chunk_size (`int`): Tokens of a chunk.
-        slots (`torch.LongTensor` of shape `[n]`, *optional*): Place of every token when each segment is padded to
-            whole chunks; `None` if nothing needs padding.
-        chunks (`tuple[int, ...]`): Chunks of each segment.
+        steps (`tuple[int, ...]`): Number of segments that have a first, a second, ... chunk.
+        rank (`torch.LongTensor` of shape `[m]` or `None`): Place of every segment among the longest-first; `None` if
+            they are in that order.
+        slots (`torch.LongTensor` of shape `[n]` or `None`): Place of every token in the chunks; `None` if tokens fill
+            them as they lie.
     """
 
     lengths: tuple[int, ...]
     chunk_size: int
-    chunks: tuple[int, ...]
+    steps: tuple[int, ...]
+    rank: torch.Tensor | None
     slots: torch.Tensor | None
 
     @classmethod
@@ -52,16 +58,21 @@ class Segments:
         lengths = tuple(lengths)
         if chunk_size is None:
             chunk_size = min((16, 32, 64), key=lambda size: _padded(lengths, size) + 8 * len(lengths) * (64 // size))
-        chunks = tuple(-(-length // chunk_size) for length in lengths)
-        if all(length % chunk_size == 0 for length in lengths):
-            return cls(lengths, chunk_size, chunks, None)
+        chunks = [-(-length // chunk_size) for length in lengths]
+        steps = tuple(sum(count > step for count in chunks) for step in range(max(chunks)))
+        if len(lengths) == 1 and lengths[0] % chunk_size == 0:
+            return cls(lengths, chunk_size, steps, None, None)
+        longest_first = sorted(range(len(chunks)), key=lambda segment: -chunks[segment])
+        rank = torch.empty(len(chunks), dtype=torch.long)
+        rank[longest_first] = torch.arange(len(chunks))
+        rank = rank.to(device)
         length = torch.tensor(lengths, device=device)
-        first_token = length.cumsum(0) - length
-        first_slot = (torch.tensor(chunks, device=device) * chunk_size).cumsum(0) - torch.tensor(
-            chunks, device=device
-        ) * chunk_size
-        shift = (first_slot - first_token).repeat_interleave(length)
-        return cls(lengths, chunk_size, chunks, torch.arange(sum(lengths), device=device) + shift)
+        position = torch.arange(sum(lengths), device=device) - (length.cumsum(0) - length).repeat_interleave(length)
+        step = position // chunk_size
+        first_of_step = torch.tensor((0, *steps), device=device).cumsum(0)
+        slots = (first_of_step[step] + rank.repeat_interleave(length)) * chunk_size + position % chunk_size
+        in_order = longest_first == list(range(len(chunks)))
+        return cls(lengths, chunk_size, steps, None if in_order else rank, slots)
 
     def __len__(self) -> int:
         return len(self.lengths)

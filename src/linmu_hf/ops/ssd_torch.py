@@ -64,7 +64,7 @@ def ssd_chunked(x, dt, A, B, C, segments, initial_states=None):
     chunk_states = (x_weighted.reshape(c, g, r * p, size) @ B).view(c, s, p, k)
 
     # 3. from chunk to chunk
-    before, finals = _pass_states(chunk_states, a[..., -1].exp(), segments.chunks, initial_states)
+    before, finals = _pass_states(chunk_states, a[..., -1].exp(), segments, initial_states)
 
     # 4. from before
     if before is not None:
@@ -73,49 +73,40 @@ def ssd_chunked(x, dt, A, B, C, segments, initial_states=None):
         y = y.view(c, s, q, size, p) + from_before
 
     y = y.view(c, h, size, p).transpose(1, 2).reshape(c * size, h, p)
-    y = y if segments.slots is None else y[segments.slots]
+    y = y if segments.slots is None else y.index_select(0, segments.slots)
     return y.to(out_dtype), finals
 
 
 def _to_chunks(tensor, segments):
     """[n, ...] -> [c, chunk_size, ...], segments padded with zeros to whole chunks (dt = 0 leaves states alone)."""
     if segments.slots is not None:
-        padded = tensor.new_zeros(sum(segments.chunks) * segments.chunk_size, *tensor.shape[1:])
+        padded = tensor.new_zeros(sum(segments.steps) * segments.chunk_size, *tensor.shape[1:])
         tensor = padded.index_copy(0, segments.slots, tensor)
     return tensor.reshape(-1, segments.chunk_size, *tensor.shape[1:])
 
 
-def _pass_states(chunk_states, decays, chunks, initial_states):
+def _pass_states(chunk_states, decays, segments, initial_states):
     """
     States before each chunk and after each segment, from the chunks' own states [c, s, p, k] and decays [c, s].
 
     Step i handles the i-th chunk of every segment that has one. The state before is `None` if it is zero everywhere.
     """
-    if initial_states is None and max(chunks) == 1:
-        return None, chunk_states
-    c, s, p, k = chunk_states.shape
-    device = chunk_states.device
-    state = chunk_states.new_zeros(len(chunks), s, p, k) if initial_states is None else initial_states.to(chunk_states)
-    first = [0]
-    for count in chunks[:-1]:
-        first.append(first[-1] + count)
-    all_equal = min(chunks) == max(chunks)
-    before, order = [], []
-    for i in range(max(chunks)):
-        if all_equal:
-            before.append(state)
-            state = state * decays[i :: chunks[0], :, None, None] + chunk_states[i :: chunks[0]]
-            continue
-        active = [segment for segment, count in enumerate(chunks) if count > i]
-        index = torch.tensor([first[segment] + i for segment in active], device=device)
-        rows = torch.tensor(active, device=device)
-        current = state[rows]
-        before.append(current)
-        order.append(index)
-        state = state.index_copy(0, rows, current * decays[index][..., None, None] + chunk_states[index])
-    if all_equal:
-        return torch.stack(before, dim=1).view(c, s, p, k), state
-    return torch.cat(before)[torch.argsort(torch.cat(order))], state
+    m, steps, rank = len(segments), segments.steps, segments.rank
+    if initial_states is None and len(steps) == 1:
+        return None, chunk_states if rank is None else chunk_states[rank]
+    if initial_states is None:
+        state = chunk_states.new_zeros(m, *chunk_states.shape[1:])
+    else:
+        state = initial_states.to(chunk_states)
+        state = state if rank is None else torch.zeros_like(state).index_copy(0, rank, state)
+    before, finals = [], []
+    for own, decay, going_on in zip(chunk_states.split(steps), decays.split(steps), (*steps[1:], 0), strict=True):
+        before.append(state)
+        state = torch.addcmul(own, state, decay[..., None, None])
+        state, finished = state.split((going_on, len(state) - going_on))
+        finals.append(finished)
+    finals = torch.cat(finals[::-1])
+    return torch.cat(before), finals if rank is None else finals[rank]
 
 
 def ssd_streaming(x, dt, A, B, C, segments, initial_states=None, piece: int = 1024):

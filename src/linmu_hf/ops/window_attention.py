@@ -19,9 +19,9 @@ def window_attention(q, k, v, index, mask, slots):
     """
     h, d = q.shape[1:]
     windows, size = index.shape
-    q, k, v = (t[index.view(-1)].view(windows, size, t.shape[1], d).transpose(1, 2) for t in (q, k, v))
+    q, k, v = (t.index_select(0, index.view(-1)).view(windows, size, t.shape[1], d).transpose(1, 2) for t in (q, k, v))
     if h != k.shape[1]:
         # windows hold a few hundred tokens: repeating their keys costs less than the slower kernel for grouped heads
         k, v = (t.repeat_interleave(h // t.shape[1], dim=1) for t in (k, v))
     y = scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
-    return y.transpose(1, 2).reshape(windows * size, h, d)[slots]
+    return y.transpose(1, 2).reshape(windows * size, h, d).index_select(0, slots)
