@@ -139,13 +139,12 @@ def causal_conv(xbc, weight, segments, tail=None):
     heads = (first + torch.arange(m, device=device) * halo)[:, None] + torch.arange(halo, device=device)
     if tail is not None:
         padded = padded.index_copy(0, heads.flatten(), tail.flatten(0, 1).to(padded.dtype))
-    n_out = len(padded) - halo
     y = _Taps.apply(padded, weight.to(padded.dtype))
     return y.index_select(0, places - halo), padded[heads + lengths[:, None]]
 
 
 class _Taps(torch.autograd.Function):
-    """y_i = sum_tap w_tap x_{i + tap}, [n + w - 1, c] -> [n, c]: autograd of the slices would fill zeros for each tap."""
+    """y_i = sum_tap w_tap x_{i + tap}, [n + w - 1, c] -> [n, c]; spares autograd a tensor of zeros for each tap."""
 
     @staticmethod
     def forward(ctx, x, weight):
