@@ -5,7 +5,8 @@ import torch
 from transformers import Qwen2_5_VLProcessor
 
 from linmu_hf.data import encode_rows
-from linmu_hf.testbed.data import evaluation_scenes, to_row, training_scenes
+from linmu_hf.testbed.check_teacher import TEACHER
+from linmu_hf.testbed.data import evaluation_rows, evaluation_scenes, to_row, training_scenes
 from linmu_hf.testbed.encoding import encode
 from linmu_hf.testbed.processor import build_processor
 
@@ -68,6 +69,16 @@ def test_every_digit_is_one_token_wherever_it_stands(processor):
         assert token in tokenizer(f"row {digit} column 1?")["input_ids"]
     text = "Déjà vu, naïve façade: 12 € \n\t日本"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_the_shipped_processor_is_the_one_the_code_builds(processor):
+    shipped = Qwen2_5_VLProcessor.from_pretrained(TEACHER)
+    assert shipped.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    for task in ("large", "when"):
+        row = next(evaluation_rows(task, 1))
+        ours, theirs = encode_rows(processor, [row]), encode_rows(shipped, [row])
+        for name in ours:
+            assert torch.equal(torch.as_tensor(ours[name]), torch.as_tensor(theirs[name])), name
 
 
 def test_the_processor_survives_saving(processor, tmp_path):

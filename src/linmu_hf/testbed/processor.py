@@ -87,6 +87,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     sentences = ["user\n", "assistant\n", "system\n"]
     sentences += ["below row 1 column 2?", "row 1 column 2?", "7 or 3 first?", "when is 7?"]
+    # no task counts colors yet; the vocabulary can
     sentences += [f"how many {colour}?" for colour in COLOURS]
     # the testbed's own words come first among the merges
     corpus = sentences * 100 + [f" {word}" for word in ORDINARY_WORDS.split()] * 2 + list(string.printable)
