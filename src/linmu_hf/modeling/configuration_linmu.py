@@ -118,6 +118,7 @@ class LinMUTextConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         for name in ("scan_orders", "timescale_range", "window_size", "image_window_size"):
             setattr(self, name, list(getattr(self, name)))
+        self.validate_layer_type()  # here it is a plain ValueError, and names are as given
         # read by the attention that Transformers provides
         self.sliding_window = None
         super().__post_init__(**kwargs)
@@ -169,6 +170,11 @@ class LinMUTextConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        sections = self.rope_parameters.get("mrope_section")
+        if sections is not None and 2 * sum(sections) != self.head_dim:
+            raise ValueError(
+                f"rope_parameters: mrope_section={list(sections)} must add up to half of head_dim={self.head_dim}"
             )
         if self.scan_normalizer and self.bc_feature_map is None:
             raise ValueError(
