@@ -82,10 +82,16 @@ def exact(model: nn.Module) -> nn.Module:
     return model.double().eval()
 
 
-def model(seed=0, tie_word_embeddings=False, **options) -> LinMUForConditionalGeneration:
+def plain(seed=0, tie_word_embeddings=False, **options) -> LinMUForConditionalGeneration:
+    """A model as users have it, in float32."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return exact(randomise(LinMUForConditionalGeneration(config(tie_word_embeddings, **options)), seed))
+        return randomise(LinMUForConditionalGeneration(config(tie_word_embeddings, **options)), seed).eval()
+
+
+def model(*args, **options) -> LinMUForConditionalGeneration:
+    """The same in float64."""
+    return exact(plain(*args, **options))
 
 
 class Sample:

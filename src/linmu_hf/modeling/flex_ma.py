@@ -101,9 +101,10 @@ class ScanDirection(nn.Module):
             B, C = softmax_features(B), softmax_features(C)
         else:
             C = C / math.sqrt(self.head_dim)
-        if config.scan_normalizer:
-            x = torch.cat([x, x.new_ones(n, self.groups, 1)], dim=-1)
         dtype = torch.promote_types(u.dtype, torch.float32)
+        if config.scan_normalizer:
+            # the scan answers in x's dtype, and half precision does not hold the small sums that are divided
+            x = torch.cat([x.to(dtype), x.new_ones(n, self.groups, 1, dtype=dtype)], dim=-1)
         dt = softplus(self.dt_proj(u).to(dtype) + self.dt_bias.to(dtype))
         return x, dt, -self.A_log.to(dtype).exp(), B, C
 
@@ -216,7 +217,7 @@ class FlexMA(nn.Module):
             y, states = ssd(*args, segments, initial_states=states)
         if cache_layer is not None:
             cache_layer.store(tail, states, layout.batch, layout.rows)
-        return scan.finish(y, args[0])
+        return scan.finish(y, args[0]).to(u.dtype)
 
     def _scan_reverse(self, u, x, rope, layout):
         """Eq. 2 in reversed token order: the mask M_V leaves vision tokens only; [v, h, p] at the vision tokens."""
@@ -232,4 +233,4 @@ class FlexMA(nn.Module):
             is_vision[layout.reverse_slots] = True
             x = x * is_vision[:, None, None]
         y, _ = ssd(x, dt, A, B, C, segments)
-        return scan.finish(y, x).index_select(0, layout.reverse_slots)
+        return scan.finish(y, x).to(u.dtype).index_select(0, layout.reverse_slots)
