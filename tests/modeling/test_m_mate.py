@@ -23,6 +23,7 @@ OPTIONS = {
     },
     "wrap, channel gate, kv states": {"window_wrap": True, "gate": "channel", "state_heads": "kv"},
     "shared, normed, silu": {"share_directions": True, "bc_norm": True, "conv_activation": "silu"},
+    "reverse over the sequence": {"reverse_scope": "sequence"},
     "no convolution": {"conv_kernel": 1, "bc_feature_map": None, "scan_normalizer": False},
 }  # fmt: skip
 
@@ -38,12 +39,15 @@ def setup(layer_idx, **options):
     return model.language_model.layers[layer_idx].mixer, u, rope, tokens, layout[0]
 
 
-def scan(direction, projections, config, x_proj, tokens, cos, sin):
-    """Eq. 1 over a list of tokens [t, d], in their order: y [t, h, p]. Every head has its own loop."""
+def scan(direction, projections, config, x_proj, tokens, cos, sin, keep):
+    """
+    Eq. 1 over a list of tokens [t, d], in their order: y [t, h, p]. Every head has its own loop. Only the tokens to
+    `keep` (M_V of Eq. 2) bring an input of their own.
+    """
     t, p = len(tokens), config.head_dim
     h, g = config.num_attention_heads, config.num_key_value_heads
     per_state = h if config.state_heads == "query" else g
-    features = [x_proj(tokens), projections.b_proj(tokens), projections.c_proj(tokens)]
+    features = [x_proj(tokens) * keep[:, None], projections.b_proj(tokens), projections.c_proj(tokens)]
     if config.conv_kernel > 1:
         taps = direction.conv_weight.split([f.shape[1] for f in features], 1)
         width = config.conv_kernel
@@ -69,8 +73,9 @@ def scan(direction, projections, config, x_proj, tokens, cos, sin):
         numerator, denominator = 0, 0
         for i in range(t):
             decay = torch.exp(-dt[i, state] * direction.A_log[state].exp())
-            numerator = decay * numerator + dt[i, state] * torch.outer(x[i, group], B[i, group])
-            denominator = decay * denominator + dt[i, state] * B[i, group]
+            write = dt[i, state] * B[i, group] * keep[i]
+            numerator = decay * numerator + torch.outer(x[i, group], write)
+            denominator = decay * denominator + write
             y[i, head] = numerator @ C[i, head]
             if config.scan_normalizer:
                 y[i, head] /= denominator @ C[i, head]
@@ -125,15 +130,20 @@ def algorithm_1(mixer, u, rope, layout):
     cos, sin = (table[0] for table in rope)
     y = torch.zeros(len(u), config.num_attention_heads, config.head_dim, dtype=u.dtype)
     run = partial(scan, config=config, x_proj=flex.x_proj)
-    args = (u[permuted], cos[permuted], sin[permuted])
-    y[permuted] = run(flex.forward_scan, flex.forward_scan, tokens=args[0], cos=args[1], sin=args[2])
+    everything = torch.ones(len(u))
+    y[permuted] = run(
+        flex.forward_scan, flex.forward_scan, tokens=u[permuted], cos=cos[permuted], sin=sin[permuted], keep=everything
+    )
+    backwards = [permuted[layout[:, 0] == span].flip(0) for span in range(int(layout[:, 0].max()) + 1)]
+    if config.reverse_scope == "sequence":
+        backwards = [permuted.flip(0)]
     gated = y.clone()
-    for span in range(int(layout[:, 0].max()) + 1):
-        back = permuted[layout[:, 0] == span].flip(0)
+    for back in backwards:
+        keep = vision[back]
         projections = flex.forward_scan if config.share_directions else flex.reverse_scan
-        reverse = run(flex.reverse_scan, projections, tokens=u[back], cos=cos[back], sin=sin[back])
+        reverse = run(flex.reverse_scan, projections, tokens=u[back], cos=cos[back], sin=sin[back], keep=keep)
         gate = flex.gate_proj(u[back]).sigmoid().view(len(back), config.num_attention_heads, -1)
-        gated[back] = gate * y[back] + (1 - gate) * reverse
+        gated[back[keep]] = (gate * y[back] + (1 - gate) * reverse)[keep]
     out = flex.o_proj(gated.flatten(1))
     swin = attention(mixer.local_swin, u, rope, window_mask(layout, config, mixer.layer_idx))
     fusion = mixer.fusion_proj(u).sigmoid()  # lambda_t

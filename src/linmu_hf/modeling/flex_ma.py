@@ -224,13 +224,15 @@ class FlexMA(nn.Module):
         scan, reverse, segments = self.reverse_scan, layout.reverse, layout.reverse_segments
         projections = self.forward_scan if self.config.share_directions else None
         u, x = u.index_select(0, reverse), x.index_select(0, reverse)
+        mask = None
+        if self.config.reverse_scope == "sequence":
+            mask = torch.zeros(len(reverse), 1, dtype=x.dtype, device=x.device).index_fill(0, layout.reverse_slots, 1)
+            x = x * mask  # before the convolution, which would carry text over to its neighbours
         xbc = torch.cat([x, scan.project(u, projections)], dim=-1)
         if self.config.conv_kernel > 1:
             xbc, _ = causal_conv(xbc, scan.conv_weight, segments)
         x, dt, A, B, C = scan.prepare(u, xbc, tuple(t.index_select(0, reverse) for t in rope))
-        if self.config.reverse_scope == "sequence":
-            is_vision = torch.zeros(len(reverse), dtype=torch.bool, device=x.device)
-            is_vision[layout.reverse_slots] = True
-            x = x * is_vision[:, None, None]
+        if mask is not None:
+            x = x * mask[..., None]
         y, _ = ssd(x, dt, A, B, C, segments)
         return scan.finish(y, x).to(u.dtype).index_select(0, layout.reverse_slots)
