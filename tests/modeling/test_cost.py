@@ -49,7 +49,7 @@ def flops(model, inputs):
 
 @pytest.mark.parametrize(
     ("content", "windows"),
-    # windows at the two ends of a video are smaller and yet cost as much: among few large windows that would show
+    # the windows at the two ends of a video are smaller: among few large windows that would show
     [(text, DEFAULT_WINDOWS), (clips, DEFAULT_WINDOWS), (video, SMALL_WINDOWS)],
     ids=["text", "clips", "one video"],
 )

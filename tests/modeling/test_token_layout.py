@@ -109,8 +109,9 @@ def test_windows(sizes, shift, wrap):
     extents = [extent for _, extent in spans(vision_layout)]
     vision = layout.vision
     assert torch.equal(vision, (flat[:, 0] >= 0).nonzero()[:, 0])
-    windows = layout.windows[shift]
-    window_of = (windows.slots // windows.index.shape[1]).tolist()
+    window_of = {}
+    for window in (row for group in layout.windows[shift].groups for row in group.tolist()):
+        window_of |= {i: tuple(window) for i in window}
     for i, j in itertools.combinations(range(len(vision)), 2):
         a, b = int(vision[i]), int(vision[j])
         same = owner[a] == owner[b]
@@ -127,12 +128,11 @@ def test_windows(sizes, shift, wrap):
 @pytest.mark.parametrize("shift", [False, True], ids=["unshifted", "shifted"])
 def test_every_vision_token_has_one_place_in_the_windows(shift, rows):
     windows = build(*rows)[0].windows[shift]
-    v = len(windows.slots)
-    assert torch.equal(windows.index.flatten()[windows.slots], torch.arange(v))
-    held = torch.zeros(windows.index.numel(), dtype=torch.bool)
-    held[windows.slots] = True
-    assert int(held.sum()) == v
-    assert windows.mask is None if held.all() else torch.equal(windows.mask.flatten(), held)
+    laid_out = torch.cat([group.flatten() for group in windows.groups])
+    assert torch.equal(laid_out[windows.slots], torch.arange(len(windows.slots)))
+    assert torch.equal(laid_out.sort().values, torch.arange(len(windows.slots)))
+    sizes = [group.shape[1] for group in windows.groups]
+    assert len(set(sizes)) == len(sizes)
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])

@@ -20,13 +20,13 @@ def naive(q, k, v, window):
 
 
 def places(window):
-    """index, mask and slots of a list with the window of every token."""
+    """groups and slots of a list with the window of every token."""
     members = [[i for i, w in enumerate(window) if w == number] for number in range(max(window) + 1)]
-    size = max(map(len, members))
-    index = torch.tensor([row + [0] * (size - len(row)) for row in members])
-    mask = torch.tensor([[i < len(row) for i in range(size)] for row in members])
-    slots = torch.tensor([w * size + members[w].index(i) for i, w in enumerate(window)])
-    return index, None if mask.all() else mask, slots
+    groups = [
+        torch.tensor([row for row in members if len(row) == size]) for size in sorted({len(row) for row in members})
+    ]
+    order = [i for group in groups for i in group.flatten().tolist()]
+    return groups, torch.tensor([order.index(i) for i in range(len(window))])
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)], ids=str)

@@ -35,4 +35,4 @@ class LocalSwin(nn.Module):
         q, k, v = (proj(z).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = (t * cos + rotate_half(t) * sin for t in (q, k))
         windows = layout.windows[self.shift]
-        return window_attention(q, k, v, windows.index, windows.mask, windows.slots).flatten(1)
+        return window_attention(q, k, v, windows.groups, windows.slots).flatten(1)

@@ -20,14 +20,14 @@ class Windows:
     """
     One partition of the vision tokens into windows; arguments of [`~linmu_hf.ops.window_attention.window_attention`].
 
+    Windows at an edge are smaller; those of one size go together, so that none needs padding.
+
     Args:
-        index (`torch.LongTensor` of shape `[windows, size]`): Vision tokens of each window.
-        mask (`torch.BoolTensor` of shape `[windows, size]` or `None`): Places that hold a token.
-        slots (`torch.LongTensor` of shape `[v]`): Place of each vision token.
+        groups (`tuple[torch.LongTensor, ...]`, each of shape `[windows, size]`): Vision tokens of each window.
+        slots (`torch.LongTensor` of shape `[v]`): Place of each vision token when the groups are laid end to end.
     """
 
-    index: torch.Tensor
-    mask: torch.Tensor | None
+    groups: tuple[torch.Tensor, ...]
     slots: torch.Tensor
 
 
@@ -157,13 +157,13 @@ def _windows(config, span, coordinates, extent, shift: bool) -> Windows:
     cell = position // size
     window = torch.unique(_sort_key([span, *cell.unbind(1)]), return_inverse=True)[1]
     counts = torch.bincount(window)
+    first = counts.cumsum(0) - counts
     by_window = torch.argsort(window, stable=True)
-    n_windows, width = len(counts), int(counts.max())
-    rank = torch.arange(len(window), device=device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    slots = torch.empty_like(window)
-    slots[by_window] = window[by_window] * width + rank
-    index = by_window.new_zeros(n_windows * width)
-    index[slots] = torch.arange(len(window), device=device)
-    full = len(window) == n_windows * width
-    mask = None if full else (torch.arange(width, device=device) < counts[:, None])
-    return Windows(index.view(n_windows, width), mask, slots)
+    groups = []
+    for width in counts.unique().tolist():
+        members = first[counts == width][:, None] + torch.arange(width, device=device)
+        groups.append(by_window[members])
+    order = torch.cat([group.flatten() for group in groups])
+    slots = torch.empty_like(order)
+    slots[order] = torch.arange(len(order), device=device)
+    return Windows(tuple(groups), slots)
