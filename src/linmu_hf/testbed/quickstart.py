@@ -55,22 +55,23 @@ class Schedule:
 
 
 QUICK = Schedule(
-    train_rows=4000,
+    train_rows=3000,
     test_rows_per_task=100,
     calibration_rows=64,
-    batch_size=32,
-    align_steps=(200, 150, 0),
+    batch_size=16,
+    align_steps=(500, 400, 0),
     align_learning_rate=2e-3,
-    stage_steps=(120, 200, 60),
+    stage_steps=(150, 250, 100),
     stage_learning_rates=(5e-4, 5e-4, 2e-4),
     seq_kd=False,  # decoding the teacher's answers would take longer than stage 3 itself
 )
 FULL = replace(
     QUICK,
-    train_rows=20000,
+    train_rows=12000,
     test_rows_per_task=500,
-    align_steps=(1000, 1000, 0),
-    stage_steps=(1000, 2500, 500),
+    calibration_rows=128,
+    align_steps=(1200, 1000, 0),
+    stage_steps=(500, 1000, 400),
     seq_kd=True,
 )
 
@@ -162,7 +163,7 @@ def walk(output: Path, teacher: str, schedule: Schedule) -> dict[str, Any]:
             "linmu-distill", distillation.main,
             "--model", init, "--teacher", teacher, "--dataset", data, "--output_dir", student,
             "--per_device_train_batch_size", schedule.batch_size, "--logging_steps", LOGGING_STEPS,
-            "--hidden_loss", "relative",
+            "--hidden_loss", "relative", "--feature_cache_gb", 6,
             "--align_steps", schedule.align_steps, "--align_learning_rate", schedule.align_learning_rate,
             "--stage_steps", schedule.stage_steps, "--stage_learning_rates", schedule.stage_learning_rates,
             "--seq_kd", schedule.seq_kd,
