@@ -198,9 +198,8 @@ class FlexMA(nn.Module):
             vision = layout.scan_vision
             y_reverse = self._scan_reverse(u, x, rope, layout)
             gate = torch.sigmoid(self.gate_proj(u.index_select(0, vision))).view(len(vision), self.heads, -1)
-            mixed = (
-                gate * y.index_select(0, vision) + (1 - gate) * y_reverse
-            )  # Eq. 3; text rows have the forward direction alone
+            # Eq. 3; text rows have the forward direction alone
+            mixed = gate * y.index_select(0, vision) + (1 - gate) * y_reverse
             y = y.index_copy(0, vision, mixed.to(y.dtype))
         return y.flatten(1)
 

@@ -1,0 +1,215 @@
+"""The decoder: layers that name their mixer, over hidden states, rotary embeddings and the token layout."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ModelOutput
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VLAttention,
+    Qwen2_5_VLRMSNorm,
+    Qwen2_5_VLRotaryEmbedding,
+    Qwen2MLP,
+)
+
+from .cache import MMateCacheLayer
+from .configuration_linmu import LinMUConfig, LinMUTextConfig
+from .flex_ma import ScanDirection, ZeroLinear
+from .m_mate import MMate
+from .token_layout import TokenLayout
+
+
+@dataclass
+class LinMUModelOutput(ModelOutput):
+    """
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `[b, t, d]`): Hidden states after the final norm.
+        past_key_values (`Cache`, *optional*): With `use_cache`.
+        hidden_states (`tuple[torch.Tensor]`, *optional*): With `output_hidden_states`: input of every layer, and the
+            last hidden state.
+        mixer_inputs, mixer_outputs (`tuple[torch.Tensor]`, *optional*): With `output_mixer_states`: for every layer
+            the normed input and the output of its mixer, `[b, t, d]`, as Eq. 6 compares them.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    mixer_inputs: tuple[torch.Tensor, ...] | None = None
+    mixer_outputs: tuple[torch.Tensor, ...] | None = None
+
+
+class LinMUDecoderLayer(GradientCheckpointingLayer):
+    """Norm, mixer, residual; norm, MLP, residual."""
+
+    def __init__(self, config: LinMUTextConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.is_m_mate = config.layer_types[layer_idx] == "m_mate"
+        self.mixer = (MMate if self.is_m_mate else Qwen2_5_VLAttention)(config, layer_idx)
+        self.mlp = Qwen2MLP(config)
+        self.input_layernorm = Qwen2_5_VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen2_5_VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def mix(self, mixer_input, rope, layout=None, causal_mask=None, past_key_values=None):
+        """The mixer's output `[b, t, d]` for a normed input."""
+        if self.is_m_mate:
+            cache_layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+            return self.mixer(mixer_input, rope, layout, cache_layer)
+        return self.mixer(
+            mixer_input, attention_mask=causal_mask, position_embeddings=rope, past_key_values=past_key_values
+        )[0]
+
+    def forward(self, hidden_states, rope, layout=None, causal_mask=None, past_key_values=None):
+        mixer_input = self.input_layernorm(hidden_states)
+        mixer_output = self.mix(mixer_input, rope, layout, causal_mask, past_key_values)
+        hidden_states = hidden_states + mixer_output
+        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states, mixer_input, mixer_output
+
+
+class LinMUPreTrainedModel(PreTrainedModel):
+    config: LinMUConfig
+    config_class = LinMUConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "video", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LinMUDecoderLayer", "Qwen2_5_VLVisionBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = {"A_log", "dt_bias", "D"}
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _is_stateful = True
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, (ScanDirection, ZeroLinear)):
+            module.reset_new_parameters()
+
+
+class LinMUTextModel(LinMUPreTrainedModel):
+    """The decoder. Layers see hidden states, rotary embeddings and the [`TokenLayout`]; never ids or grids."""
+
+    config: LinMUTextConfig
+    config_class = LinMUTextConfig
+
+    def __init__(self, config: LinMUTextConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([LinMUDecoderLayer(config, idx) for idx in range(config.num_hidden_layers)])
+        self.norm = Qwen2_5_VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen2_5_VLRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        vision_layout=None,
+        use_cache=None,
+        output_hidden_states=None,
+        output_mixer_states=False,
+        **kwargs,
+    ) -> LinMUModelOutput:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `[b, t]`) or inputs_embeds (`torch.Tensor` of shape `[b, t, d]`).
+            attention_mask (`torch.Tensor` of shape `[b, past + t]`, *optional*): 0 at padding.
+            position_ids (`torch.LongTensor` of shape `[b, t]`, `[3, b, t]` or `[4, b, t]`, *optional*): Text
+                positions, M-RoPE positions, or both with the text positions first.
+            vision_layout (`torch.LongTensor` of shape `[b, t, 4]`, *optional*): See [`TokenLayout`].
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training:
+            use_cache = False
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if not use_cache:
+            past_key_values = None
+        rope, layout, causal_mask = self._prepare(
+            inputs_embeds, attention_mask, position_ids, vision_layout, past_key_values
+        )
+
+        hidden_states, all_states, inputs, outputs = inputs_embeds, [], [], []
+        for layer in self.layers:
+            all_states.append(hidden_states)
+            hidden_states, mixer_input, mixer_output = layer(hidden_states, rope, layout, causal_mask, past_key_values)
+            if output_mixer_states:
+                inputs.append(mixer_input)
+                outputs.append(mixer_output)
+        hidden_states = self.norm(hidden_states)
+        if past_key_values is not None:
+            for cache_layer in past_key_values.layers:
+                if isinstance(cache_layer, MMateCacheLayer):
+                    cache_layer.advance(inputs_embeds.shape[1])
+        return LinMUModelOutput(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            hidden_states=(*all_states, hidden_states) if output_hidden_states else None,
+            mixer_inputs=tuple(inputs) if output_mixer_states else None,
+            mixer_outputs=tuple(outputs) if output_mixer_states else None,
+        )
+
+    def run_mixers(self, mixer_inputs, attention_mask=None, position_ids=None, vision_layout=None):
+        """
+        Feeds every M-MATE layer with a given input, as if the layers before it were perfect.
+
+        Args:
+            mixer_inputs (`tuple[torch.Tensor]`): For every layer `[b, t, d]`, for example the teacher's.
+
+        Returns:
+            `tuple[torch.Tensor | None]`: Mixer outputs `[b, t, d]`; `None` for layers with full attention.
+        """
+        rope, layout, _ = self._prepare(mixer_inputs[0], attention_mask, position_ids, vision_layout, None)
+        return tuple(
+            layer.mix(mixer_input, rope, layout) if layer.is_m_mate else None
+            for layer, mixer_input in zip(self.layers, mixer_inputs, strict=True)
+        )
+
+    def _prepare(self, embeds, attention_mask, position_ids, vision_layout, past_key_values):
+        """Rotary embeddings, token layout and (if a layer needs it) the causal mask: once per forward pass."""
+        b, t, _ = embeds.shape
+        if position_ids is None:
+            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = torch.arange(past, past + t, device=embeds.device).expand(b, t)
+        text_positions = None
+        if position_ids.ndim == 2:
+            position_ids = position_ids[None].expand(3, -1, -1)
+        elif position_ids.shape[0] == 4:
+            text_positions, position_ids = position_ids[0], position_ids[1:]
+        rope = self.rotary_emb(embeds, position_ids)
+
+        layout = causal_mask = None
+        if "full_attention" in self.config.layer_types:
+            causal_mask = attention_mask
+            if isinstance(attention_mask, dict):
+                causal_mask = attention_mask["full_attention"]
+            elif attention_mask is None or attention_mask.ndim == 2:
+                causal_mask = create_causal_mask(
+                    config=self.config,
+                    inputs_embeds=embeds,
+                    attention_mask=attention_mask,
+                    past_key_values=past_key_values,
+                    position_ids=text_positions,
+                )
+        if "m_mate" in self.config.layer_types:
+            if attention_mask is not None:
+                if attention_mask.ndim != 2:
+                    raise ValueError(
+                        f"attention_mask of shape {tuple(attention_mask.shape)} is not [batch, tokens]; M-MATE layers "
+                        "know padding only, not arbitrary attention patterns"
+                    )
+                attention_mask = attention_mask[:, -t:]
+            layout = TokenLayout.build(self.config, b, t, embeds.device, attention_mask, vision_layout)
+        return rope, layout, causal_mask
