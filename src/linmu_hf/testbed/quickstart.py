@@ -59,10 +59,10 @@ QUICK = Schedule(
     test_rows_per_task=100,
     calibration_rows=64,
     batch_size=16,
-    align_steps=(500, 400, 0),
+    align_steps=(250, 0, 0),
     align_learning_rate=2e-3,
-    stage_steps=(150, 250, 100),
-    stage_learning_rates=(5e-4, 5e-4, 2e-4),
+    stage_steps=(250, 300, 100),
+    stage_learning_rates=(5e-4, 6e-4, 3e-4),
     seq_kd=False,  # decoding the teacher's answers would take longer than stage 3 itself
 )
 FULL = replace(
@@ -70,8 +70,9 @@ FULL = replace(
     train_rows=12000,
     test_rows_per_task=500,
     calibration_rows=128,
-    align_steps=(1200, 1000, 0),
-    stage_steps=(500, 1000, 400),
+    align_steps=(1200, 0, 0),
+    stage_steps=(500, 1900, 500),
+    stage_learning_rates=(5e-4, 6e-4, 2e-4),
     seq_kd=True,
 )
 
