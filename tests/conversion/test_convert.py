@@ -149,11 +149,10 @@ def test_large_tensors_are_copied_in_chunks(processor, tmp_path, monkeypatch):
 
 def test_options_reach_the_student(processor, tmp_path):
     make_teacher(tmp_path / "teacher", processor=processor)
-    options = {"share_directions": True, "window_size": [8, 2, 2]}
+    options = {"gate": "head", "window_size": [8, 2, 2]}
     convert(str(tmp_path / "teacher"), str(tmp_path / "student"), preset="paper", mixer_options=options)
     text = LinMUConfig.from_pretrained(tmp_path / "student").text_config
-    assert (text.share_directions, text.window_size, text.output_norm) == (True, [8, 2, 2], "layer_norm")
-    assert not any("reverse_scan.c_proj" in name for name in load_all(tmp_path / "student"))
+    assert (text.gate, text.window_size, text.output_norm) == ("head", [8, 2, 2], "layer_norm")
     AutoModelForImageTextToText.from_pretrained(tmp_path / "student")
 
 
@@ -182,7 +181,7 @@ def test_every_projection_of_the_table_exists():
 
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize("keep", [(), (0, 3), "all"])
-@pytest.mark.parametrize("options", [{}, {"share_directions": True}])
+@pytest.mark.parametrize("options", [{}, {"preset": "paper"}])
 def test_map_is_complete(processor, tie, keep, options):
     """Teacher keys and new parameters, together, are exactly the student's tensors; each once."""
     from synthetic import HUB_NAMES, make_teacher_config

@@ -15,10 +15,9 @@ SAMPLES = {
 OPTIONS = {
     "default": {},
     "paper-like": {
-        "scan_rope": False, "bc_feature_map": None, "scan_normalizer": False, "output_norm": "layer_norm",
-        "conv_activation": "silu",
+        "scan_rope": False, "bc_feature_map": None, "output_norm": "layer_norm",
     },
-    "kv heads, no convolution": {"state_heads": "kv", "conv_kernel": 1, "share_directions": True},
+    "no convolution": {"conv_kernel": 1},
     "wide convolution": {"conv_kernel": 9, "gate": "channel"},
     "hybrid": {"layer_types": ["m_mate", "full_attention", "m_mate", "full_attention"]},
     "attention first": {"layer_types": ["full_attention", "m_mate", "m_mate", "m_mate"]},

@@ -13,10 +13,9 @@ OPTIONS = {
     "default": {},
     "wrapped windows": {"window_wrap": True},
     "other options": {
-        "gate": "channel", "state_heads": "kv", "share_directions": True, "bc_norm": True, "scan_rope": False,
-        "bc_feature_map": None, "scan_normalizer": False, "conv_activation": "silu", "output_norm": "layer_norm",
+        "gate": "channel", "scan_rope": False, "bc_feature_map": None, "output_norm": "layer_norm",
     },
-    "no convolution": {"conv_kernel": 1, "output_norm": "rms_norm"},
+    "no convolution": {"conv_kernel": 1, "output_norm": "layer_norm"},
     "hybrid": {"layer_types": ["m_mate", "full_attention", "m_mate", "m_mate"]},
 }  # fmt: skip
 

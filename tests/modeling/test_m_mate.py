@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import tiny
 import torch
-from torch.nn.functional import conv1d, layer_norm, silu, softplus
+from torch.nn.functional import conv1d, layer_norm, softplus
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention, rotate_half
 
 from linmu_hf.modeling import flex_ma
@@ -18,13 +18,12 @@ PARTS = (3, ("image", 3, 5), 2, ("video", 3, 3, 2), 2)
 OPTIONS = {
     "default": {},
     "paper": {
-        "scan_rope": False, "bc_feature_map": None, "scan_normalizer": False, "output_norm": "layer_norm",
+        "scan_rope": False, "bc_feature_map": None, "output_norm": "layer_norm",
         "timescale_init": "mamba2",
     },
-    "wrap, channel gate, kv states": {"window_wrap": True, "gate": "channel", "state_heads": "kv"},
-    "shared, normed, silu": {"share_directions": True, "bc_norm": True, "conv_activation": "silu"},
+    "wrap, channel gate, normed": {"window_wrap": True, "gate": "channel", "output_norm": "layer_norm"},
     "reverse over the sequence": {"reverse_scope": "sequence"},
-    "no convolution": {"conv_kernel": 1, "bc_feature_map": None, "scan_normalizer": False},
+    "no convolution": {"conv_kernel": 1, "bc_feature_map": None},
 }  # fmt: skip
 
 
@@ -39,15 +38,14 @@ def setup(layer_idx, **options):
     return model.language_model.layers[layer_idx].mixer, u, rope, tokens, layout[0]
 
 
-def scan(direction, projections, config, x_proj, tokens, cos, sin, keep):
+def scan(direction, config, x_proj, tokens, cos, sin, keep):
     """
     Eq. 1 over a list of tokens [t, d], in their order: y [t, h, p]. Every head has its own loop. Only the tokens to
     `keep` (M_V of Eq. 2) bring an input of their own.
     """
     t, p = len(tokens), config.head_dim
     h, g = config.num_attention_heads, config.num_key_value_heads
-    per_state = h if config.state_heads == "query" else g
-    features = [x_proj(tokens) * keep[:, None], projections.b_proj(tokens), projections.c_proj(tokens)]
+    features = [x_proj(tokens) * keep[:, None], direction.b_proj(tokens), direction.c_proj(tokens)]
     if config.conv_kernel > 1:
         taps = direction.conv_weight.split([f.shape[1] for f in features], 1)
         width = config.conv_kernel
@@ -55,11 +53,7 @@ def scan(direction, projections, config, x_proj, tokens, cos, sin, keep):
             torch.stack([sum(w[width - 1 - k] * f[i - k] for k in range(width) if i >= k) for i in range(t)])
             for f, w in zip(features, taps)
         ]
-    if config.conv_activation == "silu":
-        features = [silu(f) for f in features]
     x, B, C = (f.view(t, -1, p) for f in features)
-    if config.bc_norm:
-        B, C = (m / m.square().mean(-1, keepdim=True).add(torch.finfo(m.dtype).eps).sqrt() for m in (B, C))
     if config.scan_rope:
         B, C = (m * cos[:, None] + rotate_half(m) * sin[:, None] for m in (B, C))
     if config.bc_feature_map == "softmax":
@@ -69,15 +63,15 @@ def scan(direction, projections, config, x_proj, tokens, cos, sin, keep):
     dt = softplus(direction.dt_proj(tokens) + direction.dt_bias)
     y = torch.zeros(t, h, p, dtype=tokens.dtype)
     for head in range(h):
-        group, state = head // (h // g), head // (h // per_state)
+        group = head // (h // g)
         numerator, denominator = 0, 0
         for i in range(t):
-            decay = torch.exp(-dt[i, state] * direction.A_log[state].exp())
-            write = dt[i, state] * B[i, group] * keep[i]
+            decay = torch.exp(-dt[i, head] * direction.A_log[head].exp())
+            write = dt[i, head] * B[i, group] * keep[i]
             numerator = decay * numerator + torch.outer(x[i, group], write)
             denominator = decay * denominator + write
             y[i, head] = numerator @ C[i, head]
-            if config.scan_normalizer:
+            if config.bc_feature_map == "softmax":
                 y[i, head] /= denominator @ C[i, head]
             y[i, head] += direction.D[head] * x[i, group]
     return y
@@ -131,17 +125,14 @@ def algorithm_1(mixer, u, rope, layout):
     y = torch.zeros(len(u), config.num_attention_heads, config.head_dim, dtype=u.dtype)
     run = partial(scan, config=config, x_proj=flex.x_proj)
     everything = torch.ones(len(u))
-    y[permuted] = run(
-        flex.forward_scan, flex.forward_scan, tokens=u[permuted], cos=cos[permuted], sin=sin[permuted], keep=everything
-    )
+    y[permuted] = run(flex.forward_scan, tokens=u[permuted], cos=cos[permuted], sin=sin[permuted], keep=everything)
     backwards = [permuted[layout[:, 0] == span].flip(0) for span in range(int(layout[:, 0].max()) + 1)]
     if config.reverse_scope == "sequence":
         backwards = [permuted.flip(0)]
     gated = y.clone()
     for back in backwards:
         keep = vision[back]
-        projections = flex.forward_scan if config.share_directions else flex.reverse_scan
-        reverse = run(flex.reverse_scan, projections, tokens=u[back], cos=cos[back], sin=sin[back], keep=keep)
+        reverse = run(flex.reverse_scan, tokens=u[back], cos=cos[back], sin=sin[back], keep=keep)
         gate = flex.gate_proj(u[back]).sigmoid().view(len(back), config.num_attention_heads, -1)
         gated[back[keep]] = (gate * y[back] + (1 - gate) * reverse)[keep]
     out = flex.o_proj(gated.flatten(1))

@@ -182,7 +182,7 @@ def _fit_norms(student, teacher, batches, layers) -> None:
     """Gain and bias of every output norm by least squares per channel."""
     text = student.model.language_model
     norms = {layer: text.layers[layer].mixer.output_norm for layer in layers}
-    norms = {layer: norm for layer, norm in norms.items() if isinstance(norm, (nn.LayerNorm, nn.RMSNorm))}
+    norms = {layer: norm for layer, norm in norms.items() if isinstance(norm, nn.LayerNorm)}
     if not norms:
         return
     for norm in norms.values():
@@ -197,13 +197,9 @@ def _fit_norms(student, teacher, batches, layers) -> None:
             sums[layer] += torch.stack([torch.ones_like(y), y, target, y * y, y * target]).sum(1)
     for layer, norm in norms.items():
         count, y, target, yy, y_target = sums[layer]
-        tiny = torch.finfo(yy.dtype).tiny
-        if getattr(norm, "bias", None) is None:
-            norm.weight.copy_(y_target / yy.clamp_min(tiny))
-        else:
-            gain = (y_target - y * target / count) / (yy - y * y / count).clamp_min(tiny)
-            norm.weight.copy_(gain)
-            norm.bias.copy_((target - gain * y) / count)
+        gain = (y_target - y * target / count) / (yy - y * y / count).clamp_min(torch.finfo(yy.dtype).tiny)
+        norm.weight.copy_(gain)
+        norm.bias.copy_((target - gain * y) / count)
 
 
 def _errors(student, teacher, batches, layers) -> dict[int, float]:

@@ -77,7 +77,7 @@ def map_teacher_key(key: str, config: LinMUConfig) -> list[str] | None:
         layer_types = decoder_config(config).layer_types or []
         if int(layer) < len(layer_types):
             targets = MIXERS[layer_types[int(layer)]][projection_name]
-            return [f"{layer_prefix}mixer.{target}.{kind}" for target in targets if _exists(target, config)]
+            return [f"{layer_prefix}mixer.{target}.{kind}" for target in targets]
     if any(re.fullmatch(pattern, name) for pattern in KEPT):
         return [name]
     raise ValueError(f"teacher tensor {key!r} is unknown to the weight map: is the checkpoint a plain Qwen2.5-VL?")
@@ -98,8 +98,3 @@ def is_new(name: str, config: LinMUConfig) -> bool:
 def decoder_config(config: LinMUConfig) -> LinMUTextConfig:
     assert isinstance(config.text_config, LinMUTextConfig)
     return config.text_config
-
-
-def _exists(target: str, config: LinMUConfig) -> bool:
-    shared = decoder_config(config).share_directions and target.startswith("flex_ma.reverse_scan.")
-    return not shared

@@ -13,11 +13,9 @@ SCAN_ORDERS = ("thw", "twh", "hwt", "wht")
 _CHOICES: dict[str, tuple] = {
     "reverse_scope": ("span", "sequence"),
     "gate": ("head", "channel"),
-    "state_heads": ("query", "kv"),
     "bc_feature_map": (None, "softmax"),
-    "conv_activation": (None, "silu"),
     "timescale_init": ("log_spaced", "mamba2"),
-    "output_norm": (None, "layer_norm", "rms_norm"),
+    "output_norm": (None, "layer_norm"),
 }
 
 
@@ -35,24 +33,15 @@ class LinMUTextConfig(PreTrainedConfig):
         reverse_scope (`str`, *optional*, defaults to `"span"`):
             What one reverse scan (Eq. 2) covers: the vision tokens of each image or video alone (`"span"`), or all
             vision tokens of the sequence, decaying over the text between them (`"sequence"`).
-        share_directions (`bool`, *optional*, defaults to `False`):
-            Whether the reverse direction uses the forward B, C projections (Eq. 2 has its own, with tilde).
         gate (`str`, *optional*, defaults to `"head"`):
             Whether the direction gate g (Eq. 3) has one value per head or per channel.
-        state_heads (`str`, *optional*, defaults to `"query"`):
-            One recurrent state per query head, or per key/value head (`"kv"`: shared decay, fewer states).
-        bc_norm (`bool`, *optional*, defaults to `False`):
-            Whether B and C are RMS-normalised over the head dimension.
         scan_rope (`bool`, *optional*, defaults to `True`):
             Whether B and C are rotated by the teacher's rotary embedding.
         bc_feature_map (`str`, *optional*, defaults to `"softmax"`):
-            Feature map of B and C: `None`, or `"softmax"` of x and of -x over the head dimension (state size doubles).
-        scan_normalizer (`bool`, *optional*, defaults to `True`):
-            Whether a scan's output is divided by the sum of its weights, as softmax attention does.
+            Feature map of B and C: `"softmax"` of x and of -x over the head dimension (the state size doubles), with
+            the scan's output divided by the sum of its weights, as softmax attention does; `None` is plain Mamba2.
         conv_kernel (`int`, *optional*, defaults to 4):
             Width of Mamba2's causal convolution over x, B and C; 1 leaves it out.
-        conv_activation (`str`, *optional*):
-            Activation after the convolution; `None` keeps the reused weights exact at the start.
         timescale_init (`str`, *optional*, defaults to `"log_spaced"`):
             Initial decays: half-lives log-spaced over the heads within `timescale_range`, or Mamba2's own ranges.
         timescale_range (`list[float]`, *optional*, defaults to `[4.0, 4096.0]`):
@@ -64,7 +53,7 @@ class LinMUTextConfig(PreTrainedConfig):
         window_wrap (`bool`, *optional*, defaults to `False`):
             Whether shifted windows join opposite edges (Fig. 4); `False` gives smaller windows there instead.
         output_norm (`str`, *optional*):
-            Norm of the fused output (Algorithm 1): `None`, `"layer_norm"` or `"rms_norm"`.
+            Norm of the fused output (Algorithm 1): `None` or `"layer_norm"`.
     """
 
     model_type = "linmu_text"
@@ -95,15 +84,10 @@ class LinMUTextConfig(PreTrainedConfig):
 
     scan_orders: list[str] | tuple[str, ...] = SCAN_ORDERS
     reverse_scope: str = "span"
-    share_directions: bool = False
     gate: str = "head"
-    state_heads: str = "query"
-    bc_norm: bool = False
     scan_rope: bool = True
     bc_feature_map: str | None = "softmax"
-    scan_normalizer: bool = True
     conv_kernel: int = 4
-    conv_activation: str | None = None
     timescale_init: str = "log_spaced"
     timescale_range: list[int | float] | tuple[int | float, ...] = (4.0, 4096.0)
     window_size: list[int] | tuple[int, ...] = (16, 4, 4)
@@ -176,11 +160,6 @@ class LinMUTextConfig(PreTrainedConfig):
             raise ValueError(
                 f"rope_parameters: mrope_section={list(sections)} must add up to half of head_dim={self.head_dim}"
             )
-        if self.scan_normalizer and self.bc_feature_map is None:
-            raise ValueError(
-                "scan_normalizer=True divides by a sum of weights, which is surely positive only with "
-                "bc_feature_map='softmax'; set bc_feature_map='softmax' or scan_normalizer=False"
-            )
 
     def scan_order(self, layer_idx: int) -> str:
         """The scan order of a layer (the case distinction over `l mod 4` in Sec. 3.1.1)."""
@@ -190,20 +169,17 @@ class LinMUTextConfig(PreTrainedConfig):
         """Whether a layer shifts its windows: every other layer does (Sec. 3.1.2)."""
         return layer_idx % 2 == 1
 
-    @property
-    def state_dim(self) -> int:
-        """Size n of B and C in the recurrent state: the head dimension, doubled by the feature map."""
-        return self.head_dim * (2 if self.bc_feature_map == "softmax" else 1)
-
 
 # Whole columns of choices. `paper`: the paper to the letter. `default`: the best measured (docs/decisions.md).
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
+        "reverse_scope": "sequence",
+        "gate": "channel",
         "scan_rope": False,
         "bc_feature_map": None,
-        "scan_normalizer": False,
         "timescale_init": "mamba2",
+        "window_wrap": True,
         "output_norm": "layer_norm",
     },
 }
@@ -296,7 +272,6 @@ class LinMUConfig(PreTrainedConfig):
 
 # The M-MATE options: what `linmu-convert` offers as flags.
 MIXER_FIELDS = (
-    "scan_orders", "reverse_scope", "share_directions", "gate", "state_heads", "bc_norm", "scan_rope",
-    "bc_feature_map", "scan_normalizer", "conv_kernel", "conv_activation", "timescale_init", "timescale_range",
-    "window_size", "image_window_size", "window_wrap", "output_norm",
+    "scan_orders", "reverse_scope", "gate", "scan_rope", "bc_feature_map", "conv_kernel", "timescale_init",
+    "timescale_range", "window_size", "image_window_size", "window_wrap", "output_norm",
 )  # fmt: skip

@@ -12,7 +12,7 @@ import math
 
 import torch
 from torch import nn
-from torch.nn.functional import silu, softplus
+from torch.nn.functional import softplus
 from transformers import initialization as init
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import rotate_half
 
@@ -39,21 +39,19 @@ class ScanDirection(nn.Module):
 
     Args:
         config (`LinMUTextConfig`): Sizes and options.
-        own_projections (`bool`): `False` if B and C are shared with the other direction.
     """
 
-    def __init__(self, config, own_projections: bool = True):
+    def __init__(self, config):
         super().__init__()
         self.config = config
         h, g, p, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
-        s = h if config.state_heads == "query" else g
-        self.heads, self.groups, self.head_dim, self.state_heads = h, g, p, s
-        if own_projections:
-            self.c_proj = nn.Linear(d, h * p)
-            self.b_proj = nn.Linear(d, g * p)
-        self.dt_proj = ZeroLinear(d, s, bias=False)
-        self.dt_bias = nn.Parameter(torch.empty(s))
-        self.A_log = nn.Parameter(torch.empty(s))
+        self.heads, self.groups, self.head_dim = h, g, p
+        self.normalized = config.bc_feature_map == "softmax"
+        self.c_proj = nn.Linear(d, h * p)
+        self.b_proj = nn.Linear(d, g * p)
+        self.dt_proj = ZeroLinear(d, h, bias=False)
+        self.dt_bias = nn.Parameter(torch.empty(h))
+        self.A_log = nn.Parameter(torch.empty(h))
         self.D = nn.Parameter(torch.empty(h))
         if config.conv_kernel > 1:
             # taps over x, B and C together, oldest token first, as in Mamba2
@@ -71,46 +69,36 @@ class ScanDirection(nn.Module):
             init.copy_(self.conv_weight, identity)
 
     def _initial_timescales(self):
-        """Decay rates -A and step sizes of the state heads."""
-        position = torch.linspace(0, 1, self.state_heads)
+        """Decay rates -A and step sizes of the heads."""
+        position = torch.linspace(0, 1, self.heads)
         if self.config.timescale_init == "mamba2":
             # Mamba2 draws A from 1 to 16 and dt log-uniformly from 0.001 to 0.1; spread evenly instead of drawn
             return 1 + 15 * position, torch.exp(math.log(1e-3) + (math.log(0.1) - math.log(1e-3)) * position.flip(0))
         shortest, longest = self.config.timescale_range
         half_life = shortest * (longest / shortest) ** position
-        return torch.ones(self.state_heads), math.log(2) / half_life
-
-    def project(self, u, projections=None):
-        """B and C of the tokens, [n, (g + h) * p], before the convolution."""
-        projections = projections or self
-        return torch.cat([projections.b_proj(u), projections.c_proj(u)], dim=-1)
+        return torch.ones(self.heads), math.log(2) / half_life
 
     def prepare(self, u, xbc, rope):
         """Splits the convolved [n, (2 g + h) p] into scan arguments: x, dt, A, B, C as in `ops/ssd.py`."""
         config, n = self.config, xbc.shape[0]
         sizes = [self.groups * self.head_dim] * 2 + [self.heads * self.head_dim]
         x, B, C = (t.unflatten(-1, (-1, self.head_dim)) for t in xbc.split(sizes, dim=-1))
-        if config.conv_activation == "silu":
-            x, B, C = silu(x), silu(B), silu(C)
-        if config.bc_norm:
-            B, C = (nn.functional.rms_norm(t, t.shape[-1:]) for t in (B, C))
         if config.scan_rope:
             cos, sin = (t[:, None] for t in rope)
             B, C = (t * cos + rotate_half(t) * sin for t in (B, C))
-        if config.bc_feature_map == "softmax":
-            B, C = softmax_features(B), softmax_features(C)
-        else:
-            C = C / math.sqrt(self.head_dim)
         dtype = torch.promote_types(u.dtype, torch.float32)
-        if config.scan_normalizer:
+        if self.normalized:
+            B, C = softmax_features(B), softmax_features(C)
             # the scan answers in x's dtype, and half precision does not hold the small sums that are divided
             x = torch.cat([x.to(dtype), x.new_ones(n, self.groups, 1, dtype=dtype)], dim=-1)
+        else:
+            C = C / math.sqrt(self.head_dim)
         dt = softplus(self.dt_proj(u).to(dtype) + self.dt_bias.to(dtype))
         return x, dt, -self.A_log.to(dtype).exp(), B, C
 
     def finish(self, y, x):
         """Normalises and adds the skip: y [n, h, p (+ 1)] -> [n, h, p]."""
-        if self.config.scan_normalizer:
+        if self.normalized:
             y = y[..., :-1] / y[..., -1:].clamp_min(torch.finfo(y.dtype).tiny ** 0.5)
         skip = self.D.to(y.dtype).view(self.groups, -1, 1) * x[:, :, None, : self.head_dim]
         return y + skip.flatten(1, 2)
@@ -177,7 +165,7 @@ class FlexMA(nn.Module):
         self.heads, self.head_dim = h, p
         self.x_proj = nn.Linear(d, g * p)
         self.forward_scan = ScanDirection(config)
-        self.reverse_scan = ScanDirection(config, own_projections=not config.share_directions)
+        self.reverse_scan = ScanDirection(config)
         self.gate_proj = ZeroLinear(d, h if config.gate == "head" else h * p)
         self.o_proj = nn.Linear(h * p, d, bias=False)
 
@@ -206,7 +194,7 @@ class FlexMA(nn.Module):
     def _scan_forward(self, u, x, rope, layout, cache_layer):
         scan, segments = self.forward_scan, layout.segments
         tail, states = (None, None) if cache_layer is None else cache_layer.load(layout.rows)
-        xbc = torch.cat([x, scan.project(u)], dim=-1)
+        xbc = torch.cat([x, scan.b_proj(u), scan.c_proj(u)], dim=-1)
         if self.config.conv_kernel > 1:
             xbc, tail = causal_conv(xbc, scan.conv_weight, segments, tail)
         args = scan.prepare(u, xbc, rope)
@@ -221,13 +209,12 @@ class FlexMA(nn.Module):
     def _scan_reverse(self, u, x, rope, layout):
         """Eq. 2 in reversed token order: the mask M_V leaves vision tokens only; [v, h, p] at the vision tokens."""
         scan, reverse, segments = self.reverse_scan, layout.reverse, layout.reverse_segments
-        projections = self.forward_scan if self.config.share_directions else None
         u, x = u.index_select(0, reverse), x.index_select(0, reverse)
         mask = None
         if self.config.reverse_scope == "sequence":
             mask = torch.zeros(len(reverse), 1, dtype=x.dtype, device=x.device).index_fill(0, layout.reverse_slots, 1)
             x = x * mask  # before the convolution, which would carry text over to its neighbours
-        xbc = torch.cat([x, scan.project(u, projections)], dim=-1)
+        xbc = torch.cat([x, scan.b_proj(u), scan.c_proj(u)], dim=-1)
         if self.config.conv_kernel > 1:
             xbc, _ = causal_conv(xbc, scan.conv_weight, segments)
         x, dt, A, B, C = scan.prepare(u, xbc, tuple(t.index_select(0, reverse) for t in rope))

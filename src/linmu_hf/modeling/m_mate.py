@@ -23,9 +23,9 @@ class MMate(nn.Module):
         self.flex_ma = FlexMA(config, layer_idx)
         self.local_swin = LocalSwin(config, layer_idx)
         self.fusion_proj = ZeroLinear(config.hidden_size, 1)
-        norms = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
-        norm = norms.get(config.output_norm)
-        self.output_norm = nn.Identity() if norm is None else norm(config.hidden_size, eps=config.rms_norm_eps)
+        self.output_norm = nn.Identity()
+        if config.output_norm == "layer_norm":
+            self.output_norm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def reset_new_parameters(self):
         """Sets, in place and deterministically, every parameter that does not come from the teacher (Eq. 4 and 5)."""

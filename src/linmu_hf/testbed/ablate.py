@@ -23,6 +23,7 @@ from ..conversion import convert, load_teacher
 from ..distillation import DistillCollator, DistillConfig, DistillTrainer, EncodedDataset, Stage
 from ..distillation.losses import IGNORE_INDEX, next_token_targets
 from ..distillation.stages import FLEX, SWIN, set_trainable
+from ..modeling.configuration_linmu import PRESETS
 from .data import TASKS, evaluation_rows, training_rows
 
 
@@ -35,20 +36,15 @@ WINDOWS = {"window_size": [2, 2, 2], "image_window_size": [1, 4, 4], "timescale_
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "scan_rope=False": {"scan_rope": False},
-    "scan_normalizer=False": {"scan_normalizer": False},
-    "bc_feature_map=None": {"bc_feature_map": None, "scan_normalizer": False},
+    "bc_feature_map=None": {"bc_feature_map": None},
     "timescale_init=mamba2": {"timescale_init": "mamba2"},
     "output_norm=layer_norm": {"output_norm": "layer_norm"},
-    "output_norm=rms_norm": {"output_norm": "rms_norm"},
     "gate=channel": {"gate": "channel"},
-    "state_heads=kv": {"state_heads": "kv"},
-    "bc_norm=True": {"bc_norm": True},
     "conv_kernel=1": {"conv_kernel": 1},
-    "conv_activation=silu": {"conv_activation": "silu"},
-    "share_directions=True": {"share_directions": True},
     "reverse_scope=sequence": {"reverse_scope": "sequence"},
     "scan_orders=thw": {"scan_orders": ["thw"]},
     "window_wrap=True": {"window_wrap": True},
+    "preset=paper": PRESETS["paper"],
 }
 
 
@@ -56,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--teacher", default=str(TEACHER))
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=[*VARIANTS, "preset=paper"])
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--align-steps", type=int, default=120)
     parser.add_argument("--steps", type=int, default=0, help="end-to-end steps after the alignment")
@@ -95,11 +91,8 @@ def run(
 ) -> dict[str, Any]:
     """Converts, aligns, distils and measures one variant."""
     start = time.perf_counter()
-    options = {"preset": "paper"} if name == "preset=paper" else {"mixer_options": VARIANTS[name]}
-    options.setdefault("mixer_options", {})
-    options["mixer_options"] = WINDOWS | options["mixer_options"]
     with tempfile.TemporaryDirectory(dir=args.output) as scratch:
-        convert(args.teacher, f"{scratch}/init", **options)
+        convert(args.teacher, f"{scratch}/init", mixer_options=WINDOWS | VARIANTS[name])
         student = AutoModelForImageTextToText.from_pretrained(f"{scratch}/init")
         stages = [Stage("align", BOTH, args.align_steps, 2e-3, hid=1.0, hidden_input="teacher")]
         if args.steps:
