@@ -29,6 +29,7 @@ from .data import TASKS, evaluation_rows, training_rows
 
 TEACHER = Path(__file__).parent / "teacher"
 BOTH = (FLEX, SWIN)
+COLUMNS = ("aligned_error", *TASKS, "mean")
 
 # The testbed's grids are small: windows of 4x4 tokens and two moments make Local-Swin local there.
 WINDOWS = {"window_size": [2, 2, 2], "image_window_size": [1, 4, 4], "timescale_range": [4.0, 1024.0]}
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rows", type=int, default=2000, help="training rows")
     parser.add_argument("--test-rows", type=int, default=100, help="test rows per task")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table here too")
     args = parser.parse_args(argv)
     logging.disable_progress_bar()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -81,9 +83,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         with file.open("a") as stream:
             stream.write(json.dumps(row) + "\n")
         tqdm.write(f"{name} seed {seed}: error {row['aligned_error']:.3f}, mean accuracy {row['mean']:.3f}")
-    table = format_table(done)
-    (args.output / "table.md").write_text(table)
-    print(table)
+    table = summarise(done)
+    (args.output / "table.md").write_text(format_table(table))
+    if args.json:
+        args.json.write_text(json.dumps(table, indent=2) + "\n")
+    print(format_table(table))
 
 
 def run(
@@ -147,16 +151,22 @@ def accuracy(model, rows: EncodedDataset, batch_size: int = 50) -> float:
     return right / len(rows)
 
 
-def format_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: means over the seeds, and the spread of the mean accuracy."""
-    columns = ["aligned_error", *TASKS, "mean"]
-    lines = ["| variant | seeds | " + " | ".join(columns) + " | spread |", "|---" * (len(columns) + 3) + "|"]
+def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For every variant the means over its seeds, and the spread of the mean accuracy."""
+    table = []
     for variant in dict.fromkeys(row["variant"] for row in rows):
         of = [row for row in rows if row["variant"] == variant]
-        means = [sum(row[column] for row in of) / len(of) for column in columns]
+        means = {column: round(sum(row[column] for row in of) / len(of), 4) for column in COLUMNS}
         spread = max(row["mean"] for row in of) - min(row["mean"] for row in of)
-        cells = " | ".join(f"{mean:.3f}" for mean in means)
-        lines.append(f"| {variant} | {len(of)} | {cells} | {spread:.3f} |")
+        table.append({"variant": variant, "seeds": len(of), **means, "spread": round(spread, 4)})
+    return table
+
+
+def format_table(table: list[dict[str, Any]]) -> str:
+    """The table in Markdown."""
+    lines = ["| " + " | ".join(table[0]) + " |", "|---" * len(table[0]) + "|"]
+    for row in table:
+        lines.append("| " + " | ".join(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()) + " |")
     return "\n".join(lines) + "\n"
 
 
