@@ -50,6 +50,21 @@ def test_greedy(sample, options, how):
     assert new_tokens(model.generate(**inputs, **GREEDY, **how), inputs) == [greedy(model, sample)]
 
 
+@both
+@torch.no_grad()
+def test_a_second_image_later_does_not_change_the_answer_about_the_first(options):
+    """Every logit of the first turn is the same with the second turn and its image behind it."""
+    model = tiny.model(**options)
+    first, second = tiny.Sample(3, ("image", 3, 5), 6), tiny.Sample(3, ("image", 3, 5), 6, ("image", 2, 4), 5)
+    alone, together = tiny.batch(first), tiny.batch(second)
+    n = len(first.ids)
+    assert first.ids == second.ids[:n]
+    expected = model(**alone).logits
+    torch.testing.assert_close(model(**together).logits[:, :n], expected, atol=2e-5, rtol=0)
+    together["pixel_values"][: len(alone["pixel_values"])] += 1
+    assert (model(**together).logits[:, :n] - expected).abs().max() > 1e-2
+
+
 @all_samples
 def test_without_token_types_and_mask(sample):
     model, inputs = tiny.model(), tiny.batch(sample)
