@@ -33,7 +33,7 @@ def dataset(tmp_path_factory):
 
 
 def test_flags_reach_the_config(teacher, tmp_path, capsys):
-    flags = "--keep-attention 0,2 --dtype bfloat16 --scan-rope false --bc-feature-map none --scan-normalizer false"
+    flags = "--keep-attention 0,2 --dtype bfloat16 --scan-rope false --bc-feature-map none --gate channel"
     flags += " --window-size 8,2,2 --scan-orders thw --conv-kernel 2 --timescale-range 2,64.5 --json"
     output = tmp_path / "out"
     report = tmp_path / "report.json"
