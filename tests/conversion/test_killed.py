@@ -109,27 +109,23 @@ def test_killed_by_signal(case, tmp_path, monkeypatch):
     real = checkpoint.StoredTensor.chunks
 
     def slow_chunks(self, dtype=None):
-        time.sleep(0.002)
+        time.sleep(0.02)  # several seconds in all: no kill below comes too late
         return real(self, dtype)
 
-    monkeypatch.setattr(checkpoint.StoredTensor, "chunks", slow_chunks)
-    moments, killed = random.Random(0), 0
-    for _ in range(100):
-        run = multiprocessing.get_context("fork").Process(
-            target=convert, args=(str(teacher), str(output)), kwargs=OPTIONS, daemon=True
-        )
-        run.start()
-        run.join(moments.uniform(0.1, 0.8))
-        if run.exitcode is None and not output.exists():
+    with monkeypatch.context() as slowly:
+        slowly.setattr(checkpoint.StoredTensor, "chunks", slow_chunks)
+        moments = random.Random(0)
+        for _ in range(4):
+            run = multiprocessing.get_context("fork").Process(
+                target=convert, args=(str(teacher), str(output)), kwargs=OPTIONS, daemon=True
+            )
+            run.start()
+            run.join(moments.uniform(0.1, 0.8))
+            assert run.exitcode is None
             run.kill()
             run.join()
-            killed += 1
-            if not output.exists():
-                assert_nothing_loads(output)
-        run.join()
-        if output.exists():
-            break
-    assert killed >= 1
+            assert_nothing_loads(output)
+    convert(str(teacher), str(output), **OPTIONS)
     assert contents(output) == whole
 
 
