@@ -31,7 +31,7 @@ def room(module: Path) -> str:
     parts = module.relative_to(PACKAGE).with_suffix("").parts
     if parts[0] != "testbed" and parts[-1] in ("cli", "chat"):
         return "cli"
-    if parts == ("modeling", "configuration_linmu"):
+    if parts in (("modeling", "configuration_linmu"), ("modeling", "remote_code")):
         return "configuration"
     return parts[0]
 

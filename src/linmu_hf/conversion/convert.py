@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from tqdm.auto import tqdm
 
 from ..modeling.configuration_linmu import LinMUConfig
+from ..modeling.remote_code import add_remote_code
 from .calibrate import CalibrationReport, calibrate
 from .checkpoint import (
     OutputTensor,
@@ -262,6 +263,7 @@ def _finish(work: Path, target: Path, plan: Plan) -> None:
     for name in PROCESSOR_FILES:
         if (plan.source.folder / name).is_file():
             shutil.copyfile(plan.source.folder / name, work / name)
+    add_remote_code(plan.config, work)
     write_text(work / "config.json", plan.config.to_json_string())
     (work / MANIFEST).unlink()
     old = target.with_name(target.name + ".old")

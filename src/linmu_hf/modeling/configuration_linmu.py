@@ -1,10 +1,12 @@
 """Configuration of LinMU: a Qwen2.5-VL configuration whose decoder layers each name their mixer."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+
+from .remote_code import RemoteCodeConfig
 
 
 LAYER_TYPES = ("m_mate", "full_attention")
@@ -20,7 +22,7 @@ _CHOICES: dict[str, tuple] = {
 
 
 @strict
-class LinMUTextConfig(PreTrainedConfig):
+class LinMUTextConfig(RemoteCodeConfig, PreTrainedConfig):
     r"""
     The decoder: the fields of Qwen2.5-VL's text model, the mixer of every layer, and the choices inside M-MATE.
 
@@ -58,6 +60,7 @@ class LinMUTextConfig(PreTrainedConfig):
 
     model_type = "linmu_text"
     base_config_key = "text_config"
+    remote_classes: ClassVar[dict[str, str]] = {"AutoConfig": "LinMUTextConfig", "AutoModel": "LinMUTextModel"}
     keys_to_ignore_at_inference = ["past_key_values"]
     ignore_keys_at_rope_validation = {"mrope_section"}
     default_theta = 1000000.0
@@ -193,7 +196,7 @@ _TEACHER_FIELDS = (
 
 
 @strict
-class LinMUConfig(PreTrainedConfig):
+class LinMUConfig(RemoteCodeConfig, PreTrainedConfig):
     r"""
     A vision tower, unchanged from the teacher, and the linear decoder.
 
@@ -207,6 +210,11 @@ class LinMUConfig(PreTrainedConfig):
     """
 
     model_type = "linmu"
+    remote_classes: ClassVar[dict[str, str]] = {
+        "AutoConfig": "LinMUConfig",
+        "AutoModel": "LinMUModel",
+        "AutoModelForImageTextToText": "LinMUForConditionalGeneration",
+    }
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(AutoConfig, model_type="qwen2_5_vl_vision"),
         "text_config": LinMUTextConfig,

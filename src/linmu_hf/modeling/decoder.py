@@ -19,6 +19,7 @@ from .cache import MMateCacheLayer
 from .configuration_linmu import LinMUConfig, LinMUTextConfig
 from .flex_ma import ScanDirection, ZeroLinear
 from .m_mate import MMate
+from .remote_code import InstalledCode
 from .token_layout import TokenLayout
 
 
@@ -70,7 +71,7 @@ class LinMUDecoderLayer(GradientCheckpointingLayer):
         return hidden_states, mixer_input, mixer_output
 
 
-class LinMUPreTrainedModel(PreTrainedModel):
+class LinMUPreTrainedModel(InstalledCode, PreTrainedModel):
     config: LinMUConfig
     config_class = LinMUConfig
     base_model_prefix = "model"
@@ -83,6 +84,10 @@ class LinMUPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
     _is_stateful = True
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model_tags = ["linmu"]  # on the model's page after push_to_hub
 
     def _init_weights(self, module):
         super()._init_weights(module)
