@@ -68,6 +68,15 @@ class Stage:
                 "but `hid`: set tok=seq=sup=0, lora_r=0 and hid > 0, or use hidden_input='student'"
             )
 
+    def objective(self) -> str:
+        """What it minimises in a few words, such as `0.5 hid + 0.5 tok, LoRA rank 8`."""
+        losses = " + ".join(
+            f"{getattr(self, key):g} {key}" for key in ("hid", "tok", "seq", "sup") if getattr(self, key)
+        )
+        extra = f", LoRA rank {self.lora_r}" if self.lora_r else ""
+        extra += ", fed by the teacher" if self.hidden_input == "teacher" else ""
+        return losses + extra
+
 
 PAPER_STAGES = (
     Stage("stage-1", trains=(FLEX,), max_steps=10_000, learning_rate=5e-4, hid=0.5, tok=0.5),

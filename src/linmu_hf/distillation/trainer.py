@@ -41,6 +41,7 @@ class DistillTrainer(Trainer):
     loss_is_scaled_for_ga = True
 
     def __init__(self, model, teacher, args: DistillConfig, stage: Stage, train_dataset: EncodedDataset, **kwargs):
+        args.refuse_push_to_hub()
         tokenizer = train_dataset.processor.tokenizer
         collator = DistillCollator(tokenizer.pad_token_id, pseudo=stage.seq > 0)
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collator, **kwargs)
