@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import set_seed
+from transformers import TrainerState, set_seed
 
 from ..data import check_dataset
 from .collator import EncodedDataset
@@ -123,7 +123,13 @@ def _run_stage(
     # The Trainer writes its own choice into the config, which the stage's folder would keep.
     use_cache = student.config.__dict__.get("use_cache")
     trainer = DistillTrainer(student, teacher, args, stage, features)
-    trainer.train(resume_from_checkpoint=_last_checkpoint(running))
+    checkpoint = _last_checkpoint(running)
+    state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json") if checkpoint else TrainerState()
+    if state.global_step < stage.max_steps:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    else:  # killed after the last step, which the Trainer would follow by one more
+        trainer._load_from_checkpoint(checkpoint)
+        trainer.state = state
 
     student.config.__dict__.pop("use_cache", None)
     if use_cache is not None:
