@@ -17,7 +17,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 
 from .cache import MMateCacheLayer
 from .configuration_linmu import LinMUConfig, LinMUTextConfig
-from .flex_ma import ScanDirection, ZeroLinear
+from .flex_ma import FP32_PARAMETERS, ScanDirection, ZeroLinear
 from .m_mate import MMate
 from .token_layout import TokenLayout
 
@@ -78,7 +78,9 @@ class LinMUPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["LinMUDecoderLayer", "Qwen2_5_VLVisionBlock"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = {"A_log", "dt_bias", "D"}
+    _keep_in_fp32_modules_strict = set(FP32_PARAMETERS)
+    # float32 in a float16 model, and never quantised: small maps that steer decays and gates
+    _keep_in_fp32_modules = {".*dt_proj", ".*flex_ma.gate_proj", ".*fusion_proj"}
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True

@@ -24,8 +24,16 @@ def softmax_features(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([x.softmax(-1), (-x).softmax(-1)], dim=-1)
 
 
+# What is kept in float32 whatever the model is cast to: rounding a decay rate moves every later state.
+FP32_PARAMETERS = ("A_log", "dt_bias", "D")
+
+
 class ZeroLinear(nn.Linear):
     """A linear map that starts at zero: what it feeds does not depend on the token at first."""
+
+    def forward(self, x):
+        # a model in half precision may keep these small weights in float32
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
     def reset_new_parameters(self):
         init.zeros_(self.weight)
@@ -50,12 +58,28 @@ class ScanDirection(nn.Module):
         self.c_proj = nn.Linear(d, h * p)
         self.b_proj = nn.Linear(d, g * p)
         self.dt_proj = ZeroLinear(d, h, bias=False)
-        self.dt_bias = nn.Parameter(torch.empty(h))
-        self.A_log = nn.Parameter(torch.empty(h))
-        self.D = nn.Parameter(torch.empty(h))
+        precise = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        for name in FP32_PARAMETERS:
+            self.register_parameter(name, nn.Parameter(torch.empty(h, dtype=precise)))
         if config.conv_kernel > 1:
             # taps over x, B and C together, oldest token first, as in Mamba2
             self.conv_weight = nn.Parameter(torch.empty(config.conv_kernel, (h + 2 * g) * p))
+
+    def _apply(self, fn, recurse=True):
+        """`.to`, `.half`, `.cuda` and their like move `FP32_PARAMETERS` but never cast them below float32."""
+        parameters = [self.get_parameter(name) for name in FP32_PARAMETERS]
+        precise = [*parameters, *(parameter.grad for parameter in parameters if parameter.grad is not None)]
+
+        def apply(tensor):
+            result = fn(tensor)
+            if result.dtype.itemsize < 4 and any(tensor is one for one in precise):
+                return tensor.to(result.device, torch.float32)  # not back up from the rounded values
+            return result
+
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        return super()._apply(apply, recurse=False)
 
     def reset_new_parameters(self):
         """Sets the parameters that no teacher has: a convolution that does nothing, decays, step sizes, no skip."""
@@ -70,13 +94,13 @@ class ScanDirection(nn.Module):
 
     def _initial_timescales(self):
         """Decay rates -A and step sizes of the heads."""
-        position = torch.linspace(0, 1, self.heads)
+        position = torch.linspace(0, 1, self.heads, dtype=self.A_log.dtype)
         if self.config.timescale_init == "mamba2":
             # Mamba2 draws A from 1 to 16 and dt log-uniformly from 0.001 to 0.1; spread evenly instead of drawn
             return 1 + 15 * position, torch.exp(math.log(1e-3) + (math.log(0.1) - math.log(1e-3)) * position.flip(0))
         shortest, longest = self.config.timescale_range
         half_life = shortest * (longest / shortest) ** position
-        return torch.ones(self.heads), math.log(2) / half_life
+        return torch.ones_like(position), math.log(2) / half_life
 
     def prepare(self, u, xbc, rope):
         """Splits the convolved [n, (2 g + h) p] into scan arguments: x, dt, A, B, C as in `ops/ssd.py`."""
