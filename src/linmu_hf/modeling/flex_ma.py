@@ -146,7 +146,7 @@ def causal_conv(xbc, weight, segments, tail=None):
     lengths = torch.tensor(segments.lengths, device=device)
     first = lengths.cumsum(0) - lengths
     # each sequence is laid out behind its halo
-    shift = (torch.arange(1, m + 1, device=device) * halo).repeat_interleave(lengths)
+    shift = (torch.arange(1, m + 1, device=device) * halo).repeat_interleave(lengths, output_size=len(xbc))
     places = torch.arange(len(xbc), device=device) + shift
     padded = xbc.new_zeros(len(xbc) + m * halo, xbc.shape[1]).index_copy(0, places, xbc)
     heads = (first + torch.arange(m, device=device) * halo)[:, None] + torch.arange(halo, device=device)
