@@ -19,9 +19,28 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import rotate_half
 from ..ops.ssd import ssd, ssd_step
 
 
-def softmax_features(x: torch.Tensor) -> torch.Tensor:
-    """Softmax of x and of -x over the last dimension (LoLCATs): positive features of twice the size."""
-    return torch.cat([x.softmax(-1), (-x).softmax(-1)], dim=-1)
+def softmax_features(x: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """
+    Positive features (LoLCATs): softmax of z and of -z, with z = x W per head.
+
+    Args:
+        x (`torch.Tensor` of shape `[n, h, p]`): B or C.
+        directions (`torch.Tensor` of shape `[h, p, k / 2]`): W.
+
+    Returns:
+        `torch.Tensor` of shape `[n, h, k]`.
+    """
+    z = (x.transpose(0, 1) @ directions).transpose(0, 1)
+    return torch.cat([z.softmax(-1), (-z).softmax(-1)], dim=-1)
+
+
+def feature_directions(p: int, k: int) -> torch.Tensor:
+    """Where W [p, k] starts: the coordinates themselves, then fixed random rotations of them."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = [torch.eye(p, device="cpu")]
+    while len(blocks) * p < k:
+        blocks.append(torch.linalg.qr(torch.randn(p, p, generator=generator, device="cpu")).Q)
+    return torch.cat(blocks, dim=1)[:, :k]
 
 
 # What is kept in float32 whatever the model is cast to: rounding a decay rate moves every later state.
@@ -57,6 +76,9 @@ class ScanDirection(nn.Module):
         self.normalized = config.bc_feature_map == "softmax"
         self.c_proj = nn.Linear(d, h * p)
         self.b_proj = nn.Linear(d, g * p)
+        if self.normalized:
+            self.c_features = nn.Parameter(torch.empty(h, p, config.state_size // 2))
+            self.b_features = nn.Parameter(torch.empty(g, p, config.state_size // 2))
         self.dt_proj = ZeroLinear(d, h, bias=False)
         precise = torch.promote_types(torch.get_default_dtype(), torch.float32)
         for name in FP32_PARAMETERS:
@@ -87,6 +109,10 @@ class ScanDirection(nn.Module):
         init.copy_(self.A_log, rate.log())
         init.copy_(self.dt_bias, step + torch.log(-torch.expm1(-step)))  # softplus(dt_bias) = step
         init.zeros_(self.D)
+        if self.normalized:
+            directions = feature_directions(self.head_dim, self.config.state_size // 2)
+            init.copy_(self.c_features, directions.expand_as(self.c_features))
+            init.copy_(self.b_features, directions.expand_as(self.b_features))
         if self.config.conv_kernel > 1:
             identity = torch.zeros(self.conv_weight.shape)
             identity[-1] = 1.0
@@ -112,7 +138,7 @@ class ScanDirection(nn.Module):
             B, C = (t * cos + rotate_half(t) * sin for t in (B, C))
         dtype = torch.promote_types(u.dtype, torch.float32)
         if self.normalized:
-            B, C = softmax_features(B), softmax_features(C)
+            B, C = softmax_features(B, self.b_features), softmax_features(C, self.c_features)
             # the scan answers in x's dtype, and half precision does not hold the small sums that are divided
             x = torch.cat([x.to(dtype), x.new_ones(n, self.groups, 1, dtype=dtype)], dim=-1)
         else:
