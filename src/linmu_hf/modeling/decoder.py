@@ -86,6 +86,11 @@ class LinMUPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _is_stateful = True
 
+    @classmethod
+    def from_pretrained(cls, *args, use_safetensors=True, **kwargs):
+        """Transformers' own, but pickled weights are read only where `use_safetensors=False` asks for them."""
+        return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
+
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, (ScanDirection, ZeroLinear)):
@@ -182,6 +187,11 @@ class LinMUTextModel(LinMUPreTrainedModel):
     def _prepare(self, embeds, attention_mask, position_ids, vision_layout, past_key_values):
         """Rotary embeddings, token layout and (if a layer needs it) the causal mask: once per forward pass."""
         b, t, _ = embeds.shape
+        # a device_map may put the embeddings elsewhere than the ids
+        attention_mask, position_ids, vision_layout = (
+            value.to(embeds.device) if isinstance(value, torch.Tensor) else value
+            for value in (attention_mask, position_ids, vision_layout)
+        )
         if position_ids is None:
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = torch.arange(past, past + t, device=embeds.device).expand(b, t)

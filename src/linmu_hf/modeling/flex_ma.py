@@ -37,9 +37,9 @@ def softmax_features(x: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
 def feature_directions(p: int, k: int) -> torch.Tensor:
     """Where W [p, k] starts: the coordinates themselves, then fixed random rotations of them."""
     generator = torch.Generator().manual_seed(0)
-    blocks = [torch.eye(p, device="cpu")]
+    blocks = [torch.eye(p, dtype=torch.float32, device="cpu")]
     while len(blocks) * p < k:
-        blocks.append(torch.linalg.qr(torch.randn(p, p, generator=generator, device="cpu")).Q)
+        blocks.append(torch.linalg.qr(torch.randn(p, p, generator=generator, dtype=torch.float32, device="cpu")).Q)
     return torch.cat(blocks, dim=1)[:, :k]
 
 
@@ -117,6 +117,13 @@ class ScanDirection(nn.Module):
             identity = torch.zeros(self.conv_weight.shape)
             identity[-1] = 1.0
             init.copy_(self.conv_weight, identity)
+
+    def forward(self, scan, *args):
+        """
+        `scan(*args)`, which reads this module's parameters. It goes through the module's call, because that is where
+        accelerate brings in what a device_map left on disk, and DeepSpeed what it has sharded.
+        """
+        return scan(*args)
 
     def _initial_timescales(self):
         """Decay rates -A and step sizes of the heads."""
@@ -231,10 +238,10 @@ class FlexMA(nn.Module):
             `torch.Tensor` of shape `[n, h * p]`: the branch before its output projection, in scan order.
         """
         x = self.x_proj(u)
-        y = self._scan_forward(u, x, rope, layout, cache_layer)
+        y = self.forward_scan(self._scan_forward, u, x, rope, layout, cache_layer)
         if layout.reverse is not None:
             vision = layout.scan_vision
-            y_reverse = self._scan_reverse(u, x, rope, layout)
+            y_reverse = self.reverse_scan(self._scan_reverse, u, x, rope, layout)
             gate = torch.sigmoid(self.gate_proj(u.index_select(0, vision))).view(len(vision), self.heads, -1)
             # Eq. 3; text rows have the forward direction alone
             mixed = gate * y.index_select(0, vision) + (1 - gate) * y_reverse
