@@ -76,6 +76,8 @@ class ScanDirection(nn.Module):
         self.normalized = config.bc_feature_map == "softmax"
         self.c_proj = nn.Linear(d, h * p)
         self.b_proj = nn.Linear(d, g * p)
+        # of the scan, per head: the normaliser is a channel of its own
+        self.state_shape = (h, p + 1, config.state_size) if self.normalized else (h, p, p)
         if self.normalized:
             self.c_features = nn.Parameter(torch.empty(h, p, config.state_size // 2))
             self.b_features = nn.Parameter(torch.empty(g, p, config.state_size // 2))
@@ -248,6 +250,40 @@ class FlexMA(nn.Module):
             y = y.index_copy(0, vision, mixed.to(y.dtype))
         return y.flatten(1)
 
+    def step(self, u, rope, mask, cache_layer):
+        """
+        One text token for every row of a batch: no reverse direction, no shape that depends on the values.
+
+        Args:
+            u (`torch.Tensor` of shape `[b, d]`): The tokens.
+            rope (`tuple[torch.Tensor, torch.Tensor]`): Their cos and sin, each `[b, p]`.
+            mask (`torch.Tensor` of shape `[b]` or `None`): 0 at rows whose state stays as it is.
+            cache_layer (`MMateCacheLayer`): State before these tokens; updated.
+
+        Returns:
+            `torch.Tensor` of shape `[b, h * p]`: the branch before its output projection.
+        """
+        return self.forward_scan(self._step, u, rope, mask, cache_layer)
+
+    def _step(self, u, rope, mask, cache_layer):
+        scan, b = self.forward_scan, len(u)
+        xbc = torch.cat([self.x_proj(u), scan.b_proj(u), scan.c_proj(u)], dim=-1)
+        tail, states = cache_layer.load()
+        if states is None:
+            states = u.new_zeros(b, *scan.state_shape, dtype=torch.promote_types(u.dtype, torch.float32))
+        real = None if mask is None else mask.bool()[:, None, None]
+        if self.config.conv_kernel > 1:
+            before = xbc.new_zeros(b, self.config.conv_kernel - 1, xbc.shape[-1]) if tail is None else tail
+            window = torch.cat([before.to(xbc.dtype), xbc[:, None]], dim=1)
+            xbc, tail = (window * scan.conv_weight.to(xbc.dtype)).sum(1), window[:, 1:]
+            tail = tail if real is None else torch.where(real, tail, before)
+        args = scan.prepare(u, xbc, rope)
+        y, new_states = ssd_step(*args, states)
+        if real is not None:
+            new_states = torch.where(real[..., None], new_states, states)
+        cache_layer.store(tail, new_states, b)
+        return scan.finish(y, args[0]).to(u.dtype).flatten(1)
+
     def _scan_forward(self, u, x, rope, layout, cache_layer):
         scan, segments = self.forward_scan, layout.segments
         tail, states = (None, None) if cache_layer is None else cache_layer.load(layout.rows)
@@ -255,10 +291,7 @@ class FlexMA(nn.Module):
         if self.config.conv_kernel > 1:
             xbc, tail = causal_conv(xbc, scan.conv_weight, segments, tail)
         args = scan.prepare(u, xbc, rope)
-        if states is not None and max(segments.lengths) == 1:
-            y, states = ssd_step(*args, states)
-        else:
-            y, states = ssd(*args, segments, initial_states=states)
+        y, states = ssd(*args, segments, initial_states=states)
         if cache_layer is not None:
             cache_layer.store(tail, states, layout.batch, layout.rows)
         return scan.finish(y, args[0]).to(u.dtype)
