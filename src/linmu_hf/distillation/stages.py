@@ -12,7 +12,6 @@ from torch import nn
 FLEX = r"\.mixer\.(?!local_swin\.|[qkvo]_proj\.)"
 SWIN = r"\.mixer\.local_swin\."
 LORA = r"\.lora_[AB]\."
-LORA_TARGETS = r".*language_model\..*\.mlp\.(gate|up|down)_proj"  # the vision tower has FFNs of the same names
 
 # Small changes of a decay, a step width or a gate move every later output: they get a lower rate.
 SLOW = r"\.mixer\..*(A_log|dt_bias|dt_proj|gate_proj|fusion_proj)\b"

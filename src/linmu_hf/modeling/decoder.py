@@ -17,7 +17,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 
 from .cache import MMateCacheLayer, fitting_cache
 from .configuration_linmu import LAYER_TYPES, LinMUConfig, LinMUTextConfig
-from .flex_ma import ScanDirection, ZeroLinear
+from .flex_ma import FP32_PARAMETERS, ScanDirection, ZeroLinear
 from .m_mate import MMate
 from .packing import packed_lengths, positions_within
 from .remote_code import InstalledCode
@@ -80,7 +80,9 @@ class LinMUPreTrainedModel(InstalledCode, PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["LinMUDecoderLayer", "Qwen2_5_VLVisionBlock"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = {"A_log", "dt_bias", "D"}
+    _keep_in_fp32_modules_strict = set(FP32_PARAMETERS)
+    # float32 in a float16 model, and never quantised: small maps that steer decays and gates
+    _keep_in_fp32_modules = {".*dt_proj", ".*flex_ma.gate_proj", ".*fusion_proj"}
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -89,6 +91,11 @@ class LinMUPreTrainedModel(InstalledCode, PreTrainedModel):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.model_tags = ["linmu"]  # on the model's page after push_to_hub
+
+    @classmethod
+    def from_pretrained(cls, *args, use_safetensors=True, **kwargs):
+        """Transformers' own, but pickled weights are read only where `use_safetensors=False` asks for them."""
+        return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
 
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -187,6 +194,11 @@ class LinMUTextModel(LinMUPreTrainedModel):
     def _prepare(self, embeds, attention_mask, position_ids, vision_layout, past_key_values, packed=None):
         """Rotary embeddings, token layout and (if a layer needs it) the causal mask: once per forward pass."""
         b, t, _ = embeds.shape
+        # a device_map may put the embeddings elsewhere than the ids
+        attention_mask, position_ids, vision_layout = (
+            value.to(embeds.device) if isinstance(value, torch.Tensor) else value
+            for value in (attention_mask, position_ids, vision_layout)
+        )
         if position_ids is None:
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(t, device=embeds.device) + past).expand(b, t)
@@ -219,7 +231,7 @@ class LinMUTextModel(LinMUPreTrainedModel):
                         f"attention_mask of shape {tuple(mask.shape)} is not [batch, tokens]; M-MATE layers know "
                         "padding only, not arbitrary attention patterns"
                     )
-                mask = mask[:, -t:]
+                mask = mask[:, -t:].to(embeds.device)
             if t == 1 and vision_layout is None and past_key_values is not None:
                 layout = TextStep(None if mask is None else mask[:, 0])
             else:
