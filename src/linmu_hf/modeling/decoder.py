@@ -202,6 +202,7 @@ class LinMUTextModel(LinMUPreTrainedModel):
                     attention_mask=attention_mask,
                     past_key_values=past_key_values,
                     position_ids=text_positions,
+                    layer_idx=self.config.layer_types.index("full_attention"),
                 )
         if "m_mate" in self.config.layer_types:
             if attention_mask is not None:
