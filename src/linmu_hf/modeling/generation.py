@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from transformers import Cache
 
+from .compat import MediaGeneration
+
 
 def remember_positions(cache: Cache, position_ids, attention_mask=None):
     """
@@ -36,7 +38,7 @@ def next_positions(cache: Cache, batch: int, past: int, device):
     return known.repeat_interleave(batch // len(known))[:, None]
 
 
-class VisionLayoutGeneration:
+class VisionLayoutGeneration(MediaGeneration):
     """
     Hooks of `generate`. It encodes images first and then drops pixels and grids; what the decoder needs of them
     travels as the per-token `vision_layout`, computed together with the positions, before the drop.
