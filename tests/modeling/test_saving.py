@@ -27,7 +27,10 @@ def test_round_trip(options, tmp_path):
     names = load_file(tmp_path / "model.safetensors").keys()
     assert ("lm_head.weight" in names) == ("tie_word_embeddings" not in options)
     assert {name.split(".")[0] for name in names} <= {"model", "lm_head"}
-    assert torch.equal(loaded(**INPUTS).logits, model(**INPUTS).logits)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter), name
+    # read from a file, tensors lie differently in memory, which changes the order of sums
+    torch.testing.assert_close(loaded(**INPUTS).logits, model(**INPUTS).logits, rtol=0, atol=1e-5)
     tied = loaded.lm_head.weight is loaded.model.language_model.embed_tokens.weight
     assert tied == ("tie_word_embeddings" in options)
 
