@@ -8,14 +8,13 @@ from transformers import Cache
 from transformers.masking_utils import create_causal_mask
 
 from .cache import fitting_cache
+from .compat import MediaGeneration
 
 
 MEDIA_KEYS = (
     "pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "second_per_grid_ts",
     "mm_token_type_ids", "mm_encoder_outputs",
 )  # fmt: skip
-
-from .compat import MediaGeneration
 
 
 def remember_positions(cache: Cache, position_ids, attention_mask=None):
@@ -132,6 +131,7 @@ class VisionLayoutGeneration(MediaGeneration):
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
                 position_ids=position_ids if position_ids is None or position_ids.ndim == 2 else position_ids[0],
+                layer_idx=config.layer_types.index("full_attention"),
             )
         if "m_mate" in config.layer_types:
             masks["m_mate"] = None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
