@@ -95,8 +95,10 @@ def prepare(minor: str, wheel: Path, folder: Path) -> Path:
 
 
 def versions(python: Path) -> dict[str, str]:
-    names = ["transformers", "torch", *(re.split("[>=<]", requirement)[0] for requirement in core_requirements())]
-    code = f"import json, importlib.metadata as m; print(json.dumps({{n: m.version(n) for n in {sorted(set(names))}}}))"
+    names = [re.split("[>=<]", requirement)[0] for requirement in core_requirements()]
+    code = (
+        f"import json; from importlib.metadata import version; print(json.dumps({{n: version(n) for n in {names}}}))"
+    )
     return json.loads(subprocess.run([str(python), "-c", code], check=True, capture_output=True, text=True).stdout)
 
 
@@ -149,7 +151,8 @@ def table(rows: list[dict]) -> str:
 def write(rows: list[dict], wanted: list[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".partial")
-    beside.write_text(json.dumps({"wanted": wanted, "python": sys.version.split()[0], "minors": rows}, indent=2) + "\n")
+    content = {"wanted": wanted, "python": sys.version.split()[0], "minors": rows}
+    beside.write_text(json.dumps(content, indent=2) + "\n")
     beside.replace(path)
 
 
