@@ -21,7 +21,7 @@ test: $(READY)
 
 # The core tests with every minor of Transformers that is supported; MINORS="5.17 5.23" for some, MINORS=ends for two.
 test-matrix:
-	$(PYTHON) tools/matrix.py $(MINORS) --output $(RUNS)/matrix.json
+	$(PYTHON) tools/matrix.py $(MINORS) --output $(RUNS)/matrix.json --pytest-args="-n 2 --dist loadscope $(ARGS)"
 
 lint: $(READY)
 	$(BIN)/ruff check .

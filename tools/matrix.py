@@ -4,7 +4,7 @@ core install and pytest, no extras: `make test-matrix`, or `make test-matrix MIN
 
 The wheel is built once, from a copy of the sources, and installed as a user would. The oldest minor runs with the
 lowest version of every dependency that setup.cfg allows, torch aside; the others with what pip chooses. Environments
-stay in `.venvs/` for the next run. What happened is in `runs/matrix.json`, after every minor.
+stay in `.venvs/` for the next run. What happened is in `runs/matrix.json`, brought up to date after every minor.
 """
 
 import argparse
@@ -28,6 +28,7 @@ MINORS = ("5.17", "5.18", "5.19", "5.20", "5.21", "5.22", "5.23")
 
 ROOT = Path(__file__).parents[1]
 TESTS = ("tests/modeling", "tests/ops")
+TEST_TOOLS = ("pytest", "pytest-xdist")
 PACKAGED = ("src", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 
 
@@ -38,8 +39,9 @@ def core_requirements() -> list[str]:
 
 
 def constraints(minor: str) -> list[str]:
-    """torch and pytest as everywhere else; with the oldest minor the lowest versions that setup.cfg allows."""
-    pins = [pin for pin in (ROOT / "constraints.txt").read_text().split("\n") if re.match(r"(torch|pytest)==", pin)]
+    """torch and the test tools as in `.venv`; with the oldest minor the lowest versions that setup.cfg allows."""
+    pins = (ROOT / "constraints.txt").read_text().split("\n")
+    pins = [pin for pin in pins if pin.split("==")[0] in ("torch", *TEST_TOOLS)]
     if minor == MINORS[0]:
         floors = [re.match(r"([\w-]+)>=([\w.]+)", requirement).groups() for requirement in core_requirements()]
         pins += [f"{name}=={version}" for name, version in floors if name not in ("torch", "transformers")]
@@ -87,7 +89,7 @@ def prepare(minor: str, wheel: Path, folder: Path) -> Path:
         shutil.rmtree(environment, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
         (environment / "constraints.txt").write_text(pins)
-        subprocess.run([*pip, "-c", str(environment / "constraints.txt"), str(wheel), "pytest"], check=True)
+        subprocess.run([*pip, "-c", str(environment / "constraints.txt"), str(wheel), *TEST_TOOLS], check=True)
         ready.write_text(wanted)
     else:
         subprocess.run([*pip, "--no-deps", "--force-reinstall", str(wheel)], check=True)
