@@ -139,7 +139,11 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
             )  # fmt: skip
             if position_ids is None or (packed is not None and position_ids.ndim == 2):
                 position_ids = derived  # text positions of a packed row say where sequences begin, no more
-        if past_key_values is not None and position_ids is not None and self._worth_a_note(position_ids, past_key_values):
+        if (
+            past_key_values is not None
+            and position_ids is not None
+            and self._worth_a_note(position_ids, past_key_values)
+        ):
             mask = attention_mask.get("m_mate") if isinstance(attention_mask, dict) else attention_mask
             remember_positions(past_key_values, position_ids, mask)
         media = {"image": (pixel_values, image_grid_thw), "video": (pixel_values_videos, video_grid_thw)}
@@ -176,6 +180,8 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
     @staticmethod
     def _worth_a_note(position_ids, cache) -> bool:
         """Single tokens behind others are counted; one at the beginning ends the note of a cache that was reset."""
+        if cache is None or position_ids is None:
+            return False
         return position_ids.shape[-1] > 1 or (not torch.compiler.is_compiling() and not int(cache.get_seq_length()))
 
     def _packed_positions(self, input_ids, packed, mm_token_type_ids=None, **vision):
