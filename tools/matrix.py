@@ -124,16 +124,21 @@ def run_minor(minor: str, wheel: Path, folder: Path, pytest_args: list[str]) -> 
     except subprocess.CalledProcessError as error:
         return {**row, "core": "not installed", "error": str(error), "seconds": round(time.monotonic() - began, 1)}
     row["versions"] = versions(python)
+    cells = folder / f"transformers-{minor}" / "parity.json"
     settings = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    settings["LINMU_PARITY_JSON"] = str(cells)  # the table of tests/modeling/test_parity.py
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | settings
     row["install_seconds"] = round(time.monotonic() - began, 1)
     check = subprocess.run([str(python), str(ROOT / "tools" / "check_core.py")], env=environment, cwd=folder)
     row["core"] = "passed" if check.returncode == 0 else "failed"
     report = folder / f"transformers-{minor}" / "report.xml"
-    report.unlink(missing_ok=True)
+    for file in (report, cells):
+        file.unlink(missing_ok=True)
     options = ["-q", "-m", "not extras", "-p", "no:cacheprovider", f"--junitxml={report}", *pytest_args]
     tests = subprocess.run([str(python), "-m", "pytest", *TESTS, *options], env=environment, cwd=ROOT)
     row |= count(report)
+    if cells.exists():
+        row["parity"] = {key: value for key, value in json.loads(cells.read_text()).items() if key != "results"}
     row["ok"] = check.returncode == tests.returncode == 0
     row["seconds"] = round(time.monotonic() - began, 1)
     return row
