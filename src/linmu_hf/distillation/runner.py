@@ -111,7 +111,7 @@ def _run_stage(args: DistillConfig, stage: Stage, student, teacher, features: En
     student.config.__dict__.pop("use_cache", None)
     if use_cache is not None:
         student.config.use_cache = use_cache
-    if args.activation_checkpointing:
+    if args.gradient_checkpointing:  # the name in every Transformers of the range
         student.gradient_checkpointing_disable()
         student.disable_input_require_grads()
     _finish_training(student, stage, dtypes)
