@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 RUNS ?= runs
 
-.PHONY: quickstart testbed-full check-teacher test lint format typecheck clean
+.PHONY: quickstart testbed-full check-teacher test test-matrix lint format typecheck clean
 
 quickstart: $(READY)
 	$(BIN)/python -m linmu_hf.testbed.quickstart --output $(RUNS)/quickstart $(ARGS)
@@ -18,6 +18,10 @@ check-teacher: $(READY)
 # One thread per worker: two workers on two cores beat one worker with two threads.
 test: $(READY)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
+
+# The core tests with every minor of Transformers that is supported; MINORS="5.17 5.23" for some, MINORS=ends for two.
+test-matrix:
+	$(PYTHON) tools/matrix.py $(MINORS) --output $(RUNS)/matrix.json --pytest-args="-n 2 --dist loadscope $(ARGS)"
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -37,4 +41,4 @@ $(READY): pyproject.toml setup.cfg constraints.txt tools/torchvision_cpu_shim.py
 	touch $@
 
 clean:
-	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venvs build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -134,7 +134,7 @@ def _run_stage(
     student.config.__dict__.pop("use_cache", None)
     if use_cache is not None:
         student.config.use_cache = use_cache
-    if args.activation_checkpointing:
+    if args.gradient_checkpointing:  # the name in every Transformers of the range
         student.gradient_checkpointing_disable()
         student.disable_input_require_grads()
     _finish_training(student, stage, dtypes)

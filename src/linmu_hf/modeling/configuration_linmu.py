@@ -4,7 +4,6 @@ from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 from .remote_code import RemoteCodeConfig
 
@@ -226,10 +225,7 @@ class LinMUConfig(RemoteCodeConfig, PreTrainedConfig):
         "AutoModel": "LinMUModel",
         "AutoModelForImageTextToText": "LinMUForConditionalGeneration",
     }
-    sub_configs_defaults = {
-        "vision_config": SubConfigSpec(AutoConfig, model_type="qwen2_5_vl_vision"),
-        "text_config": LinMUTextConfig,
-    }
+    sub_configs = {"vision_config": AutoConfig, "text_config": LinMUTextConfig}
     keys_to_ignore_at_inference = ["past_key_values"]
 
     text_config: dict | PreTrainedConfig | None = None
@@ -239,6 +235,19 @@ class LinMUConfig(RemoteCodeConfig, PreTrainedConfig):
     vision_start_token_id: int = 151652
     vision_end_token_id: int = 151653
     tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if not isinstance(self.vision_config, PreTrainedConfig):
+            vision = {"model_type": "qwen2_5_vl_vision", **(self.vision_config or {})}
+            self.vision_config = AutoConfig.for_model(**vision)
+        if not isinstance(self.text_config, PreTrainedConfig):
+            self.text_config = LinMUTextConfig(**(self.text_config or {}))
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def default_config_fields(cls) -> dict[str, Any]:
+        """Fields with defaults; naming the sub-configurations keeps their unset fields out of `config.json`."""
+        return {**super().default_config_fields(), "vision_config": {}, "text_config": {}}
 
     @classmethod
     def from_teacher(

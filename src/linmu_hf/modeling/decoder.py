@@ -222,6 +222,7 @@ class LinMUTextModel(LinMUPreTrainedModel):
                     attention_mask=None if packed is not None else causal_mask,
                     past_key_values=past_key_values,
                     position_ids=text_positions,
+                    layer_idx=self.config.layer_types.index("full_attention"),
                 )
         if "m_mate" in self.config.layer_types:
             mask = masks["m_mate"]

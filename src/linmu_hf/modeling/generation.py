@@ -10,6 +10,7 @@ from transformers import Cache
 from transformers.masking_utils import create_causal_mask
 
 from .cache import fitting_cache
+from .compat import MediaGeneration
 
 
 MEDIA_KEYS = (
@@ -73,7 +74,7 @@ def chunk_sizes(vision_layout, length: int, chunk_size: int, reverse_scope: str 
     return [end - start for start, end in pairwise(ends)]
 
 
-class VisionLayoutGeneration:
+class VisionLayoutGeneration(MediaGeneration):
     """
     Hooks of `generate`. It encodes images first and then drops pixels and grids; what the decoder needs of them
     travels as the per-token `vision_layout`, computed together with the positions, before the drop.
@@ -137,6 +138,7 @@ class VisionLayoutGeneration:
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
                 position_ids=position_ids if position_ids is None or position_ids.ndim == 2 else position_ids[0],
+                layer_idx=config.layer_types.index("full_attention"),
             )
         if "m_mate" in config.layer_types:
             masks["m_mate"] = attention_mask
