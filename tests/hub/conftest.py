@@ -31,7 +31,7 @@ def hub(server, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its protocol is not public: the fake speaks LFS
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(transformers_hub, "_hf_api", None)
+    monkeypatch.setattr(transformers_hub, "_hf_api", None, raising=False)  # made once, for the real endpoint
     monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)  # between tries
     return server
 
