@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.modeling_outputs import ModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .configuration_linmu import LinMUConfig
 from .decoder import LinMUModelOutput, LinMUPreTrainedModel, LinMUTextModel
@@ -21,6 +23,7 @@ class LinMUCausalLMOutput(ModelOutput):
     logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
     mixer_inputs: tuple[torch.Tensor, ...] | None = None
     mixer_outputs: tuple[torch.Tensor, ...] | None = None
 
@@ -97,6 +100,7 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
         )
         return positions, layout
 
+    @can_return_tuple
     def forward(
         self,
         input_ids=None,
@@ -113,7 +117,7 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
         mm_encoder_outputs=None,
         vision_layout=None,
         use_cache=None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> LinMUModelOutput:
         """
         Takes what the Qwen2.5-VL processor returns. `position_ids` and `vision_layout` are derived when absent; with a
@@ -125,9 +129,10 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.text_config)
         has_grids = image_grid_thw is not None or video_grid_thw is not None
-        if input_ids is not None and vision_layout is None and (position_ids is None or has_grids):
+        ids = self._placeholder_ids(inputs_embeds) if input_ids is None and has_grids else input_ids
+        if ids is not None and vision_layout is None and (position_ids is None or has_grids):
             derived, vision_layout = self._new_positions(
-                input_ids, attention_mask, past_key_values,
+                ids, attention_mask, past_key_values,
                 image_grid_thw=image_grid_thw, video_grid_thw=video_grid_thw,
                 second_per_grid_ts=second_per_grid_ts, mm_token_type_ids=mm_token_type_ids,
             )  # fmt: skip
@@ -153,8 +158,18 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
             inputs_embeds=inputs_embeds,
             vision_layout=vision_layout,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
+
+    def _placeholder_ids(self, inputs_embeds):
+        """Ids `[b, t]` that are right at the placeholders, known by their embedding; 0 elsewhere."""
+        ids = inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long)
+        for token, places in zip(
+            (self.config.image_token_id, self.config.video_token_id), self.get_placeholder_mask(None, inputs_embeds)
+        ):
+            ids = ids.masked_fill(places[..., 0], token)
+        return ids
 
     def _new_positions(self, input_ids, attention_mask, past_key_values, **vision):
         """`get_positions` of the new tokens, behind what the cache has seen."""
@@ -205,6 +220,7 @@ class LinMUForConditionalGeneration(VisionLayoutGeneration, LinMUPreTrainedModel
     def get_video_features(self, pixel_values_videos, video_grid_thw=None, **kwargs):
         return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -222,10 +238,9 @@ class LinMUForConditionalGeneration(VisionLayoutGeneration, LinMUPreTrainedModel
         mm_token_type_ids: torch.IntTensor | None = None,
         mm_encoder_outputs: dict | None = None,
         vision_layout: torch.LongTensor | None = None,
-        output_hidden_states: bool | None = None,
         output_mixer_states: bool = False,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> LinMUCausalLMOutput:
         """
         Args:
@@ -251,8 +266,9 @@ class LinMUForConditionalGeneration(VisionLayoutGeneration, LinMUPreTrainedModel
             mm_encoder_outputs=mm_encoder_outputs,
             vision_layout=vision_layout,
             use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
             output_mixer_states=output_mixer_states,
+            return_dict=True,
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
@@ -266,6 +282,7 @@ class LinMUForConditionalGeneration(VisionLayoutGeneration, LinMUPreTrainedModel
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
             mixer_inputs=outputs.mixer_inputs,
             mixer_outputs=outputs.mixer_outputs,
         )
