@@ -177,7 +177,7 @@ def test_state_is_constant_in_the_number_of_tokens():
             model(input_ids=torch.tensor([[5]]), past_key_values=cache)
         assert cache.get_seq_length() == t + 3
         sizes.append(elements(cache))
-    s, p, k, width = 4, 8 + 1, 16, 4
+    s, p, k, width = 4, 8 + 1, 24, 4
     per_layer = s * p * k + (width - 1) * (4 + 2 + 2) * 8
     assert sizes == [4 * per_layer * 8] * 3  # layers x elements x bytes of float64
 

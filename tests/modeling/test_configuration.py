@@ -18,6 +18,7 @@ WORKING = [
     {"gate": "channel"},
     {"scan_rope": False},
     {"bc_feature_map": None},
+    {"state_size": 10},
     {"conv_kernel": 1},
     {"conv_kernel": 7},
     {"timescale_init": "mamba2"},
@@ -65,6 +66,7 @@ def test_every_option_is_tried(options):
 IMPOSSIBLE = [
     ({"reverse_scope": "image"}, r"reverse_scope='image' is unknown; choose one of \['span', 'sequence'\]"),
     ({"gate": "token"}, r"gate='token' is unknown; choose one of \['head', 'channel'\]"),
+    ({"state_size": 7}, "state_size=7 must be even and at least 2"),
     ({"bc_feature_map": "relu"}, r"bc_feature_map='relu' is unknown; choose one of \[None, 'softmax'\]"),
     ({"timescale_init": "random"}, r"timescale_init='random' is unknown; choose one of"),
     ({"output_norm": "batch_norm"}, r"output_norm='batch_norm' is unknown; choose one of"),

@@ -57,6 +57,8 @@ def scan(direction, config, x_proj, tokens, cos, sin, keep):
     if config.scan_rope:
         B, C = (m * cos[:, None] + rotate_half(m) * sin[:, None] for m in (B, C))
     if config.bc_feature_map == "softmax":
+        maps = direction.b_features, direction.c_features
+        B, C = (torch.einsum("tgp,gpk->tgk", m, w) for m, w in zip((B, C), maps))
         B, C = (torch.cat([m.softmax(-1), (-m).softmax(-1)], -1) for m in (B, C))
     else:
         C = C / p**0.5

@@ -24,6 +24,7 @@ def text_config(**options) -> LinMUTextConfig:
             "num_key_value_heads": 2,
             "max_position_embeddings": 4096,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+            "state_size": 24,
             "timescale_range": [2.0, 200.0],
             "pad_token_id": PAD,
             "eos_token_id": 63,

@@ -16,7 +16,7 @@ LORA_TARGETS = r".*language_model\..*\.mlp\.(gate|up|down)_proj"  # the vision t
 
 # Small changes of a decay, a step width or a gate move every later output: they get a lower rate.
 SLOW = r"\.mixer\..*(A_log|dt_bias|dt_proj|gate_proj|fusion_proj)\b"
-NO_DECAY = r"(norm\d?\.|\.bias$|A_log$|dt_bias$|\.D$|conv_weight$)"
+NO_DECAY = r"(norm\d?\.|\.bias$|A_log$|dt_bias$|\.D$|conv_weight$|_features$)"
 
 
 @dataclass(frozen=True)

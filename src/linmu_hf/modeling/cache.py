@@ -1,6 +1,7 @@
 """The recurrent cache of an M-MATE layer: one SSM state and the tail of the convolution, whatever the length."""
 
 import torch
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, LinearAttentionLayer
 
 
@@ -8,16 +9,21 @@ class MMateCacheLayer(LinearAttentionLayer, CacheLayerMixin):
     """
     State of the forward scan of one layer for a batch: `[b, s, p, k]` in fp32, and the last inputs of the convolution
     `[b, w - 1, c]`. Enters Transformers' dynamic, static and offloaded caches under the layer type `"m_mate"`.
+
+    Args:
+        max_cache_len (`int`, *optional*):
+            Given by static caches. The state needs no room to grow, but the count of tokens is then a tensor, so that
+            a compiled decode step is compiled once.
     """
 
     _layer_type = "m_mate"
     is_croppable = False
 
-    def __init__(self, **kwargs):
+    def __init__(self, max_cache_len: int | None = None, **kwargs):
         LinearAttentionLayer.__init__(self)
         self.keys = self.values = None
         self.is_initialized = False
-        self.seen = 0
+        self.seen: int | torch.Tensor = 0 if max_cache_len is None else torch.tensor(0)
 
     def load(self, rows=None):
         """Convolution tail and SSM state of the given batch rows (all by default); `(None, None)` at the beginning."""
@@ -33,7 +39,7 @@ class MMateCacheLayer(LinearAttentionLayer, CacheLayerMixin):
                 continue
             if rows is not None:
                 old = holder[0]
-                if old is None:
+                if old is None or not self.has_previous_state[0]:
                     old = new.new_zeros(batch, *new.shape[1:])
                 new = old.index_copy(0, rows, new)
             if new.requires_grad:
@@ -42,8 +48,14 @@ class MMateCacheLayer(LinearAttentionLayer, CacheLayerMixin):
                 holder[0].copy_(new)
             else:
                 holder[0] = new.clone()
-        self.device, self.dtype = states.device, states.dtype
-        self.has_previous_state[0] = self.is_initialized = True
+                if not torch.compiler.is_compiling():
+                    torch._dynamo.mark_static_address(holder[0])  # for CUDA graphs
+        if not self.is_initialized:
+            self.device, self.dtype = states.device, states.dtype
+            self.is_initialized = True
+            if isinstance(self.seen, torch.Tensor):
+                self.seen = self.seen.to(states.device)
+        self.has_previous_state[0] = True
         self.is_conv_states_initialized[0] = tail is not None
         self.is_recurrent_states_initialized[0] = True
 
@@ -51,10 +63,10 @@ class MMateCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         """Counts the tokens of a forward pass, padding included."""
         self.seen += n_tokens
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self):
         return self.seen
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int):
         return self.seen + query_length, 0
 
     def get_max_length(self) -> int:
@@ -68,7 +80,7 @@ class MMateCacheLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def reset(self) -> None:
         super().reset()
-        self.seen = 0
+        self.seen = self.seen.zero_() if isinstance(self.seen, torch.Tensor) else 0
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map(lambda state: state.repeat_interleave(repeats, dim=0))
@@ -92,3 +104,30 @@ class MMateCacheLayer(LinearAttentionLayer, CacheLayerMixin):
 
 
 STATIC_LAYER_TYPE_MAPPING["m_mate"] = MMateCacheLayer
+
+
+def fitting_cache(cache: Cache | None, config) -> Cache:
+    """
+    The cache to use for a decoder of `config`: a new one for `None`, and layers for a `DynamicCache()` made without a
+    configuration.
+
+    Raises:
+        `ValueError`: The cache is for another model, or keeps only keys and values.
+    """
+    if cache is None:
+        return DynamicCache(config=config)
+    if not cache.layers and type(cache) is DynamicCache:
+        cache.layers = DynamicCache(config=config).layers
+    fits = len(cache.layers) == config.num_hidden_layers and all(
+        isinstance(layer, MMateCacheLayer) == (kind == "m_mate")
+        for layer, kind in zip(cache.layers, config.layer_types, strict=True)
+    )
+    if not fits:
+        kinds = sorted({type(layer).__name__ for layer in cache.layers})
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__} with {len(cache.layers)} layers ({', '.join(kinds)}); this "
+            f"model has {config.num_hidden_layers} layers, {config.layer_types.count('m_mate')} of them with a "
+            "recurrent state: build the cache from the model's configuration, e.g. "
+            "DynamicCache(config=model.config.get_text_config()). A quantized cache does not support recurrent states"
+        )
+    return cache

@@ -38,8 +38,10 @@ class LinMUTextConfig(PreTrainedConfig):
         scan_rope (`bool`, *optional*, defaults to `True`):
             Whether B and C are rotated by the teacher's rotary embedding.
         bc_feature_map (`str`, *optional*, defaults to `"softmax"`):
-            Feature map of B and C: `"softmax"` of x and of -x over the head dimension (the state size doubles), with
-            the scan's output divided by the sum of its weights, as softmax attention does; `None` is plain Mamba2.
+            Feature map of B and C: `"softmax"` of z and of -z, where z is a learned linear map of every head, with the
+            scan's output divided by the sum of its weights, as softmax attention does; `None` is plain Mamba2.
+        state_size (`int`, *optional*, defaults to 256):
+            Size of the features, and so of the scan's state per channel; without a feature map it is `head_dim`.
         conv_kernel (`int`, *optional*, defaults to 4):
             Width of Mamba2's causal convolution over x, B and C; 1 leaves it out.
         timescale_init (`str`, *optional*, defaults to `"log_spaced"`):
@@ -52,6 +54,9 @@ class LinMUTextConfig(PreTrainedConfig):
             The same for an image.
         window_wrap (`bool`, *optional*, defaults to `False`):
             Whether shifted windows join opposite edges (Fig. 4); `False` gives smaller windows there instead.
+        max_span_frames (`int`, *optional*):
+            Longest span of a video in merged frames: a longer one is read as several spans, so that a prefill in
+            chunks is bounded by it. `None`: every video is one span.
         output_norm (`str`, *optional*):
             Norm of the fused output (Algorithm 1): `None` or `"layer_norm"`.
     """
@@ -87,12 +92,14 @@ class LinMUTextConfig(PreTrainedConfig):
     gate: str = "head"
     scan_rope: bool = True
     bc_feature_map: str | None = "softmax"
+    state_size: int = 256
     conv_kernel: int = 4
     timescale_init: str = "log_spaced"
     timescale_range: list[int | float] | tuple[int | float, ...] = (4.0, 4096.0)
     window_size: list[int] | tuple[int, ...] = (16, 4, 4)
     image_window_size: list[int] | tuple[int, ...] = (1, 16, 16)
     window_wrap: bool = False
+    max_span_frames: int | None = None
     output_norm: str | None = None
 
     def __post_init__(self, **kwargs):
@@ -143,6 +150,10 @@ class LinMUTextConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={tuple(window)} must have 3 entries (frames, height, width)")
             if min(window) < 1:
                 raise ValueError(f"{name}={tuple(window)} must have entries of at least 1 (frames, height, width)")
+        if self.state_size < 2 or self.state_size % 2:
+            raise ValueError(f"state_size={self.state_size} must be even and at least 2 (features of z and of -z)")
+        if self.max_span_frames is not None and self.max_span_frames < 1:
+            raise ValueError(f"max_span_frames={self.max_span_frames} must be at least 1, or None for no limit")
         if self.conv_kernel < 1:
             raise ValueError(f"conv_kernel={self.conv_kernel} must be at least 1 (1 leaves the convolution out)")
         if len(self.timescale_range) != 2 or not 0 < self.timescale_range[0] <= self.timescale_range[1]:
@@ -272,6 +283,7 @@ class LinMUConfig(PreTrainedConfig):
 
 # The M-MATE options: what `linmu-convert` offers as flags.
 MIXER_FIELDS = (
-    "scan_orders", "reverse_scope", "gate", "scan_rope", "bc_feature_map", "conv_kernel", "timescale_init",
-    "timescale_range", "window_size", "image_window_size", "window_wrap", "output_norm",
+    "scan_orders", "reverse_scope", "gate", "scan_rope", "bc_feature_map", "state_size", "conv_kernel",
+    "timescale_init", "timescale_range", "window_size", "image_window_size", "window_wrap", "max_span_frames",
+    "output_norm",
 )  # fmt: skip

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
@@ -18,11 +18,12 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache import MMateCacheLayer
-from .configuration_linmu import LinMUConfig, LinMUTextConfig
+from .cache import MMateCacheLayer, fitting_cache
+from .configuration_linmu import LAYER_TYPES, LinMUConfig, LinMUTextConfig
 from .flex_ma import ScanDirection, ZeroLinear
 from .m_mate import MMate
-from .token_layout import TokenLayout
+from .packing import packed_lengths, positions_within
+from .token_layout import TextStep, TokenLayout
 
 
 @dataclass
@@ -124,6 +125,7 @@ class LinMUTextModel(LinMUPreTrainedModel):
         vision_layout=None,
         use_cache=None,
         output_mixer_states=False,
+        cu_seq_lens_q=None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LinMUModelOutput:
         """
@@ -133,6 +135,8 @@ class LinMUTextModel(LinMUPreTrainedModel):
             position_ids (`torch.LongTensor` of shape `[b, t]`, `[3, b, t]` or `[4, b, t]`, *optional*): Text
                 positions, M-RoPE positions, or both with the text positions first.
             vision_layout (`torch.LongTensor` of shape `[b, t, 4]`, *optional*): See [`TokenLayout`].
+            cu_seq_lens_q (`torch.IntTensor` of shape `[m + 1]`, *optional*): Where the sequences of a packed batch of
+                one row begin, and the end. Text positions that begin anew say the same.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
@@ -141,12 +145,10 @@ class LinMUTextModel(LinMUPreTrainedModel):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training:
             use_cache = False
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if not use_cache:
-            past_key_values = None
+        packed = packed_lengths(inputs_embeds, attention_mask, position_ids, past_key_values, cu_seq_lens_q)
+        past_key_values = fitting_cache(past_key_values, self.config) if use_cache and packed is None else None
         rope, layout, causal_mask = self._prepare(
-            inputs_embeds, attention_mask, position_ids, vision_layout, past_key_values
+            inputs_embeds, attention_mask, position_ids, vision_layout, past_key_values, packed
         )
 
         hidden_states, inputs, outputs = inputs_embeds, [], []
@@ -183,39 +185,44 @@ class LinMUTextModel(LinMUPreTrainedModel):
             for layer, mixer_input in zip(self.layers, mixer_inputs, strict=True)
         )
 
-    def _prepare(self, embeds, attention_mask, position_ids, vision_layout, past_key_values):
+    def _prepare(self, embeds, attention_mask, position_ids, vision_layout, past_key_values, packed=None):
         """Rotary embeddings, token layout and (if a layer needs it) the causal mask: once per forward pass."""
         b, t, _ = embeds.shape
         if position_ids is None:
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = torch.arange(past, past + t, device=embeds.device).expand(b, t)
-        text_positions = None
+            position_ids = (torch.arange(t, device=embeds.device) + past).expand(b, t)
+            if packed is not None:
+                position_ids = positions_within(packed, embeds.device)
+        text_positions = None if packed is None else positions_within(packed, embeds.device)
         if position_ids.ndim == 2:
             position_ids = position_ids[None].expand(3, -1, -1)
         elif position_ids.shape[0] == 4:
             text_positions, position_ids = position_ids[0], position_ids[1:]
         rope = self.rotary_emb(embeds, position_ids)
 
+        masks = attention_mask if isinstance(attention_mask, dict) else dict.fromkeys(LAYER_TYPES, attention_mask)
         layout = causal_mask = None
         if "full_attention" in self.config.layer_types:
-            causal_mask = attention_mask
-            if isinstance(attention_mask, dict):
-                causal_mask = attention_mask["full_attention"]
-            elif attention_mask is None or attention_mask.ndim == 2:
+            causal_mask = masks["full_attention"]
+            if causal_mask is None or causal_mask.ndim == 2:
                 causal_mask = create_causal_mask(
                     config=self.config,
                     inputs_embeds=embeds,
-                    attention_mask=attention_mask,
+                    attention_mask=None if packed is not None else causal_mask,
                     past_key_values=past_key_values,
                     position_ids=text_positions,
                 )
         if "m_mate" in self.config.layer_types:
-            if attention_mask is not None:
-                if attention_mask.ndim != 2:
+            mask = masks["m_mate"]
+            if mask is not None:
+                if mask.ndim != 2:
                     raise ValueError(
-                        f"attention_mask of shape {tuple(attention_mask.shape)} is not [batch, tokens]; M-MATE layers "
-                        "know padding only, not arbitrary attention patterns"
+                        f"attention_mask of shape {tuple(mask.shape)} is not [batch, tokens]; M-MATE layers know "
+                        "padding only, not arbitrary attention patterns"
                     )
-                attention_mask = attention_mask[:, -t:]
-            layout = TokenLayout.build(self.config, b, t, embeds.device, attention_mask, vision_layout)
+                mask = mask[:, -t:]
+            if t == 1 and vision_layout is None and past_key_values is not None:
+                layout = TextStep(None if mask is None else mask[:, 0])
+            else:
+                layout = TokenLayout.build(self.config, b, t, embeds.device, mask, vision_layout, packed)
         return rope, layout, causal_mask

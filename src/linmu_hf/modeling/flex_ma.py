@@ -19,9 +19,28 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import rotate_half
 from ..ops.ssd import ssd, ssd_step
 
 
-def softmax_features(x: torch.Tensor) -> torch.Tensor:
-    """Softmax of x and of -x over the last dimension (LoLCATs): positive features of twice the size."""
-    return torch.cat([x.softmax(-1), (-x).softmax(-1)], dim=-1)
+def softmax_features(x: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """
+    Positive features (LoLCATs): softmax of z and of -z, with z = x W per head.
+
+    Args:
+        x (`torch.Tensor` of shape `[n, h, p]`): B or C.
+        directions (`torch.Tensor` of shape `[h, p, k / 2]`): W.
+
+    Returns:
+        `torch.Tensor` of shape `[n, h, k]`.
+    """
+    z = (x.transpose(0, 1) @ directions).transpose(0, 1)
+    return torch.cat([z.softmax(-1), (-z).softmax(-1)], dim=-1)
+
+
+def feature_directions(p: int, k: int) -> torch.Tensor:
+    """Where W [p, k] starts: the coordinates themselves, then fixed random rotations of them."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = [torch.eye(p, device="cpu")]
+    while len(blocks) * p < k:
+        blocks.append(torch.linalg.qr(torch.randn(p, p, generator=generator, device="cpu")).Q)
+    return torch.cat(blocks, dim=1)[:, :k]
 
 
 class ZeroLinear(nn.Linear):
@@ -49,6 +68,11 @@ class ScanDirection(nn.Module):
         self.normalized = config.bc_feature_map == "softmax"
         self.c_proj = nn.Linear(d, h * p)
         self.b_proj = nn.Linear(d, g * p)
+        # of the scan, per head: the normaliser is a channel of its own
+        self.state_shape = (h, p + 1, config.state_size) if self.normalized else (h, p, p)
+        if self.normalized:
+            self.c_features = nn.Parameter(torch.empty(h, p, config.state_size // 2))
+            self.b_features = nn.Parameter(torch.empty(g, p, config.state_size // 2))
         self.dt_proj = ZeroLinear(d, h, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(h))
         self.A_log = nn.Parameter(torch.empty(h))
@@ -63,6 +87,10 @@ class ScanDirection(nn.Module):
         init.copy_(self.A_log, rate.log())
         init.copy_(self.dt_bias, step + torch.log(-torch.expm1(-step)))  # softplus(dt_bias) = step
         init.zeros_(self.D)
+        if self.normalized:
+            directions = feature_directions(self.head_dim, self.config.state_size // 2)
+            init.copy_(self.c_features, directions.expand_as(self.c_features))
+            init.copy_(self.b_features, directions.expand_as(self.b_features))
         if self.config.conv_kernel > 1:
             identity = torch.zeros(self.conv_weight.shape)
             identity[-1] = 1.0
@@ -88,7 +116,7 @@ class ScanDirection(nn.Module):
             B, C = (t * cos + rotate_half(t) * sin for t in (B, C))
         dtype = torch.promote_types(u.dtype, torch.float32)
         if self.normalized:
-            B, C = softmax_features(B), softmax_features(C)
+            B, C = softmax_features(B, self.b_features), softmax_features(C, self.c_features)
             # the scan answers in x's dtype, and half precision does not hold the small sums that are divided
             x = torch.cat([x.to(dtype), x.new_ones(n, self.groups, 1, dtype=dtype)], dim=-1)
         else:
@@ -191,6 +219,37 @@ class FlexMA(nn.Module):
             y = y.index_copy(0, vision, mixed.to(y.dtype))
         return y.flatten(1)
 
+    def step(self, u, rope, mask, cache_layer):
+        """
+        One text token for every row of a batch: no reverse direction, no shape that depends on the values.
+
+        Args:
+            u (`torch.Tensor` of shape `[b, d]`): The tokens.
+            rope (`tuple[torch.Tensor, torch.Tensor]`): Their cos and sin, each `[b, p]`.
+            mask (`torch.Tensor` of shape `[b]` or `None`): 0 at rows whose state stays as it is.
+            cache_layer (`MMateCacheLayer`): State before these tokens; updated.
+
+        Returns:
+            `torch.Tensor` of shape `[b, h * p]`: the branch before its output projection.
+        """
+        scan, b = self.forward_scan, len(u)
+        xbc = torch.cat([self.x_proj(u), scan.b_proj(u), scan.c_proj(u)], dim=-1)
+        tail, states = cache_layer.load()
+        if states is None:
+            states = u.new_zeros(b, *scan.state_shape, dtype=torch.promote_types(u.dtype, torch.float32))
+        real = None if mask is None else mask.bool()[:, None, None]
+        if self.config.conv_kernel > 1:
+            before = xbc.new_zeros(b, self.config.conv_kernel - 1, xbc.shape[-1]) if tail is None else tail
+            window = torch.cat([before.to(xbc.dtype), xbc[:, None]], dim=1)
+            xbc, tail = (window * scan.conv_weight.to(xbc.dtype)).sum(1), window[:, 1:]
+            tail = tail if real is None else torch.where(real, tail, before)
+        args = scan.prepare(u, xbc, rope)
+        y, new_states = ssd_step(*args, states)
+        if real is not None:
+            new_states = torch.where(real[..., None], new_states, states)
+        cache_layer.store(tail, new_states, b)
+        return scan.finish(y, args[0]).to(u.dtype).flatten(1)
+
     def _scan_forward(self, u, x, rope, layout, cache_layer):
         scan, segments = self.forward_scan, layout.segments
         tail, states = (None, None) if cache_layer is None else cache_layer.load(layout.rows)
@@ -198,10 +257,7 @@ class FlexMA(nn.Module):
         if self.config.conv_kernel > 1:
             xbc, tail = causal_conv(xbc, scan.conv_weight, segments, tail)
         args = scan.prepare(u, xbc, rope)
-        if states is not None and max(segments.lengths) == 1:
-            y, states = ssd_step(*args, states)
-        else:
-            y, states = ssd(*args, segments, initial_states=states)
+        y, states = ssd(*args, segments, initial_states=states)
         if cache_layer is not None:
             cache_layer.store(tail, states, layout.batch, layout.rows)
         return scan.finish(y, args[0]).to(u.dtype)

@@ -1,14 +1,25 @@
-"""What generation adds to Transformers' own: the vision layout of the prompt, and positions behind a cache."""
+"""What generation adds to Transformers' own: the vision layout of the prompt, chunks, positions behind a cache."""
+
+import bisect
 
 import torch
 from torch import nn
 from transformers import Cache
+from transformers.masking_utils import create_causal_mask
+
+from .cache import fitting_cache
+
+
+MEDIA_KEYS = (
+    "pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "second_per_grid_ts",
+    "mm_token_type_ids", "mm_encoder_outputs",
+)  # fmt: skip
 
 
 def remember_positions(cache: Cache, position_ids, attention_mask=None):
     """
-    Notes on the cache, before its layers see them, the positions of several new tokens: an image advances positions by
-    less than its tokens, so what follows cannot be told from the length.
+    Notes on the cache, before its layers see them, how far the positions of the new tokens lie behind their number: an
+    image advances positions by less than its tokens. Text that follows leaves the note as it is.
     """
     b, t = position_ids.shape[-2:]
     # the step over a span is its height or width; the frames of a video do not count
@@ -18,22 +29,44 @@ def remember_positions(cache: Cache, position_ids, attention_mask=None):
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
         real = attention_mask[:, -t:].bool()
     last = (real * torch.arange(t, device=real.device)).argmax(1, keepdim=True)
-    past = cache.get_seq_length()
+    past = int(cache.get_seq_length())
     # a row of padding alone stays where it was
     before = next_positions(cache, b, past, positions.device)
     following = torch.where(real.any(1, keepdim=True), positions.gather(1, last) + 1, before)
-    cache.linmu_next_position = following.squeeze(1)  # [b]
-    cache.linmu_seen = past + t
+    cache.linmu_position_delta = following - (past + t)  # [b, 1]
 
 
 def next_positions(cache: Cache, batch: int, past: int, device):
     """Position of the first new token of every sequence, `[b, 1]`; a batch expanded for beams is followed."""
-    known = getattr(cache, "linmu_next_position", None)
-    if known is None:
+    delta = getattr(cache, "linmu_position_delta", None)
+    if delta is None or not past:
         return torch.full((batch, 1), past, device=device)
-    # since the note was taken, generation has added text: one position a token
-    known = known.to(device) + (past - cache.linmu_seen)
-    return known.repeat_interleave(batch // len(known))[:, None]
+    return (delta.to(device) + past).repeat_interleave(batch // len(delta), dim=0)
+
+
+def chunk_sizes(vision_layout, length: int, chunk_size: int) -> list[int]:
+    """
+    Sizes of the chunks of a prefill: at most `chunk_size` tokens each, cut between images and videos. A span longer
+    than that is read in one chunk.
+
+    Args:
+        vision_layout (`torch.LongTensor` of shape `[b, length, 4]` or `None`): Of the tokens to read.
+        length, chunk_size (`int`): Tokens in all, and of a chunk.
+    """
+    inside = torch.zeros(length + 1, dtype=torch.long)  # spans that a cut in front of a token would cut
+    for row in () if vision_layout is None else vision_layout[..., 0].cpu():
+        places = (row >= 0).nonzero().flatten()
+        spans, member = row[places].unique(return_inverse=True)
+        first = torch.full_like(spans, length).scatter_reduce(0, member, places, "amin")
+        last = torch.zeros_like(spans).scatter_reduce(0, member, places, "amax")
+        inside.index_add_(0, first + 1, torch.ones_like(first))
+        inside.index_add_(0, last + 1, -torch.ones_like(last))
+    cuts = (inside.cumsum(0) == 0).nonzero().flatten().tolist()
+    ends = [0]
+    while ends[-1] < length:
+        within = cuts[bisect.bisect_right(cuts, ends[-1] + chunk_size) - 1]
+        ends.append(within if within > ends[-1] else cuts[bisect.bisect_right(cuts, ends[-1])])
+    return [end - start for start, end in zip(ends, ends[1:])]
 
 
 class VisionLayoutGeneration:
@@ -80,16 +113,121 @@ class VisionLayoutGeneration:
             length = (inputs["input_ids"] if embeds is None else embeds).shape[1]
             cache = kwargs.get("past_key_values")
             start = 0 if cache is None else int(cache.get_seq_length())
-            inputs["vision_layout"] = cut_layout(vision_layout, start, start + length)
+            layout = vision_layout[:, start : start + length]
+            inputs["vision_layout"] = nn.functional.pad(layout, (0, 0, 0, length - layout.shape[1]), value=-1)
         return inputs
 
+    @staticmethod
+    def create_masks_for_generate(
+        config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
+    ) -> dict[str, torch.Tensor | None]:
+        """The mask of each layer type: causal for attention, and for M-MATE the padding among the new tokens."""
+        config, masks = config.get_text_config(), {}
+        if "full_attention" in config.layer_types:
+            masks["full_attention"] = create_causal_mask(
+                config=config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids if position_ids is None or position_ids.ndim == 2 else position_ids[0],
+            )
+        if "m_mate" in config.layer_types:
+            masks["m_mate"] = None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
+        return masks
 
-def cut_layout(vision_layout, start: int, end: int):
-    """The layout of the tokens from `start` to `end`; tokens behind the layout are text."""
-    inside, behind = vision_layout[:, start:end], vision_layout[:, end:, 0]
-    if torch.isin(behind[behind >= 0], inside[..., 0]).any():
-        raise ValueError(
-            f"a chunk of the prefill ends before token {end}, inside an image or video, whose tokens must be read "
-            "together; leave prefill_chunk_size out, or choose one whose borders lie between images"
+    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
+        """Transformers' own cuts the prompt every `prefill_chunk_size` tokens; here images and videos stay whole."""
+        chunk_size = generation_config.prefill_chunk_size
+        if chunk_size is None:
+            return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+        cache = model_kwargs.get("past_key_values")
+        if cache is None:
+            raise ValueError(f"prefill_chunk_size={chunk_size} needs a cache: leave use_cache=False out")
+        past = int(cache.get_seq_length())
+        mask, positions, layout = (model_kwargs.get(key) for key in ("attention_mask", "position_ids", "vision_layout"))
+        embeds = model_kwargs.get("inputs_embeds") if is_first_iteration else None
+        if embeds is not None:
+            input_ids, embeds = None, embeds[:, past:]
+        elif mask is not None and mask.shape[1] == input_ids.shape[1]:
+            input_ids = input_ids[:, past:]
+        return self.prefill(
+            input_ids,
+            mask,
+            cache,
+            chunk_size=chunk_size,
+            inputs_embeds=embeds,
+            position_ids=None if positions is None else positions[..., past:],
+            vision_layout=None if layout is None else layout[:, past:],
+            **{key: model_kwargs[key] for key in MEDIA_KEYS if model_kwargs.get(key) is not None},
         )
-    return nn.functional.pad(inside, (0, 0, 0, end - start - inside.shape[1]), value=-1)
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        past_key_values=None,
+        *,
+        chunk_size: int = 8192,
+        inputs_embeds=None,
+        position_ids=None,
+        vision_layout=None,
+        mm_encoder_outputs=None,
+        **media,
+    ):
+        """
+        Reads a prompt of any length in chunks, so that the memory of activations is that of one chunk. Chunks end
+        between images and videos; a longer one is read whole (`max_span_frames` of the configuration bounds a video).
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `[b, t]`): The new tokens.
+            attention_mask (`torch.Tensor` of shape `[b, past + t]`, *optional*): 0 at padding.
+            past_key_values (`Cache`, *optional*): What was read before; a new `DynamicCache` by default.
+            chunk_size (`int`, *optional*, defaults to 8192): Most tokens of a chunk.
+            inputs_embeds (`torch.Tensor` of shape `[b, t, d]`, *optional*): In place of ids, media already inside.
+            position_ids, vision_layout, mm_encoder_outputs (*optional*): As in `forward`, of the new tokens.
+            media: Pixels, grids and token types, as the processor returns them.
+
+        Returns:
+            [`LinMUCausalLMOutput`] with the logits of the last token, `[b, 1, vocab]`, and the cache, from which
+            `generate` and `forward` go on.
+        """
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size={chunk_size} must be at least 1")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        if not length:
+            raise ValueError(f"input_ids of shape {tuple(input_ids.shape)} holds no token to read")
+        cache = fitting_cache(past_key_values, self.config.text_config)
+        features = {}
+        if inputs_embeds is None:
+            if position_ids is None:
+                grids = {key: value for key, value in media.items() if "pixel" not in key}
+                position_ids, vision_layout = self.model._new_positions(input_ids, attention_mask, cache, **grids)
+            pixels = {
+                "image": (media.get("pixel_values"), media.get("image_grid_thw")),
+                "video": (media.get("pixel_values_videos"), media.get("video_grid_thw")),
+            }
+            features = self.model.encode_media(pixels, mm_encoder_outputs)
+        embed = self.model.chunk_embedder(input_ids, features) if inputs_embeds is None else None
+        start, past = 0, int(cache.get_seq_length())
+        for size in chunk_sizes(vision_layout, length, chunk_size):
+            end = start + size
+            layout = None if vision_layout is None else vision_layout[:, start:end]
+            outputs = self(
+                inputs_embeds=inputs_embeds[:, start:end] if embed is None else embed(start, end),
+                attention_mask=None if attention_mask is None else attention_mask[:, : past + end],
+                position_ids=None if position_ids is None else position_ids[..., start:end],
+                vision_layout=layout if layout is not None and bool((layout[..., 0] >= 0).any()) else None,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            start = end
+        return outputs
+
+    def init_continuous_batching(self, *args, **kwargs):
+        raise NotImplementedError(
+            "continuous batching pages keys and values; a recurrent state has none. Use generate with a padded batch"
+        )

@@ -6,6 +6,7 @@ from transformers import initialization as init
 
 from .flex_ma import FlexMA, ScanDirection, ZeroLinear
 from .local_swin import LocalSwin
+from .token_layout import TextStep
 
 
 class MMate(nn.Module):
@@ -61,7 +62,14 @@ class MMate(nn.Module):
         return flex, self.local_swin(vision, tuple(t.index_select(0, layout.vision) for t in rope), layout)
 
     def forward(self, hidden_states, rope, layout, cache_layer=None):
-        """The block output, `[b, t, d]`; arguments as in `branches`. Padding rows carry no meaning."""
+        """
+        The block output, `[b, t, d]`; arguments as in `branches`, or a [`TextStep`] for the layout. Padding rows carry
+        no meaning.
+        """
+        if isinstance(layout, TextStep):
+            token, rope = hidden_states[:, 0], tuple(t[:, 0] for t in rope)
+            flex = self.flex_ma.step(token, rope, layout.mask, cache_layer)
+            return self.output_norm(self.flex_ma.o_proj(flex))[:, None]
         flex, swin = self.branches(hidden_states, rope, layout, cache_layer)
         tokens = hidden_states.flatten(0, 1)
         order = layout.orders[self.config.scan_order(self.layer_idx)]

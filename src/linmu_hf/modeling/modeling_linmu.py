@@ -4,14 +4,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, GenerationMixin
+from transformers import Cache, GenerationMixin
 from transformers.modeling_outputs import ModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
+from .cache import fitting_cache
 from .configuration_linmu import LinMUConfig
 from .decoder import LinMUModelOutput, LinMUPreTrainedModel, LinMUTextModel
 from .generation import VisionLayoutGeneration, next_positions, remember_positions
+from .packing import lengths_to_bounds, packed_lengths, unpack
 from .vision_qwen2_5_vl import Qwen2_5_VLVision, merged_grid_layout
 
 
@@ -86,7 +88,8 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
             else:
                 text = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
             return text.expand(3, -1, -1), None
-        layout = merged_grid_layout(mm_token_type_ids, image_grid_thw, video_grid_thw, merge)
+        max_frames = self.config.text_config.max_span_frames
+        layout = merged_grid_layout(mm_token_type_ids, image_grid_thw, video_grid_thw, merge, max_frames)
         # in a chunk of a longer prompt a row may be padding alone
         rows = slice(None) if attention_mask is None else attention_mask.bool().any(1)
         positions = input_ids.new_zeros(3, *input_ids.shape)
@@ -117,47 +120,48 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
         mm_encoder_outputs=None,
         vision_layout=None,
         use_cache=None,
+        cu_seq_lens_q=None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LinMUModelOutput:
         """
         Takes what the Qwen2.5-VL processor returns. `position_ids` and `vision_layout` are derived when absent; with a
-        cache, ids, pixels and grids are those of the new tokens.
+        cache, ids, pixels and grids are those of the new tokens. Several sequences packed into one row, whose media
+        follow in the same order, are told apart by `cu_seq_lens_q` or by text positions that begin anew.
         """
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        packed = packed_lengths(inputs_embeds, attention_mask, position_ids, past_key_values, cu_seq_lens_q)
         use_cache = self.config.text_config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config.text_config)
+        if use_cache and packed is None:
+            past_key_values = fitting_cache(past_key_values, self.config.text_config)
         has_grids = image_grid_thw is not None or video_grid_thw is not None
         ids = self._placeholder_ids(inputs_embeds) if input_ids is None and has_grids else input_ids
         if ids is not None and vision_layout is None and (position_ids is None or has_grids):
             derived, vision_layout = self._new_positions(
-                ids, attention_mask, past_key_values,
+                ids, attention_mask, past_key_values, packed,
                 image_grid_thw=image_grid_thw, video_grid_thw=video_grid_thw,
                 second_per_grid_ts=second_per_grid_ts, mm_token_type_ids=mm_token_type_ids,
             )  # fmt: skip
-            position_ids = derived if position_ids is None else position_ids
-        if past_key_values is not None and position_ids is not None:
-            # single tokens are counted; one at the beginning ends the note of a cache that was reset
-            if position_ids.shape[-1] > 1 or not past_key_values.get_seq_length():
-                remember_positions(past_key_values, position_ids, attention_mask)
-        encoded = [pixel_values, pixel_values_videos, *(mm_encoder_outputs or {}).values()]
-        if vision_layout is None and any(value is not None for value in encoded):
+            if position_ids is None or (packed is not None and position_ids.ndim == 2):
+                position_ids = derived  # text positions of a packed row say where sequences begin, no more
+        if past_key_values is not None and position_ids is not None and self._worth_a_note(position_ids, past_key_values):
+            mask = attention_mask.get("m_mate") if isinstance(attention_mask, dict) else attention_mask
+            remember_positions(past_key_values, position_ids, mask)
+        media = {"image": (pixel_values, image_grid_thw), "video": (pixel_values_videos, video_grid_thw)}
+        features = self.encode_media(media, mm_encoder_outputs)
+        if features and vision_layout is None:
             raise ValueError(
                 "images or videos came with position_ids but without their vision_layout; pass both as "
                 "`get_positions` returns them, or leave position_ids out"
             )
-        inputs_embeds = self._scatter_vision(
-            input_ids, inputs_embeds, pixel_values, pixel_values_videos, image_grid_thw, video_grid_thw,
-            mm_encoder_outputs or {},
-        )  # fmt: skip
         return self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=self._scatter_vision(input_ids, inputs_embeds, features),
             vision_layout=vision_layout,
             use_cache=use_cache,
+            cu_seq_lens_q=cu_seq_lens_q if packed is None else lengths_to_bounds(packed, inputs_embeds.device),
             return_dict=True,
             **kwargs,
         )
@@ -171,9 +175,11 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
             ids = ids.masked_fill(places[..., 0], token)
         return ids
 
-    def _new_positions(self, input_ids, attention_mask, past_key_values, **vision):
+    def _new_positions(self, input_ids, attention_mask, past_key_values, packed=None, **vision):
         """`get_positions` of the new tokens, behind what the cache has seen."""
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if packed is not None:
+            return self._packed_positions(input_ids, packed, **vision)
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         new_mask = None if attention_mask is None or isinstance(attention_mask, dict) else attention_mask
         if new_mask is not None:
             new_mask = new_mask[:, -input_ids.shape[1] :]
@@ -182,17 +188,67 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
             positions = positions + next_positions(past_key_values, input_ids.shape[0], past, input_ids.device)
         return positions, layout
 
-    def _scatter_vision(self, input_ids, embeds, pixel_values, pixel_values_videos, image_grid, video_grid, encoded):
+    @staticmethod
+    def _worth_a_note(position_ids, cache) -> bool:
+        """Single tokens behind others are counted; one at the beginning ends the note of a cache that was reset."""
+        return position_ids.shape[-1] > 1 or (not torch.compiler.is_compiling() and not int(cache.get_seq_length()))
+
+    def _packed_positions(self, input_ids, packed, mm_token_type_ids=None, **vision):
+        """`get_positions` of sequences that share a row: `[3, 1, t]` and `[1, t, 4]`."""
+        rows, mask = unpack(input_ids, packed)
+        types = None if mm_token_type_ids is None else unpack(mm_token_type_ids, packed)[0]
+        positions, layout = self.get_positions(rows, mask, mm_token_type_ids=types, **vision)
+        real = mask.bool()
+        return positions[:, real][:, None], None if layout is None else layout[real][None]
+
+    def encode_media(self, media, encoded=None):
+        """
+        Features of the images and videos of a batch.
+
+        Args:
+            media (`dict[str, tuple]`): For `"image"` and `"video"` pixels and grids, or `None`s.
+            encoded (`dict[str, ModelOutput]`, *optional*): What `get_image_features` and `get_video_features` have
+                returned already.
+
+        Returns:
+            `dict[str, torch.Tensor]`: For each kind that occurs, `[n, d]` in the order of its tokens in the batch.
+        """
+        features = {}
+        for kind, encode in (("image", self.get_image_features), ("video", self.get_video_features)):
+            output, (pixels, grid) = (encoded or {}).get(kind), media[kind]
+            if output is None and pixels is not None:
+                output = encode(pixels, grid, return_dict=True)
+            if output is not None:
+                features[kind] = torch.cat(tuple(output.pooler_output))
+        return features
+
+    def chunk_embedder(self, input_ids, features):
+        """A function `(start, end)` that embeds these tokens of `input_ids` [b, t], each with its vision feature."""
+        rows, tokens = {}, {"image": self.config.image_token_id, "video": self.config.video_token_id}
+        for kind, own in features.items():
+            places = input_ids == tokens[kind]
+            if int(places.sum()) != len(own):
+                raise ValueError(f"input_ids has {int(places.sum())} {kind} tokens for {len(own)} {kind} features")
+            rows[kind] = places.flatten().cumsum(0).view_as(places) - 1
+
+        def embed(start, end):
+            ids = input_ids[:, start:end]
+            embeds = self.get_input_embeddings()(ids)
+            for kind, own in features.items():
+                places = ids == tokens[kind]
+                chosen = own[rows[kind][:, start:end][places]].to(embeds.device, embeds.dtype)
+                embeds = embeds.masked_scatter(places[..., None].expand_as(embeds), chosen)
+            return embeds
+
+        return embed
+
+    def _scatter_vision(self, input_ids, embeds, features):
         """Puts vision features in place of their placeholders."""
-        if encoded.get("image") is None and pixel_values is not None:
-            encoded["image"] = self.get_image_features(pixel_values, image_grid, return_dict=True)
-        if encoded.get("video") is None and pixel_values_videos is not None:
-            encoded["video"] = self.get_video_features(pixel_values_videos, video_grid, return_dict=True)
         for index, kind in enumerate(("image", "video")):
-            if encoded.get(kind) is not None:
-                features = torch.cat(encoded[kind].pooler_output).to(embeds.device, embeds.dtype)
-                mask = self.get_placeholder_mask(input_ids, inputs_embeds=embeds, **{f"{kind}_features": features})
-                embeds = embeds.masked_scatter(mask[index], features)
+            if kind in features:
+                own = features[kind].to(embeds.device, embeds.dtype)
+                mask = self.get_placeholder_mask(input_ids, inputs_embeds=embeds, **{f"{kind}_features": own})
+                embeds = embeds.masked_scatter(mask[index], own)
         return embeds
 
 
@@ -238,6 +294,7 @@ class LinMUForConditionalGeneration(VisionLayoutGeneration, LinMUPreTrainedModel
         mm_token_type_ids: torch.IntTensor | None = None,
         mm_encoder_outputs: dict | None = None,
         vision_layout: torch.LongTensor | None = None,
+        cu_seq_lens_q: torch.IntTensor | None = None,
         output_mixer_states: bool = False,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
@@ -247,6 +304,8 @@ class LinMUForConditionalGeneration(VisionLayoutGeneration, LinMUPreTrainedModel
             labels (`torch.LongTensor` of shape `[b, t]`, *optional*): -100 where no loss is wanted.
             vision_layout (`torch.LongTensor` of shape `[b, t, 4]`, *optional*): Span and coordinate of every token;
                 derived from the grids when absent.
+            cu_seq_lens_q (`torch.IntTensor` of shape `[m + 1]`, *optional*): Where the sequences of a packed row
+                begin, and its end.
             output_mixer_states (`bool`, *optional*, defaults to `False`): Return every mixer's input and output.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): Last positions (0: all), or an index
                 into the positions, for which logits are computed.
@@ -266,6 +325,7 @@ class LinMUForConditionalGeneration(VisionLayoutGeneration, LinMUPreTrainedModel
             mm_encoder_outputs=mm_encoder_outputs,
             vision_layout=vision_layout,
             use_cache=use_cache,
+            cu_seq_lens_q=cu_seq_lens_q,
             output_mixer_states=output_mixer_states,
             return_dict=True,
             **kwargs,

@@ -6,6 +6,7 @@ per-token coordinates and handed to every layer.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -13,6 +14,17 @@ from ..ops.ssd import Segments
 
 
 _AXES = {"t": 1, "h": 2, "w": 3}  # columns of vision_layout
+
+
+class TextStep(NamedTuple):
+    """
+    The layout of a decode step: one text token per row, nothing to order and no window.
+
+    Args:
+        mask (`torch.Tensor` of shape `[b]` or `None`): 0 where a row has padding, and its state stays as it is.
+    """
+
+    mask: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,7 @@ class TokenLayout:
         batch (`int`): Rows of the batch.
         segments (`Segments`): The sequences of the batch, packed without padding (n tokens in all).
         rows (`torch.LongTensor` of shape `[m]` or `None`): Batch row of each segment; `None` if every row has one (a
-            row of padding alone has none, and keeps its cached state).
+            row of padding alone has none, and keeps its cached state) or if one row holds them all.
         orders (`dict[str, torch.LongTensor]`): For each scan order the place in the flattened batch `[b * t]` of the
             i-th packed token, shape `[n]`.
         vision (`torch.LongTensor` of shape `[v]` or `None`): Places in the flattened batch of the vision tokens.
@@ -62,7 +74,9 @@ class TokenLayout:
     windows: dict[bool, Windows] | None = None
 
     @classmethod
-    def build(cls, config, batch: int, length: int, device, attention_mask=None, vision_layout=None) -> "TokenLayout":
+    def build(
+        cls, config, batch: int, length: int, device, attention_mask=None, vision_layout=None, packed=None
+    ) -> "TokenLayout":
         """
         Args:
             config (`LinMUTextConfig`): Scan orders, windows, reverse scope.
@@ -70,6 +84,7 @@ class TokenLayout:
             attention_mask (`torch.Tensor` of shape `[b, t]`, *optional*): 0 at padding, on either side.
             vision_layout (`torch.LongTensor` of shape `[b, t, 4]`, *optional*): Span and (T, H, W) coordinate of every
                 token, -1 for text and padding.
+            packed (`Sequence[int]`, *optional*): Lengths of the sequences that share the one row of a packed batch.
         """
         if attention_mask is not None and bool(attention_mask.bool().all()):
             attention_mask = None
@@ -80,9 +95,12 @@ class TokenLayout:
             real = attention_mask.reshape(-1).nonzero().squeeze(1)
             lengths = attention_mask.bool().sum(1).tolist()
         rows = None
-        if not all(lengths):
+        if packed is not None:
+            lengths = list(packed)
+        elif not all(lengths):
             rows = torch.tensor([row for row, count in enumerate(lengths) if count], device=device)
-        segments = Segments.build([count for count in lengths if count], device)
+        lengths = [count for count in lengths if count]
+        segments = Segments.build(lengths, device)
         is_vision = None if vision_layout is None else (vision_layout[..., 0].reshape(-1)[real] >= 0)
         if is_vision is None or not bool(is_vision.any()):
             return cls(batch, segments, dict.fromkeys(config.scan_orders, real), rows)
@@ -90,8 +108,8 @@ class TokenLayout:
         scan_vision = is_vision.nonzero().squeeze(1)
         vision = real[scan_vision]
         coordinates = vision_layout.reshape(-1, 4)[vision].long()
-        row = vision // length
-        span = _relabel(row, coordinates[:, 0])
+        sequence = torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, device=device))
+        span = _relabel(sequence[scan_vision], coordinates[:, 0])
         extent = _extents(span, coordinates)
 
         # vision tokens by span and position; within a span, orders permute the tokens over these places
@@ -128,9 +146,9 @@ def _sort_key(columns: list[torch.Tensor]) -> torch.Tensor:
     return key
 
 
-def _relabel(row, span):
+def _relabel(sequence, span):
     """Consecutive labels 0, 1, ... for the distinct (sequence, span) pairs, in sequence order."""
-    return torch.unique(_sort_key([row, span]), return_inverse=True)[1]
+    return torch.unique(_sort_key([sequence, span]), return_inverse=True)[1]
 
 
 def _extents(span, coordinates):

@@ -19,7 +19,9 @@ class Qwen2_5_VLVision:
     get_placeholder_mask = Qwen2_5_VLModel.get_placeholder_mask
 
 
-def merged_grid_layout(mm_token_type_ids, image_grid_thw, video_grid_thw, merge_size: int) -> torch.Tensor:
+def merged_grid_layout(
+    mm_token_type_ids, image_grid_thw, video_grid_thw, merge_size: int, max_span_frames: int | None = None
+) -> torch.Tensor:
     """
     Span and (T, H, W) coordinate of every token after the 2x2 merge.
 
@@ -28,6 +30,7 @@ def merged_grid_layout(mm_token_type_ids, image_grid_thw, video_grid_thw, merge_
         image_grid_thw, video_grid_thw (`torch.LongTensor` of shape `[media, 3]`, *optional*): Patch grids, in
             the order in which the media occur in the batch.
         merge_size (`int`): Patches per token along height and width.
+        max_span_frames (`int`, *optional*): Longest span of a video in merged frames; longer videos are several spans.
 
     Returns:
         `torch.LongTensor` of shape `[b, t, 4]`, -1 for text and padding.
@@ -53,7 +56,10 @@ def merged_grid_layout(mm_token_type_ids, image_grid_thw, video_grid_thw, merge_
         medium = torch.arange(len(grids), device=layout.device).repeat_interleave(sizes)
         rank = torch.arange(n_tokens, device=layout.device) - (sizes.cumsum(0) - sizes)[medium]
         _, height, width = grids[medium].unbind(1)
-        coordinates = [rank // (height * width), rank // width % height, rank % width]
-        layout[places] = torch.stack([medium + first_span, *coordinates], dim=1)
-        first_span += len(grids)
+        frame = rank // (height * width)
+        part = torch.zeros_like(frame) if max_span_frames is None else frame // max_span_frames
+        frame = frame if max_span_frames is None else frame % max_span_frames
+        span = (medium * (part.max() + 1) + part).unique(return_inverse=True)[1] + first_span
+        layout[places] = torch.stack([span, frame, rank // width % height, rank % width], dim=1)
+        first_span = int(span.max()) + 1
     return layout

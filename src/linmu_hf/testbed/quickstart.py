@@ -37,6 +37,7 @@ STAGES = ("stage-1", "stage-2", "stage-3")
 PICTURED_TASKS = ("cell", "below", "large")
 PICTURES_PER_TASK = 3
 LOGGING_STEPS = 5
+LAMBDA_HID = 0.02  # Eq. 6 sums over the width: at 0.5 it would outweigh the token loss tenfold here
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ FULL = replace(
     train_rows=12000,
     test_rows_per_task=500,
     calibration_rows=128,
-    align_steps=(1200, 0, 0),
-    stage_steps=(500, 1900, 500),
+    align_steps=(1500, 0, 0),
+    stage_steps=(400, 4000, 1000),
     stage_learning_rates=(5e-4, 6e-4, 2e-4),
     seq_kd=True,
 )
@@ -164,7 +165,7 @@ def walk(output: Path, teacher: str, schedule: Schedule) -> dict[str, Any]:
             "linmu-distill", distillation.main,
             "--model", init, "--teacher", teacher, "--dataset", data, "--output_dir", student,
             "--per_device_train_batch_size", schedule.batch_size, "--logging_steps", LOGGING_STEPS,
-            "--hidden_loss", "relative", "--feature_cache_gb", 6,
+            "--lambda_hid", LAMBDA_HID, "--feature_cache_gb", 6,
             "--align_steps", schedule.align_steps, "--align_learning_rate", schedule.align_learning_rate,
             "--stage_steps", schedule.stage_steps, "--stage_learning_rates", schedule.stage_learning_rates,
             "--seq_kd", schedule.seq_kd,

@@ -1,0 +1,56 @@
+"""Packed batches: several sequences behind one another in one row, which must not see each other."""
+
+import torch
+
+
+def packed_lengths(tokens, attention_mask, position_ids, past_key_values, cu_seq_lens=None) -> list[int] | None:
+    """
+    Lengths of the sequences of a packed batch, `None` if the batch is not packed.
+
+    Args:
+        tokens (`torch.Tensor` of shape `[b, t, ...]`): Ids or embeddings.
+        attention_mask (`torch.Tensor`, *optional*): A batch with one is padded, not packed.
+        position_ids (`torch.LongTensor` of shape `[1, t]` or `[4, 1, t]`, *optional*): Text positions, alone or in
+            front of those of M-RoPE, begin anew with every sequence.
+        past_key_values (`Cache`, *optional*): A cache has one state for each row.
+        cu_seq_lens (`torch.IntTensor` of shape `[m + 1]`, *optional*): Where the sequences begin, and the end.
+
+    Raises:
+        `ValueError`: `cu_seq_lens` does not describe one row, or comes with a mask or a cache.
+    """
+    b, t = tokens.shape[:2]
+    if cu_seq_lens is not None:
+        bounds = cu_seq_lens.tolist()
+        lengths = [end - start for start, end in zip(bounds, bounds[1:])]
+        if b != 1 or bounds[:1] != [0] or bounds[-1] != t or min(lengths, default=0) < 1:
+            raise ValueError(
+                f"cu_seq_lens_q={bounds} must rise from 0 to the {t} tokens of a single row (there are {b} rows)"
+            )
+        if attention_mask is not None or past_key_values is not None:
+            given = "past_key_values" if attention_mask is None else "attention_mask"
+            raise ValueError(f"cu_seq_lens_q packs sequences without padding or cache: leave {given} out")
+        return lengths
+    if position_ids is None or b != 1 or t == 1 or attention_mask is not None or past_key_values is not None:
+        return None
+    if position_ids.ndim == 3 and position_ids.shape[0] != 4:
+        return None  # M-RoPE alone: an image repeats positions too
+    starts = (position_ids.reshape(-1, t)[0, 1:] == 0).nonzero().flatten() + 1
+    bounds = [0, *starts.tolist(), t]
+    return [end - start for start, end in zip(bounds, bounds[1:])] if len(bounds) > 2 else None
+
+
+def positions_within(lengths: list[int], device) -> torch.Tensor:
+    """0, 1, ... in every sequence: text positions of a packed row, `[1, t]`."""
+    return torch.cat([torch.arange(length, device=device) for length in lengths])[None]
+
+
+def unpack(row: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A packed row `[1, t]` as a right-padded batch and its mask, both `[m, longest]`."""
+    rows = torch.nn.utils.rnn.pad_sequence(list(row[0].split(lengths)), batch_first=True)
+    counts = torch.tensor(lengths, device=row.device)
+    return rows, (torch.arange(rows.shape[1], device=row.device) < counts[:, None]).long()
+
+
+def lengths_to_bounds(lengths: list[int], device) -> torch.Tensor:
+    """`cu_seq_lens` of the lengths, `[m + 1]`."""
+    return torch.tensor([0, *lengths], device=device).cumsum(0)
