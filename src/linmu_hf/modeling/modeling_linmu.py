@@ -13,6 +13,7 @@ from .cache import fitting_cache
 from .configuration_linmu import LinMUConfig
 from .decoder import LinMUModelOutput, LinMUPreTrainedModel, LinMUTextModel
 from .generation import VisionLayoutGeneration, next_positions, remember_positions
+from .inputs import check_forward, check_head_inputs, check_media
 from .packing import lengths_to_bounds, packed_lengths, unpack
 from .vision_qwen2_5_vl import Qwen2_5_VLVision, merged_grid_layout
 
@@ -88,6 +89,7 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
             else:
                 text = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
             return text.expand(3, -1, -1), None
+        check_media(mm_token_type_ids, attention_mask, merge, image_grid_thw, video_grid_thw, second_per_grid_ts)
         max_frames = self.config.text_config.max_span_frames
         layout = merged_grid_layout(mm_token_type_ids, image_grid_thw, video_grid_thw, merge, max_frames)
         # in a chunk of a longer prompt a row may be padding alone
@@ -128,6 +130,11 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
         cache, ids, pixels and grids are those of the new tokens. Several sequences packed into one row, whose media
         follow in the same order, are told apart by `cu_seq_lens_q` or by text positions that begin anew.
         """
+        check_forward(
+            self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, vision_layout,
+            mm_token_type_ids, mm_encoder_outputs, pixel_values=pixel_values, pixel_values_videos=pixel_values_videos,
+            image_grid_thw=image_grid_thw, video_grid_thw=video_grid_thw,
+        )  # fmt: skip
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         packed = packed_lengths(inputs_embeds, attention_mask, position_ids, past_key_values, cu_seq_lens_q)
@@ -135,7 +142,7 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
         if use_cache and packed is None:
             past_key_values = fitting_cache(past_key_values, self.config.text_config)
         has_grids = image_grid_thw is not None or video_grid_thw is not None
-        ids = self._placeholder_ids(inputs_embeds) if input_ids is None and has_grids else input_ids
+        ids = self._placeholder_ids(inputs_embeds, mm_token_type_ids) if input_ids is None and has_grids else input_ids
         if ids is not None and vision_layout is None and (position_ids is None or has_grids):
             derived, vision_layout = self._new_positions(
                 ids, attention_mask, past_key_values, packed,
@@ -144,7 +151,11 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
             )  # fmt: skip
             if position_ids is None or (packed is not None and position_ids.ndim == 2):
                 position_ids = derived  # text positions of a packed row say where sequences begin, no more
-        if past_key_values is not None and position_ids is not None and self._worth_a_note(position_ids, past_key_values):
+        if (
+            past_key_values is not None
+            and position_ids is not None
+            and self._worth_a_note(position_ids, past_key_values)
+        ):
             mask = attention_mask.get("m_mate") if isinstance(attention_mask, dict) else attention_mask
             remember_positions(past_key_values, position_ids, mask)
         media = {"image": (pixel_values, image_grid_thw), "video": (pixel_values_videos, video_grid_thw)}
@@ -166,14 +177,14 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
             **kwargs,
         )
 
-    def _placeholder_ids(self, inputs_embeds):
-        """Ids `[b, t]` that are right at the placeholders, known by their embedding; 0 elsewhere."""
+    def _placeholder_ids(self, inputs_embeds, mm_token_type_ids=None):
+        """Ids `[b, t]` that are right at the placeholders, known by their types or embeddings; 0 elsewhere."""
+        if mm_token_type_ids is None:
+            image, video = (places[..., 0] for places in self.get_placeholder_mask(None, inputs_embeds))
+        else:
+            image, video = mm_token_type_ids == 1, mm_token_type_ids == 2
         ids = inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long)
-        for token, places in zip(
-            (self.config.image_token_id, self.config.video_token_id), self.get_placeholder_mask(None, inputs_embeds)
-        ):
-            ids = ids.masked_fill(places[..., 0], token)
-        return ids
+        return ids.masked_fill(image, self.config.image_token_id).masked_fill(video, self.config.video_token_id)
 
     def _new_positions(self, input_ids, attention_mask, past_key_values, packed=None, **vision):
         """`get_positions` of the new tokens, behind what the cache has seen."""
@@ -310,6 +321,9 @@ class LinMUForConditionalGeneration(VisionLayoutGeneration, LinMUPreTrainedModel
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): Last positions (0: all), or an index
                 into the positions, for which logits are computed.
         """
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is not None and not torch.compiler.is_compiling():
+            check_head_inputs(tokens, self.config.text_config.vocab_size, labels, logits_to_keep)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
