@@ -34,26 +34,17 @@ def test_hidden_loss_is_equation_6(mask):
     for s, t in zip(student, teacher):
         per_token = [(s[i, j] - t[i, j]).square().sum() for i in range(B) for j in range(T) if mask[i, j]]
         expected += torch.stack(per_token).mean() / L
-    torch.testing.assert_close(hidden_loss(*squared_errors(student, teacher, mask), mask.sum()), expected)
+    torch.testing.assert_close(hidden_loss(squared_errors(student, teacher, mask)[0], mask.sum()), expected)
 
 
 def test_hidden_loss_ignores_padding_in_value_and_gradient(mask):
     student, teacher = randn(B, T, D, requires_grad=True), randn(B, T, D)
-    loss = hidden_loss(*squared_errors([student], [teacher], mask), mask.sum())
+    loss = hidden_loss(squared_errors([student], [teacher], mask)[0], mask.sum())
     loss.backward()
     assert (student.grad[mask == 0] == 0).all() and (student.grad[mask == 1] != 0).all()
     with torch.no_grad():
         student[mask == 0] += 100.0
-    torch.testing.assert_close(hidden_loss(*squared_errors([student], [teacher], mask), mask.sum()), loss)
-
-
-def test_relative_hidden_loss_weighs_layers_alike(mask):
-    teacher = [randn(B, T, D), 1000 * randn(B, T, D)]
-    student = [1.1 * t for t in teacher]
-    errors, energies = squared_errors(student, teacher, mask)
-    torch.testing.assert_close(errors / energies, torch.full((2,), 0.01))
-    loss = hidden_loss(errors, energies, mask.sum(), batch_tokens=mask.sum())
-    torch.testing.assert_close(loss, torch.tensor(0.01))
+    torch.testing.assert_close(hidden_loss(squared_errors([student], [teacher], mask)[0], mask.sum()), loss)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
@@ -117,9 +108,9 @@ def test_chunked_output_losses_equal_unchunked(chunk_size):
 def test_micro_batches_add_up_to_the_whole(mask):
     """What gradient accumulation relies on, with micro-batches of unequal numbers of tokens."""
     student, teacher = [randn(B, T, D)], [randn(B, T, D)]
-    whole = hidden_loss(*squared_errors(student, teacher, mask), mask.sum())
+    whole = hidden_loss(squared_errors(student, teacher, mask)[0], mask.sum())
     parts = [
-        hidden_loss(*squared_errors([student[0][i : i + 1]], [teacher[0][i : i + 1]], mask[i : i + 1]), mask.sum())
+        hidden_loss(squared_errors([student[0][i : i + 1]], [teacher[0][i : i + 1]], mask[i : i + 1])[0], mask.sum())
         for i in range(B)
     ]
     torch.testing.assert_close(sum(parts), whole)

@@ -108,7 +108,6 @@ def test_teacher_fed_steps_are_stages_of_their_own(tmp_path):
         ({"stage_steps": [1, -2, 3]}, "must not be negative"),
         ({"stage_steps": [0, 0, 0]}, "leave nothing to do"),
         ({"stage_learning_rates": [1e-3, 0, 1e-3]}, "stage-2: learning_rate=0 must be positive"),
-        ({"hidden_loss": "mse"}, "hidden_loss='mse' must be 'sum' or 'relative'"),
         ({"hidden_input": ["oracle"]}, "hidden_input='oracle' must be"),
         ({"hidden_input": ["teacher"]}, "stage-3: hidden_input='teacher' runs the mixers alone"),
         ({"temperature": 0.0}, "temperature=0.0 must be positive"),

@@ -70,7 +70,7 @@ def test_loss_equals_the_naive_formulas(make_trainer, rows):
         return logits[:, :-1][shifted != IGNORE_INDEX], shifted[shifted != IGNORE_INDEX]
 
     mask = batch["attention_mask"]
-    hid = hidden_loss(*squared_errors(s.mixer_outputs, t.mixer_outputs, mask), mask.sum())
+    hid = hidden_loss(squared_errors(s.mixer_outputs, t.mixer_outputs, mask)[0], mask.sum())
     (s_logits, truth), (t_logits, _) = at(s.logits, labels), at(t.logits, labels)
     p_t, p_s = (torch.softmax(logits / 2, -1) for logits in (t_logits, s_logits))
     tok = 4 * (p_t * (p_t.log() - p_s.log())).sum(-1).mean()

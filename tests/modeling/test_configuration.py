@@ -19,6 +19,7 @@ WORKING = [
     {"scan_rope": False},
     {"bc_feature_map": None},
     {"state_size": 10},
+    {"max_span_frames": 2},
     {"conv_kernel": 1},
     {"conv_kernel": 7},
     {"timescale_init": "mamba2"},
@@ -66,6 +67,7 @@ def test_every_option_is_tried(options):
 IMPOSSIBLE = [
     ({"reverse_scope": "image"}, r"reverse_scope='image' is unknown; choose one of \['span', 'sequence'\]"),
     ({"gate": "token"}, r"gate='token' is unknown; choose one of \['head', 'channel'\]"),
+    ({"max_span_frames": 0}, "max_span_frames=0 must be at least 1, or None"),
     ({"state_size": 7}, "state_size=7 must be even and at least 2"),
     ({"bc_feature_map": "relu"}, r"bc_feature_map='relu' is unknown; choose one of \[None, 'softmax'\]"),
     ({"timescale_init": "random"}, r"timescale_init='random' is unknown; choose one of"),

@@ -3,6 +3,9 @@
 import pytest
 import tiny
 import torch
+from transformers import DynamicCache
+
+from linmu_hf.modeling.generation import chunk_sizes
 
 
 SAMPLES = {
@@ -18,18 +21,12 @@ both = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 all_samples = pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES)
 
 
-def extended(sample, ids):
-    longer = tiny.Sample(*sample.parts)
-    longer.ids = [*sample.ids, *ids]
-    return longer
-
-
 @torch.no_grad()
 def greedy(model, sample, n=6):
     """The next n tokens, each from a forward pass over everything before it, without a cache."""
     new = []
     for _ in range(n):
-        logits = model(**tiny.batch(extended(sample, new)), use_cache=False).logits
+        logits = model(**tiny.batch(tiny.extended(sample, new)), use_cache=False).logits
         new.append(int(logits[0, -1].argmax()))
     return new
 
@@ -104,7 +101,7 @@ def test_beam_search_scores_are_those_of_a_forward_pass():
     )  # fmt: skip
     for sequence, score in zip(out.sequences, out.sequences_scores):
         new = sequence[len(sample) :].tolist()
-        logits = model(**tiny.batch(extended(sample, new)), use_cache=False).logits[0, len(sample) - 1 : -1]
+        logits = model(**tiny.batch(tiny.extended(sample, new)), use_cache=False).logits[0, len(sample) - 1 : -1]
         expected = logits.log_softmax(-1)[torch.arange(len(new)), new].sum()
         assert float(score) == pytest.approx(float(expected), abs=1e-4)
 
@@ -118,7 +115,7 @@ def test_num_return_sequences(options):
         output_logits=True, return_dict_in_generate=True,
     )  # fmt: skip
     for i, new in enumerate(new_tokens(out.sequences, inputs)):
-        whole = tiny.batch(extended(samples[i // 3], new))
+        whole = tiny.batch(tiny.extended(samples[i // 3], new))
         expected = model(**whole, use_cache=False).logits[0, -4:-1]
         torch.testing.assert_close(torch.stack(out.logits)[:, i].double(), expected, atol=1e-4, rtol=0)
 
@@ -160,18 +157,68 @@ def test_chunked_prefill_of_text(size, options):
     assert new_tokens(out, inputs) == [greedy(model, SAMPLES["text"])]
 
 
-@both
-def test_chunked_prefill_between_spans(options):
-    sample = tiny.Sample(3, ("image", 2, 2), 1, 9, 1, ("video", 2, 2, 2), 5)  # spans at 4..7 and 21..28
-    model, inputs = tiny.model(**options), tiny.batch(sample, tiny.Sample(30, seed=1), padding="left")
-    out = model.generate(**inputs, **GREEDY, prefill_chunk_size=10)
-    assert new_tokens(out, inputs)[0] == greedy(model, sample)
+def layout_of(sample, **options):
+    inputs = {key: value for key, value in tiny.batch(sample).items() if "pixel" not in key}
+    return tiny.model(**options).model.get_positions(**inputs)[1]
 
 
-def test_chunked_prefill_that_cuts_a_span_is_refused():
+def test_chunks_end_between_spans_and_are_as_long_as_they_may_be():
+    sample = tiny.Sample(3, ("image", 2, 2), 1, 9, ("video", 4, 2, 1), 5)  # spans at 4..7 and 20..27
+    layout = layout_of(sample)
+    assert chunk_sizes(layout, len(sample), 1000) == [len(sample)]
+    assert chunk_sizes(layout, len(sample), 10) == [10, 10, 10, 4]
+    assert chunk_sizes(layout, len(sample), 6) == [4, 6, 6, 4, 8, 6]
+    assert chunk_sizes(layout, len(sample), 1) == [1] * 4 + [4] + [1] * 12 + [8] + [1] * 6
+    assert chunk_sizes(None, 7, 3) == [3, 3, 1]
+    assert chunk_sizes(layout_of(sample, max_span_frames=2), len(sample), 6) == [4, 6, 6, 4, 4, 6, 4]
+    assert chunk_sizes(layout, len(sample), 10, "sequence") == [4, 24, 6]
+    left = torch.nn.functional.pad(layout, (0, 0, 2, 0), value=-1)
+    both = torch.cat([left, torch.nn.functional.pad(layout, (0, 0, 0, 2), value=-1)])
+    assert chunk_sizes(both, len(sample) + 2, 5) == [4, 6, 5, 5, 10, 5, 1]
+
+
+def test_prefill_holds_the_activations_of_one_chunk():
+    """The longest input of any layer is a chunk, however long the prompt is."""
+    model, sample, lengths = tiny.model(), tiny.Sample(100, ("image", 2, 3), 300), []
+    layer = model.model.language_model.layers[0]
+    layer.register_forward_hook(lambda module, args, output: lengths.append(args[0].shape[1]))
+    out = model.prefill(**tiny.batch(sample), chunk_size=32)
+    assert max(lengths) == 32 and sum(lengths) == len(sample)
+    expected = model(**tiny.batch(sample), use_cache=False).logits[:, -1:]
+    torch.testing.assert_close(out.logits, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"chunk_size": 0}, "chunk_size=0 must be at least 1"),
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, r"input_ids of shape \(1, 0\) holds no token"),
+        ({"inputs_embeds": torch.zeros(1, 3, 32)}, "exactly one of input_ids and inputs_embeds"),
+        ({"past_key_values": DynamicCache(config=tiny.text_config(num_hidden_layers=2))}, "with 2 layers"),
+    ],
+)
+def test_prefill_refuses(how, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.model().prefill(**{"input_ids": torch.tensor([[1, 2, 3]]), **how})
+
+
+def test_chunked_prefill_without_a_cache_is_refused():
+    inputs = tiny.batch(SAMPLES["text"])
+    with pytest.raises(ValueError, match="prefill_chunk_size=4 needs a cache"):
+        tiny.model().generate(**inputs, **GREEDY, prefill_chunk_size=4, use_cache=False)
+
+
+def test_continuous_batching_is_refused():
+    with pytest.raises(NotImplementedError, match="continuous batching pages keys and values"):
+        tiny.model().init_continuous_batching()
+
+
+def test_a_dynamic_cache_without_configuration_gets_its_layers():
     model, inputs = tiny.model(), tiny.batch(SAMPLES["image"])
-    with pytest.raises(ValueError, match=r"prefill_chunk_size"):
-        model.generate(**inputs, **GREEDY, prefill_chunk_size=8)
+    cache = DynamicCache()
+    expected = model(**inputs, use_cache=False).logits
+    torch.testing.assert_close(model(**inputs, past_key_values=cache).logits, expected)
+    assert cache.get_seq_length() == len(SAMPLES["image"])
 
 
 def test_positions_given_by_the_user_need_their_layout():
@@ -196,7 +243,7 @@ def test_what_a_recurrent_state_cannot_do_is_refused(how):
         how = {"assistant_model": tiny.model(num_hidden_layers=1)}
     with pytest.raises((ValueError, NotImplementedError)) as error:
         model.generate(**tiny.batch(SAMPLES["text"]), **GREEDY, **how)
-    assert any(word in str(error.value) for word in ("stateful", "recurrent", "support"))
+    assert any(word in str(error.value) for word in ("stateful", "recurrent state", "support"))
 
 
 def test_generate_from_embeddings():

@@ -27,7 +27,8 @@ def test_round_trip(options, tmp_path):
     names = load_file(tmp_path / "model.safetensors").keys()
     assert ("lm_head.weight" in names) == ("tie_word_embeddings" not in options)
     assert {name.split(".")[0] for name in names} <= {"model", "lm_head"}
-    assert torch.equal(loaded(**INPUTS).logits, model(**INPUTS).logits)
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+    torch.testing.assert_close(loaded(**INPUTS).logits, model(**INPUTS).logits, atol=1e-5, rtol=0)
     tied = loaded.lm_head.weight is loaded.model.language_model.embed_tokens.weight
     assert tied == ("tie_word_embeddings" in options)
 
@@ -58,7 +59,8 @@ def test_auto_classes(tmp_path):
     assert type(whole) is LinMUForConditionalGeneration
     base = AutoModel.from_pretrained(tmp_path)
     assert type(base) is LinMUModel
-    torch.testing.assert_close(whole.lm_head(base(**INPUTS).last_hidden_state), model(**INPUTS).logits, rtol=0, atol=0)
+    logits = whole.lm_head(base(**INPUTS).last_hidden_state)
+    torch.testing.assert_close(logits, model(**INPUTS).logits, atol=1e-5, rtol=0)
     assert type(AutoModel.from_config(tiny.text_config())) is LinMUTextModel
     assert PROCESSOR_MAPPING[LinMUConfig] is Qwen2_5_VLProcessor
     with pytest.raises(OSError):
@@ -70,7 +72,17 @@ def test_missing_new_parameters_get_their_start(tmp_path):
     """A checkpoint with the teacher's weights alone loads with M-MATE's own parameters at their start."""
     model = tiny.plain(output_norm="layer_norm")
     model.save_pretrained(tmp_path)
-    new = ("conv_weight", "A_log", "dt_bias", ".D", "dt_proj.weight", "gate_proj", "fusion_proj", "output_norm")
+    new = (
+        "_features",
+        "conv_weight",
+        "A_log",
+        "dt_bias",
+        ".D",
+        "dt_proj.weight",
+        "gate_proj",
+        "fusion_proj",
+        "output_norm",
+    )
     decoder = "language_model.layers"
     tensors = load_file(tmp_path / "model.safetensors")
     kept = {n: t for n, t in tensors.items() if not (decoder in n and ".mixer." in n and any(p in n for p in new))}

@@ -122,6 +122,13 @@ class Sample:
         return len(self.ids)
 
 
+def extended(sample: Sample, ids) -> Sample:
+    """The sample with more text behind it."""
+    longer = Sample(*sample.parts)
+    longer.ids = [*sample.ids, *ids]
+    return longer
+
+
 def batch(*samples: Sample, padding="right", dtype=torch.float64, length=None) -> dict:
     """What the processor returns for the samples, padded on the given side."""
     length = length or max(map(len, samples))

@@ -31,11 +31,10 @@ class DistillConfig(TrainingArguments):
         hidden_input (`list[str]`, *optional*, defaults to `["student"]`):
             `"student"` (the paper) or `"teacher"`, one value or one for each stage. With `"teacher"` the whole stage
             is teacher-fed and L_hid is its only loss; not for a stage that trains LoRA.
-        hidden_loss (`str`, *optional*, defaults to `"sum"`):
-            `"sum"`: Eq. 6 as printed. `"relative"`: each layer divided by the teacher's mean squared norm there (of
-            the micro-batch), so that all layers weigh alike.
         temperature (`float`, *optional*, defaults to 1.0): tau of Eq. 7.
-        lambda_hid, lambda_tok, lambda_seq, lambda_sup (`float`, *optional*, defaults to 0.5): weights of the losses.
+        lambda_hid, lambda_tok, lambda_seq, lambda_sup (`float`, *optional*, defaults to 0.5):
+            Weights of the losses. L_hid is a sum over the width, as printed: look at `loss_hid` in the logs, and lower
+            its weight if it drowns the others.
         seq_kd (`bool`, *optional*, defaults to `True`):
             Whether the last stage learns from teacher-decoded answers (Eq. 8): from the column `pseudo_messages` if
             the dataset has it, else decoded once before that stage. `False` leaves L_seq out.
@@ -76,9 +75,6 @@ class DistillConfig(TrainingArguments):
     hidden_input: list[str] = field(
         default_factory=lambda: ["student"],
         metadata={"help": "What M-MATE blocks are fed with: `student` or `teacher`, once or for each stage."},
-    )
-    hidden_loss: str = field(
-        default="sum", metadata={"help": "L_hid as printed (`sum`), or scaled per layer (`relative`)."}
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the token-level distillation loss."})
     lambda_hid: float = field(default=0.5, metadata={"help": "Weight of the mixer output loss (stages 1 and 2)."})
@@ -123,8 +119,6 @@ class DistillConfig(TrainingArguments):
         for name in ("stage_steps", "align_steps"):
             if min(getattr(self, name)) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if self.hidden_loss not in ("sum", "relative"):
-            raise ValueError(f"hidden_loss={self.hidden_loss!r} must be 'sum' or 'relative'")
         for name in ("temperature", "slow_lr_multiplier", "lora_alpha", "align_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")

@@ -56,23 +56,15 @@ def squared_errors(
     return torch.stack(errors), torch.stack(energies)
 
 
-def hidden_loss(
-    errors: Tensor, energies: Tensor, num_tokens: Tensor | float, *, batch_tokens: Tensor | float | None = None
-) -> Tensor:
+def hidden_loss(errors: Tensor, num_tokens: Tensor | float) -> Tensor:
     """
     Mixer output matching (Eq. 6): squared error summed over the width, mean over real tokens and replaced layers.
 
     Args:
-        errors, energies (`Tensor`): [l], from [`squared_errors`].
+        errors (`Tensor`): [l], from [`squared_errors`].
         num_tokens (`Tensor` or `float`): real tokens of the global batch.
-        batch_tokens (`Tensor` or `float`, *optional*):
-            Real tokens of this micro-batch. If given, each layer is divided by the teacher's mean squared norm in the
-            micro-batch, so that layers of small outputs weigh as much as layers of large ones (`"relative"`).
     """
-    per_layer = errors / num_tokens
-    if batch_tokens is not None:
-        per_layer = per_layer / (energies / batch_tokens).clamp_min(torch.finfo(energies.dtype).tiny)
-    return per_layer.mean()
+    return (errors / num_tokens).mean()
 
 
 def token_kd_loss(

@@ -36,7 +36,7 @@ ARGUMENTS = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed", "train_sampling_strategy",
     "dataloader_drop_last", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "slow_lr_multiplier", "bf16", "fp16",
-    "temperature", "hidden_loss", "lora_alpha", "max_completion_length",
+    "temperature", "lora_alpha", "max_completion_length",
 )  # fmt: skip
 
 

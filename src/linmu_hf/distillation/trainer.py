@@ -130,8 +130,7 @@ class DistillTrainer(Trainer):
             errors, energies = squared_errors(outputs, [target.mixer_outputs[index] for index in self.replaced], mask)
             self._add(errors=errors, energies=energies)
             if stage.hid:
-                batch_tokens = mask.sum() if self.args.hidden_loss == "relative" else None
-                losses["hid"] = hidden_loss(errors, energies, num_tokens, batch_tokens=batch_tokens)
+                losses["hid"] = hidden_loss(errors, num_tokens)
 
         targets = {"tok": labels} if stage.tok else {}
         if stage.sup:

@@ -1,6 +1,8 @@
 """What generation adds to Transformers' own: the vision layout of the prompt, chunks, positions behind a cache."""
 
 import bisect
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,7 +46,7 @@ def next_positions(cache: Cache, batch: int, past: int, device):
     return (delta.to(device) + past).repeat_interleave(batch // len(delta), dim=0)
 
 
-def chunk_sizes(vision_layout, length: int, chunk_size: int) -> list[int]:
+def chunk_sizes(vision_layout, length: int, chunk_size: int, reverse_scope: str = "span") -> list[int]:
     """
     Sizes of the chunks of a prefill: at most `chunk_size` tokens each, cut between images and videos. A span longer
     than that is read in one chunk.
@@ -52,10 +54,12 @@ def chunk_sizes(vision_layout, length: int, chunk_size: int) -> list[int]:
     Args:
         vision_layout (`torch.LongTensor` of shape `[b, length, 4]` or `None`): Of the tokens to read.
         length, chunk_size (`int`): Tokens in all, and of a chunk.
+        reverse_scope (`str`): With `"sequence"`, all vision tokens of a row are one span.
     """
     inside = torch.zeros(length + 1, dtype=torch.long)  # spans that a cut in front of a token would cut
     for row in () if vision_layout is None else vision_layout[..., 0].cpu():
         places = (row >= 0).nonzero().flatten()
+        row = row.clamp_max(0) if reverse_scope == "sequence" else row
         spans, member = row[places].unique(return_inverse=True)
         first = torch.full_like(spans, length).scatter_reduce(0, member, places, "amin")
         last = torch.zeros_like(spans).scatter_reduce(0, member, places, "amax")
@@ -66,7 +70,7 @@ def chunk_sizes(vision_layout, length: int, chunk_size: int) -> list[int]:
     while ends[-1] < length:
         within = cuts[bisect.bisect_right(cuts, ends[-1] + chunk_size) - 1]
         ends.append(within if within > ends[-1] else cuts[bisect.bisect_right(cuts, ends[-1])])
-    return [end - start for start, end in zip(ends, ends[1:])]
+    return [end - start for start, end in pairwise(ends)]
 
 
 class VisionLayoutGeneration:
@@ -74,6 +78,9 @@ class VisionLayoutGeneration:
     Hooks of `generate`. It encodes images first and then drops pixels and grids; what the decoder needs of them
     travels as the per-token `vision_layout`, computed together with the positions, before the drop.
     """
+
+    config: Any
+    model: Any
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         text_positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
@@ -132,7 +139,10 @@ class VisionLayoutGeneration:
                 position_ids=position_ids if position_ids is None or position_ids.ndim == 2 else position_ids[0],
             )
         if "m_mate" in config.layer_types:
-            masks["m_mate"] = None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
+            masks["m_mate"] = attention_mask
+            if attention_mask is not None:
+                new = attention_mask[:, -inputs_embeds.shape[1] :]
+                masks["m_mate"] = new.clone(memory_format=torch.contiguous_format)  # strides that do not grow
         return masks
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
@@ -144,7 +154,9 @@ class VisionLayoutGeneration:
         if cache is None:
             raise ValueError(f"prefill_chunk_size={chunk_size} needs a cache: leave use_cache=False out")
         past = int(cache.get_seq_length())
-        mask, positions, layout = (model_kwargs.get(key) for key in ("attention_mask", "position_ids", "vision_layout"))
+        mask, positions, layout = (
+            model_kwargs.get(key) for key in ("attention_mask", "position_ids", "vision_layout")
+        )
         embeds = model_kwargs.get("inputs_embeds") if is_first_iteration else None
         if embeds is not None:
             input_ids, embeds = None, embeds[:, past:]
@@ -212,7 +224,7 @@ class VisionLayoutGeneration:
             features = self.model.encode_media(pixels, mm_encoder_outputs)
         embed = self.model.chunk_embedder(input_ids, features) if inputs_embeds is None else None
         start, past = 0, int(cache.get_seq_length())
-        for size in chunk_sizes(vision_layout, length, chunk_size):
+        for size in chunk_sizes(vision_layout, length, chunk_size, self.config.text_config.reverse_scope):
             end = start + size
             layout = None if vision_layout is None else vision_layout[:, start:end]
             outputs = self(

@@ -202,6 +202,8 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
     @staticmethod
     def _worth_a_note(position_ids, cache) -> bool:
         """Single tokens behind others are counted; one at the beginning ends the note of a cache that was reset."""
+        if cache is None or position_ids is None:
+            return False
         return position_ids.shape[-1] > 1 or (not torch.compiler.is_compiling() and not int(cache.get_seq_length()))
 
     def _packed_positions(self, input_ids, packed, mm_token_type_ids=None, **vision):

@@ -1,5 +1,7 @@
 """Packed batches: several sequences behind one another in one row, which must not see each other."""
 
+from itertools import pairwise
+
 import torch
 
 
@@ -21,7 +23,7 @@ def packed_lengths(tokens, attention_mask, position_ids, past_key_values, cu_seq
     b, t = tokens.shape[:2]
     if cu_seq_lens is not None:
         bounds = cu_seq_lens.tolist()
-        lengths = [end - start for start, end in zip(bounds, bounds[1:])]
+        lengths = [end - start for start, end in pairwise(bounds)]
         if b != 1 or bounds[:1] != [0] or bounds[-1] != t or min(lengths, default=0) < 1:
             raise ValueError(
                 f"cu_seq_lens_q={bounds} must rise from 0 to the {t} tokens of a single row (there are {b} rows)"
@@ -36,7 +38,7 @@ def packed_lengths(tokens, attention_mask, position_ids, past_key_values, cu_seq
         return None  # M-RoPE alone: an image repeats positions too
     starts = (position_ids.reshape(-1, t)[0, 1:] == 0).nonzero().flatten() + 1
     bounds = [0, *starts.tolist(), t]
-    return [end - start for start, end in zip(bounds, bounds[1:])] if len(bounds) > 2 else None
+    return [end - start for start, end in pairwise(bounds)] if len(bounds) > 2 else None
 
 
 def positions_within(lengths: list[int], device) -> torch.Tensor:

@@ -34,7 +34,6 @@ COLUMNS = ("aligned_error", *TASKS, "mean")
 # The testbed's grids are small: windows of 4x4 tokens and two moments make Local-Swin local there.
 WINDOWS = {"window_size": [2, 2, 2], "image_window_size": [1, 4, 4], "timescale_range": [4.0, 1024.0]}
 
-# M-MATE options, or the loss of the alignment
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "scan_rope=False": {"scan_rope": False},
@@ -47,7 +46,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "scan_orders=thw": {"scan_orders": ["thw"]},
     "window_wrap=True": {"window_wrap": True},
     "preset=paper": PRESETS["paper"],
-    "hidden_loss=sum": {"hidden_loss": "sum"},
+    "state_size=64": {"state_size": 64},
+    "state_size=128": {"state_size": 128},
+    "state_size=512": {"state_size": 512},
 }
 
 
@@ -98,16 +99,15 @@ def run(
     """Converts, aligns, distils and measures one variant."""
     start = time.perf_counter()
     options = WINDOWS | VARIANTS[name]
-    hidden_loss = options.pop("hidden_loss", "relative")
     with tempfile.TemporaryDirectory(dir=args.output) as scratch:
         convert(args.teacher, f"{scratch}/init", mixer_options=options)
         student = AutoModelForImageTextToText.from_pretrained(f"{scratch}/init")
         stages = [Stage("align", BOTH, args.align_steps, 2e-3, hid=1.0, hidden_input="teacher")]
         if args.steps:
-            stages.append(Stage("distil", BOTH, args.steps, 5e-4, hid=0.5, tok=0.5))
+            stages.append(Stage("distil", BOTH, args.steps, 5e-4, hid=0.02, tok=0.5))
         log: list[dict] = []
         for stage in stages:
-            log += train_stage(stage, student, teacher, train, args.batch_size, seed, scratch, hidden_loss)
+            log += train_stage(stage, student, teacher, train, args.batch_size, seed, scratch)
     aligned = [row["relative_error"] for row in log if row["stage"] == "align" and "relative_error" in row][-1]
     scores = {task: accuracy(student, rows) for task, rows in tests.items()}
     return {
@@ -119,7 +119,7 @@ def run(
 
 
 def train_stage(
-    stage: Stage, student, teacher, train: EncodedDataset, batch_size: int, seed: int, folder: str, hidden_loss: str
+    stage: Stage, student, teacher, train: EncodedDataset, batch_size: int, seed: int, folder: str
 ) -> list:
     config = DistillConfig(
         output_dir=folder,
@@ -127,7 +127,6 @@ def train_stage(
         learning_rate=stage.learning_rate,
         per_device_train_batch_size=batch_size,
         seed=seed,
-        hidden_loss=hidden_loss,
         logging_steps=10,
         save_strategy="no",
         disable_tqdm=True,

@@ -72,7 +72,7 @@ FULL = replace(
     test_rows_per_task=500,
     calibration_rows=128,
     align_steps=(1500, 0, 0),
-    stage_steps=(400, 4000, 1000),
+    stage_steps=(400, 1600, 500),
     stage_learning_rates=(5e-4, 6e-4, 2e-4),
     seq_kd=True,
 )
