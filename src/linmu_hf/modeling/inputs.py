@@ -16,7 +16,7 @@ _KINDS = {1: "image", 2: "video"}
 
 def check_forward(
     model, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-    vision_layout=None, mm_token_type_ids=None, mm_encoder_outputs=None, **media,
+    vision_layout=None, mm_encoder_outputs=None, **media,
 ):  # fmt: skip
     """
     The arguments of [`LinMUModel`]'s forward, but for pixels and grids, which are checked where they are read.
@@ -26,10 +26,16 @@ def check_forward(
     """
     if torch.compiler.is_compiling():
         return
-    check_tokens(input_ids, inputs_embeds, model.config.text_config, model.get_input_embeddings(), past_key_values)
+    text = model.config.text_config
+    check_tokens(input_ids, inputs_embeds, text, model.get_input_embeddings(), past_key_values)
     tokens = input_ids if inputs_embeds is None else inputs_embeds
-    check_decoder_inputs(tokens, attention_mask, position_ids, past_key_values, vision_layout)
-    if input_ids is None or not _reads_prompt(tokens, past_key_values):
+    check_decoder_inputs(tokens, attention_mask, position_ids, past_key_values, vision_layout, text.layer_types)
+    if not _reads_prompt(tokens, past_key_values):
+        return
+    types = media.get("mm_token_type_ids")
+    if input_ids is None:
+        if types is not None:
+            _expect("mm_token_type_ids", types, tuple(tokens.shape[:2]), "[batch, tokens]")
         return
     given = {
         kind: media.get(pixels) is not None or (mm_encoder_outputs or {}).get(kind) is not None
@@ -40,10 +46,31 @@ def check_forward(
             raise ValueError(f"{kind}_grid_thw came without {pixels}; pass both as the processor returned them")
     mask = attention_mask.get("m_mate") if isinstance(attention_mask, dict) else attention_mask
     mask = None if mask is None else mask[:, -input_ids.shape[1] :]
+    grids = {f"{kind}_grid_thw": media.get(f"{kind}_grid_thw") for kind in given}
+    has_grids = any(grid is not None for grid in grids.values())
+    # positions of four rows are those of `generate`, which has seen the prompt that they belong to
+    unseen = position_ids is not None and position_ids.shape[:-2] != (4,) and not any(given.values())
     if vision_layout is not None:
         check_spans(vision_layout, model.token_types(input_ids), mask, complete=any(given.values()))
-    elif mm_token_type_ids is not None:
-        check_types(mm_token_type_ids, model.token_types(input_ids), mask)
+    if (vision_layout is not None and has_grids) or (vision_layout is None and unseen):
+        check_media(model.token_types(input_ids), mask, model.config.vision_config.spatial_merge_size, **grids)
+
+
+def check_prompt(model, input_ids, attention_mask=None, past_key_values=None):
+    """
+    Ids `[b, t]` and mask of a prompt that `generate` is given: all tokens, or those behind the cache.
+
+    Raises:
+        `ValueError`, `TypeError`: As in [`check_forward`].
+    """
+    if torch.compiler.is_compiling():
+        return
+    check_tokens(input_ids, None, model.config.text_config, model.get_input_embeddings())
+    b, t = input_ids.shape
+    if attention_mask is not None:
+        seen = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        all_given = isinstance(attention_mask, torch.Tensor) and tuple(attention_mask.shape) == (b, t)
+        _check_mask(attention_mask, b, t, 0 if all_given else seen, True)
 
 
 def check_tokens(input_ids, inputs_embeds, config, embedding, past_key_values=None):
@@ -80,7 +107,9 @@ def check_tokens(input_ids, inputs_embeds, config, embedding, past_key_values=No
             )
 
 
-def check_decoder_inputs(tokens, attention_mask=None, position_ids=None, past_key_values=None, vision_layout=None):
+def check_decoder_inputs(
+    tokens, attention_mask=None, position_ids=None, past_key_values=None, vision_layout=None, layer_types=("m_mate",)
+):
     """
     Mask, positions, cache and layout against the new tokens, `[b, t]` or `[b, t, d]`.
 
@@ -99,12 +128,14 @@ def check_decoder_inputs(tokens, attention_mask=None, position_ids=None, past_ke
             )
         past = int(past_key_values.get_seq_length()) if t > 1 else 0
     reads_prompt = _reads_prompt(tokens, past_key_values)
-    if attention_mask is not None and not isinstance(attention_mask, dict):
+    # the decoder reads other masks, or one for each layer type, beside positions that cannot be told from them
+    pattern = position_ids is not None and "m_mate" not in layer_types and getattr(attention_mask, "ndim", 0) == 4
+    if attention_mask is not None and not isinstance(attention_mask, dict) and not pattern:
         _check_mask(attention_mask, b, t, past, reads_prompt)
     if position_ids is not None:
         _expect("position_ids", position_ids, None, "")
-        axes = position_ids.shape[:-2]
-        if axes not in ((), (3,), (4,)) or position_ids.shape[-1] != t or position_ids.shape[-2] not in (1, b):
+        axes, rows = position_ids.shape[:-2], position_ids.shape[-2:]
+        if axes not in ((), (3,), (4,)) or rows not in ((b, t), (1, t)):
             raise ValueError(
                 f"position_ids of shape {tuple(position_ids.shape)} do not fit {b} rows of {t} tokens; pass "
                 "[batch, tokens], or 3 (M-RoPE) or 4 (text positions and M-RoPE) of these, or leave them out"
@@ -204,7 +235,7 @@ def check_spans(vision_layout, expected, attention_mask=None, complete: bool = F
         )
 
 
-def check_head_inputs(tokens, vocabulary: int, labels=None, logits_to_keep=0):
+def check_head_inputs(input_ids, inputs_embeds, vocabulary: int, labels=None, logits_to_keep=0):
     """
     Labels and the choice of logits against the new tokens, `[b, t]` or `[b, t, d]`.
 
@@ -212,8 +243,9 @@ def check_head_inputs(tokens, vocabulary: int, labels=None, logits_to_keep=0):
         `ValueError`, `TypeError`: Wrong shape, a label that is no token, a choice outside the sequence, or labels of
             which some have no logits.
     """
-    if not isinstance(tokens, torch.Tensor) or tokens.ndim < 2:
-        return  # refused where it is read
+    tokens, dims = (input_ids, 2) if inputs_embeds is None else (inputs_embeds, 3)
+    if torch.compiler.is_compiling() or getattr(tokens, "ndim", 0) != dims or not all(tokens.shape):
+        return  # such tokens are refused where they are read
     b, t = tokens.shape[:2]
     if isinstance(logits_to_keep, torch.Tensor):
         _expect("logits_to_keep", logits_to_keep, (None,), "[positions]")
@@ -246,19 +278,18 @@ def _reads_prompt(tokens, past_key_values) -> bool:
 def _check_mask(mask, b: int, t: int, past: int, reads_prompt: bool):
     if not isinstance(mask, torch.Tensor):
         raise TypeError(f"attention_mask is a {type(mask).__name__}; pass a tensor [batch, tokens], 0 at padding")
-    if mask.ndim == 4:
-        return  # the decoder takes one where all layers are attention
     if mask.ndim != 2:
         raise ValueError(
             f"attention_mask of shape {tuple(mask.shape)} is not [batch, tokens]; M-MATE layers know padding only, "
-            "not arbitrary attention patterns"
+            "not arbitrary attention patterns: pass 0 at padding and 1 elsewhere"
         )
     if mask.shape[0] != b or mask.shape[1] < t or (reads_prompt and mask.shape[1] != past + t):
         raise ValueError(
-            f"attention_mask of shape {tuple(mask.shape)} does not fit {b} rows of {past} cached and {t} new tokens"
+            f"attention_mask of shape {tuple(mask.shape)} does not fit {b} rows of {past} cached and {t} new tokens; "
+            "pass one entry for each of these"
         )
     if reads_prompt and bool(((mask != 0) & (mask != 1)).any()):
-        raise ValueError("attention_mask has values other than 0 (padding) and 1; it is not added to any scores")
+        raise ValueError("attention_mask must be 0 at padding and 1 elsewhere; it is not added to scores")
 
 
 def _check_layout(layout):

@@ -13,7 +13,7 @@ from .cache import fitting_cache
 from .configuration_linmu import LinMUConfig
 from .decoder import LinMUModelOutput, LinMUPreTrainedModel, LinMUTextModel
 from .generation import VisionLayoutGeneration, next_positions, remember_positions
-from .inputs import check_forward, check_head_inputs, check_media
+from .inputs import check_forward, check_head_inputs, check_media, check_types
 from .packing import lengths_to_bounds, packed_lengths, unpack
 from .vision_qwen2_5_vl import Qwen2_5_VLVision, merged_grid_layout
 
@@ -78,8 +78,12 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
             `tuple[torch.LongTensor, torch.LongTensor | None]`: `position_ids` of shape `[3, b, t]` and `vision_layout`
             of shape `[b, t, 4]`, or `None` for text alone.
         """
+        input_ids = input_ids.long()
+        types = self.token_types(input_ids)
         if mm_token_type_ids is None:
-            mm_token_type_ids = self.token_types(input_ids)
+            mm_token_type_ids = types
+        elif input_ids.shape[1] > 1:
+            check_types(mm_token_type_ids, types, attention_mask)
         if attention_mask is not None:
             mm_token_type_ids = mm_token_type_ids * attention_mask.to(mm_token_type_ids.dtype)
         merge = self.config.vision_config.spatial_merge_size
@@ -132,8 +136,8 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
         """
         check_forward(
             self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, vision_layout,
-            mm_token_type_ids, mm_encoder_outputs, pixel_values=pixel_values, pixel_values_videos=pixel_values_videos,
-            image_grid_thw=image_grid_thw, video_grid_thw=video_grid_thw,
+            mm_encoder_outputs, pixel_values=pixel_values, pixel_values_videos=pixel_values_videos,
+            image_grid_thw=image_grid_thw, video_grid_thw=video_grid_thw, mm_token_type_ids=mm_token_type_ids,
         )  # fmt: skip
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -142,8 +146,10 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
         if use_cache and packed is None:
             past_key_values = fitting_cache(past_key_values, self.config.text_config)
         has_grids = image_grid_thw is not None or video_grid_thw is not None
-        ids = self._placeholder_ids(inputs_embeds, mm_token_type_ids) if input_ids is None and has_grids else input_ids
-        if ids is not None and vision_layout is None and (position_ids is None or has_grids):
+        if vision_layout is None and (position_ids is None or has_grids):
+            ids = input_ids
+            if ids is None:
+                ids = self._placeholder_ids(inputs_embeds, mm_token_type_ids, has_grids)
             derived, vision_layout = self._new_positions(
                 ids, attention_mask, past_key_values, packed,
                 image_grid_thw=image_grid_thw, video_grid_thw=video_grid_thw,
@@ -177,13 +183,15 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
             **kwargs,
         )
 
-    def _placeholder_ids(self, inputs_embeds, mm_token_type_ids=None):
+    def _placeholder_ids(self, inputs_embeds, mm_token_type_ids, has_grids):
         """Ids `[b, t]` that are right at the placeholders, known by their types or embeddings; 0 elsewhere."""
+        ids = inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long)
+        if mm_token_type_ids is None and not has_grids:
+            return ids
         if mm_token_type_ids is None:
             image, video = (places[..., 0] for places in self.get_placeholder_mask(None, inputs_embeds))
         else:
             image, video = mm_token_type_ids == 1, mm_token_type_ids == 2
-        ids = inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long)
         return ids.masked_fill(image, self.config.image_token_id).masked_fill(video, self.config.video_token_id)
 
     def _new_positions(self, input_ids, attention_mask, past_key_values, packed=None, **vision):
@@ -323,9 +331,7 @@ class LinMUForConditionalGeneration(VisionLayoutGeneration, LinMUPreTrainedModel
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): Last positions (0: all), or an index
                 into the positions, for which logits are computed.
         """
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
-        if tokens is not None and not torch.compiler.is_compiling():
-            check_head_inputs(tokens, self.config.text_config.vocab_size, labels, logits_to_keep)
+        check_head_inputs(input_ids, inputs_embeds, self.config.text_config.vocab_size, labels, logits_to_keep)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
