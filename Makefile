@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 RUNS ?= runs
 
-.PHONY: quickstart testbed-full check-teacher test test-matrix lint format typecheck clean
+.PHONY: quickstart testbed-full check-teacher test conformance test-matrix lint format typecheck clean
 
 quickstart: $(READY)
 	$(BIN)/python -m linmu_hf.testbed.quickstart --output $(RUNS)/quickstart $(ARGS)
@@ -18,6 +18,12 @@ check-teacher: $(READY)
 # One thread per worker: two workers on two cores beat one worker with two threads.
 test: $(READY)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
+
+# Transformers' own test mixins on our classes; a whole run writes the report.
+conformance: $(READY)
+	$(BIN)/python conformance/upstream.py
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -c conformance/pytest.ini \
+		conformance -n 2 $(if $(ARGS),,--write-report docs/conformance.md) $(ARGS)
 
 # The core tests with every minor of Transformers that is supported; MINORS="5.17 5.23" for some, MINORS=ends for two.
 test-matrix:

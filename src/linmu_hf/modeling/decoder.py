@@ -14,6 +14,9 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLRotaryEmbedding,
     Qwen2MLP,
 )
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.output_capturing import capture_outputs
 
 from .cache import MMateCacheLayer, fitting_cache
 from .configuration_linmu import LAYER_TYPES, LinMUConfig, LinMUTextConfig
@@ -32,6 +35,8 @@ class LinMUModelOutput(ModelOutput):
         past_key_values (`Cache`, *optional*): With `use_cache`.
         hidden_states (`tuple[torch.Tensor]`, *optional*): With `output_hidden_states`: input of every layer, and the
             last hidden state.
+        attentions (`tuple[torch.Tensor]`, *optional*): With `output_attentions` and eager attention: the weights
+            `[b, h, t, t]` of each layer with full attention. M-MATE layers have none.
         mixer_inputs, mixer_outputs (`tuple[torch.Tensor]`, *optional*): With `output_mixer_states`: for every layer
             the normed input and the output of its mixer, `[b, t, d]`, as Eq. 6 compares them.
     """
@@ -39,6 +44,7 @@ class LinMUModelOutput(ModelOutput):
     last_hidden_state: torch.Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
     mixer_inputs: tuple[torch.Tensor, ...] | None = None
     mixer_outputs: tuple[torch.Tensor, ...] | None = None
 
@@ -76,7 +82,7 @@ class LinMUPreTrainedModel(InstalledCode, PreTrainedModel):
     config: LinMUConfig
     config_class = LinMUConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "video", "text")
+    input_modalities: tuple[str, ...] = ("image", "video", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["LinMUDecoderLayer", "Qwen2_5_VLVisionBlock"]
     _skip_keys_device_placement = ["past_key_values"]
@@ -108,6 +114,8 @@ class LinMUTextModel(LinMUPreTrainedModel):
 
     config: LinMUTextConfig
     config_class = LinMUTextConfig
+    input_modalities = ("text",)
+    _can_record_outputs = {"hidden_states": LinMUDecoderLayer, "attentions": Qwen2_5_VLAttention}
 
     def __init__(self, config: LinMUTextConfig):
         super().__init__(config)
@@ -118,6 +126,7 @@ class LinMUTextModel(LinMUPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @capture_outputs
     def forward(
         self,
         input_ids=None,
@@ -127,10 +136,9 @@ class LinMUTextModel(LinMUPreTrainedModel):
         inputs_embeds=None,
         vision_layout=None,
         use_cache=None,
-        output_hidden_states=None,
         output_mixer_states=False,
         cu_seq_lens_q=None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> LinMUModelOutput:
         """
         Args:
@@ -155,9 +163,8 @@ class LinMUTextModel(LinMUPreTrainedModel):
             inputs_embeds, attention_mask, position_ids, vision_layout, past_key_values, packed
         )
 
-        hidden_states, all_states, inputs, outputs = inputs_embeds, [], [], []
+        hidden_states, inputs, outputs = inputs_embeds, [], []
         for layer in self.layers:
-            all_states.append(hidden_states)
             hidden_states, mixer_input, mixer_output = layer(hidden_states, rope, layout, causal_mask, past_key_values)
             if output_mixer_states:
                 inputs.append(mixer_input)
@@ -170,7 +177,6 @@ class LinMUTextModel(LinMUPreTrainedModel):
         return LinMUModelOutput(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values,
-            hidden_states=(*all_states, hidden_states) if output_hidden_states else None,
             mixer_inputs=tuple(inputs) if output_mixer_states else None,
             mixer_outputs=tuple(outputs) if output_mixer_states else None,
         )

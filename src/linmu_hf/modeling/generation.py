@@ -11,6 +11,7 @@ from transformers.masking_utils import create_causal_mask
 
 from .cache import fitting_cache
 from .compat import MediaGeneration
+from .inputs import check_prompt
 
 
 MEDIA_KEYS = (
@@ -84,8 +85,12 @@ class VisionLayoutGeneration(MediaGeneration):
     model: Any
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
-        text_positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         input_ids = model_kwargs.get("input_ids", inputs_tensor)
+        if "inputs_embeds" not in model_kwargs:
+            check_prompt(
+                self.model, input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+            )
+        text_positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         if input_ids.ndim != 2 or torch.is_floating_point(input_ids) or not input_ids.shape[1]:
             return text_positions
         cache = model_kwargs.get("past_key_values")
