@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 RUNS ?= runs
 
-.PHONY: quickstart testbed-full check-teacher test lint format typecheck clean
+.PHONY: quickstart testbed-full check-teacher test kernels-check lint format typecheck clean
 
 quickstart: $(READY)
 	$(BIN)/python -m linmu_hf.testbed.quickstart --output $(RUNS)/quickstart $(ARGS)
@@ -18,6 +18,11 @@ check-teacher: $(READY)
 # One thread per worker: two workers on two cores beat one worker with two threads.
 test: $(READY)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
+
+# The Triton kernels without a GPU: their values in Triton's interpreter, then every configuration compiled for Hopper.
+kernels-check: $(READY)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpreted.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rP tests/kernels/test_compiled.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -28,20 +28,19 @@ CHUNK = 64
 WINDOW_BYTES = 2**29
 # Smallest normaliser that is divided by.
 SMALLEST = torch.finfo(torch.float32).tiny ** 0.5
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class ChunkTable:
     """
-    Chunks of packed segments and the pieces of segments that share a window of chunks; tables as the kernels read them.
+    Chunks of packed segments, and the pieces of segments that share a window of chunks, as the kernels read them.
 
     Args:
         chunks (`torch.LongTensor` of shape `[c, 2]`): First token and number of tokens.
         pieces (`torch.LongTensor` of shape `[i, 3]`): First chunk within its window, number of chunks, and where its
             last state goes: the piece that goes on, or `i` + the segment that ends.
         windows (`tuple[tuple[int, int, int, int], ...]`): First and last chunk, first and last piece of each window.
-        first_pieces (`torch.LongTensor` of shape `[m]` or `None`): First piece of each segment; `None` if each has one.
+        first_pieces (`torch.LongTensor` of shape `[m]` or `None`): First piece of each segment, if some have several.
     """
 
     chunks: torch.Tensor
@@ -53,7 +52,9 @@ class ChunkTable:
 @lru_cache(maxsize=64)
 def _cut(lengths: tuple[int, ...], window: int):
     """Rows of the tables of a [`ChunkTable`]: chunks, pieces, windows, first pieces."""
-    chunks, pieces, windows, first_pieces, token, used = [], [], [(0, 0)], [], 0, 0
+    chunks: list[tuple[int, int]] = []
+    pieces: list[tuple[int, int, int]] = []
+    windows, first_pieces, token, used = [(0, 0)], [], 0, 0
     for segment, length in enumerate(lengths):
         first_pieces.append(len(pieces))
         left = -(-length // CHUNK)
@@ -71,8 +72,8 @@ def _cut(lengths: tuple[int, ...], window: int):
     n = len(pieces)
     pieces = [(first, count, to if to >= 0 else n - 1 - to) for first, count, to in pieces]
     ends = [*windows[1:], (len(chunks), n)]
-    windows = tuple((chunk, end[0], piece, end[1]) for (chunk, piece), end in zip(windows, ends))
-    return chunks, pieces, windows, first_pieces
+    spans = tuple((chunk, end[0], piece, end[1]) for (chunk, piece), end in zip(windows, ends))
+    return chunks, pieces, spans, first_pieces
 
 
 @lru_cache(maxsize=16)
@@ -101,7 +102,7 @@ class _Scan:
     """Sizes, tiles and arguments that the launches of one scan share."""
 
     def __init__(self, x, dt, A, B, C, index, lengths, normalized):
-        n, self.g, self.p = x.shape
+        _, self.g, self.p = x.shape
         self.s, self.h, self.k = dt.shape[-1], C.shape[1], B.shape[-1]
         self.r, self.q = self.s // self.g, self.h // self.s
         self.normalized, self.size = normalized, (self.p + normalized) * self.k
@@ -116,6 +117,7 @@ class _Scan:
 
     def tiles(self, p: int, k: int, **options):
         """Options of a launch with tiles of at most p and k (half of it in fp32), and how many tiles there are."""
+        options["num_warps"] = options["num_warps"] if self.half else 8
         bp, bk = (_tile(size, limit if self.half else limit // 2) for size, limit in ((self.p, p), (self.k, k)))
         return triton.cdiv(self.p, bp), triton.cdiv(self.k, bk), {**self.options, "BP": bp, "BK": bk, **options}
 
@@ -142,10 +144,6 @@ class _Scan:
         )  # fmt: skip
 
 
-def _same_device(x):
-    return torch.cuda.device(x.device) if x.is_cuda else torch.autocast(x.device.type, enabled=False)
-
-
 @torch.library.custom_op("linmu_hf::ssd_forward", mutates_args=())
 def ssd_forward(
     x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor,
@@ -153,7 +151,8 @@ def ssd_forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """y, final states, states that enter the windows, normalisers."""
     scan = _Scan(x, dt, A, B, C, index, lengths, normalized)
-    table, y, finals, entries, sums = scan.table, *_outputs(x, dt, C, B, index, lengths, normalized)
+    table = scan.table
+    y, finals, entries, sums = _outputs(x, dt, C, B, index, lengths, normalized)
     if initial_states is None:
         entries.zero_()
     elif table.first_pieces is None:
@@ -162,7 +161,7 @@ def ssd_forward(
         entries[table.first_pieces] = initial_states.to(entries)
     states, decays = scan.window_buffers(x)
     tiles_p, _, options = scan.tiles(128, 64, num_warps=4, num_stages=2)
-    with _same_device(x):
+    with torch.cuda.device(x.device if x.is_cuda else -1):
         for window in table.windows:
             scan.chunk_states(window, states, decays)
             scan.pass_states(window, states, decays, entries, finals)
@@ -179,8 +178,10 @@ def _outputs(x, dt, C, B, index, lengths, normalized):
     (n, _, p), h, s, k = x.shape, C.shape[1], dt.shape[1], B.shape[2]
     pieces = len(_cut(tuple(int(length) for length in lengths), _window(s * (p + normalized) * k))[1])
     new = x.new_empty if index is None else x.new_zeros  # rows that the index leaves out
-    states = (x.new_empty(count, s, p + normalized, k, dtype=torch.float32) for count in (len(lengths), pieces))
-    return new(n, h, p), *states, x.new_empty(n if normalized else 0, h, dtype=torch.float32)
+    finals, entries = (
+        x.new_empty(count, s, p + normalized, k, dtype=torch.float32) for count in (len(lengths), pieces)
+    )
+    return new(n, h, p), finals, entries, x.new_empty(n if normalized else 0, h, dtype=torch.float32)
 
 
 @ssd_forward.register_fake
@@ -206,7 +207,7 @@ def ssd_backward(
     slopes = torch.empty_like(sums)
     (states, decays), (dstates, _) = scan.window_buffers(x), scan.window_buffers(x)
     sizes = (scan.h, s, scan.r, scan.q, p, k, SMALLEST)
-    with _same_device(x):
+    with torch.cuda.device(x.device if x.is_cuda else -1):
         if normalized:
             block = 16
             launch(
@@ -230,16 +231,17 @@ def ssd_backward(
                 c_grad_kernel, (n, scan.h, tiles_k),
                 *scan.x, dy, *scan.dt, *scan.B, chunks, index, states, sums, slopes, dC, *sizes, **options,
             )  # fmt: skip
+            tiles_p, tiles_k, options = scan.tiles(64, 128, num_warps=8, num_stages=2)
             launch(
                 b_grad_kernel, (n, scan.g, tiles_k),
                 *scan.x, dy, *scan.dt, *scan.C, chunks, index, dstates, sums, slopes, dB, *sizes, **options,
             )  # fmt: skip
-            tiles_p, tiles_k, options = scan.tiles(128, 64, num_warps=4, num_stages=2)
+            tiles_p, tiles_k, options = scan.tiles(128, 64, num_warps=8, num_stages=2)
             launch(
                 x_grad_kernel, (n, scan.g, tiles_p),
                 dy, *scan.dt, *scan.B, *scan.C, chunks, index, dstates, sums, slopes, dx, *sizes, **options,
             )  # fmt: skip
-            tiles_p, tiles_k, options = scan.tiles(64, 64, num_warps=4, num_stages=2)
+            tiles_p, tiles_k, options = scan.tiles(64, 64, num_warps=8, num_stages=2)
             launch(
                 dt_grad_kernel, (n, s),
                 *scan.x, dy, *scan.dt, *scan.B, *scan.C, chunks, index, states, dstates, sums, slopes,
@@ -284,19 +286,30 @@ ssd_forward.register_autograd(_backward, setup_context=_save)
 def ssd_triton(x, dt, A, B, C, segments, initial_states=None, *, normalized=False, index=None):
     """
     The scan by our kernels; arguments and results as in [`~linmu_hf.ops.ssd.ssd`]. x, B and C are read where they
-    lie: only their last dimension has to be contiguous.
+    lie (only their last dimension has to be contiguous), and multiplied in x's dtype with sums in fp32.
 
     Raises:
-        `ValueError`: Inputs that are not fp32, bf16 or fp16.
+        `ValueError`: Shapes that do not fit together, which a kernel would not notice.
     """
-    dtype = torch.promote_types(torch.promote_types(x.dtype, B.dtype), C.dtype)
-    if dtype not in DTYPES:
-        raise ValueError(f"the Triton scan computes in fp32, bf16 or fp16, not {dtype}; pass backend='chunked'")
-    out_dtype = x.dtype
-    x, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (x.to(dtype), B.to(dtype), C.to(dtype)))
+    _check(x, dt, A, B, C, segments, initial_states, normalized, index)
+    x, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, B.to(x.dtype), C.to(x.dtype)))
     dt = dt.float()
     dt = dt if dt.stride(-1) == 1 else dt.contiguous()
-    y, finals, _, _ = ssd_forward(
+    y, finals, *_ = ssd_forward(
         x, dt, A.float().contiguous(), B, C, initial_states, index, list(segments.lengths), normalized
     )
-    return y.to(out_dtype), finals
+    return y, finals
+
+
+def _check(x, dt, A, B, C, segments, initial_states, normalized, index):
+    (n, g, p), s, h, k = x.shape, dt.shape[-1], C.shape[1], C.shape[2]
+    if s % g or h % s:
+        raise ValueError(f"{h} query heads, {s} state heads, {g} key/value heads: each must be a multiple of the next")
+    expected = {"dt": (n, s), "A": (s,), "B": (n, g, k), "C": (n, h, k), "index": (sum(segments.lengths),)}
+    expected["initial_states"] = (len(segments), s, p + normalized, k)
+    given = {"dt": dt, "A": A, "B": B, "C": C, "index": index, "initial_states": initial_states}
+    for name, tensor in given.items():
+        if tensor is not None and tensor.shape != expected[name]:
+            raise ValueError(f"{name} has shape {list(tensor.shape)} where x and C ask for {list(expected[name])}")
+    if index is None and n != sum(segments.lengths):
+        raise ValueError(f"x has {n} tokens and the segments {sum(segments.lengths)}; pass the index of those scanned")

@@ -62,7 +62,7 @@ def chunk_state_grads_kernel(
     tiles = tl.cdiv(K, BK)
     p0, k0 = tl.program_id(2) // tiles * BP, tl.program_id(2) % tiles * BK
     rows, inside = tokens_of(chunks, index, c, L, HAS_INDEX)
-    step, a, _ = steps_of(dt, dt_n, A, rows, inside, head)
+    _, a, _ = steps_of(dt, dt_n, A, rows, inside, head)
     added = tl.zeros([BP, BK], tl.float32)
     ones = tl.zeros([BK], tl.float32)
     for h in range(head * Q, head * Q + Q):
@@ -172,7 +172,7 @@ def x_grad_kernel(
         out += written * (tl.exp(end - a) * step)[:, None]
         decays = decays_between(a, L) * step[None, :]
         for h in range(head * Q, head * Q + Q):
-            scale, slope = scale_of(sums, slopes, rows, inside, h, H, smallest, NORMALIZED)
+            scale, _ = scale_of(sums, slopes, rows, inside, h, H, smallest, NORMALIZED)
             scores = tl.zeros([L, L], tl.float32)
             for k0 in range(0, K, BK):
                 queries = load_rows(C + h * C_h, C_n, rows, inside, k0, K, BK)
