@@ -10,9 +10,10 @@ import pytest
 import torch
 from test_ssd import HEADS, assert_same, make, run
 
-from linmu_hf.modeling.flex_ma import causal_conv
 from linmu_hf.ops import ssd_triton as module
-from linmu_hf.ops.conv_triton import causal_conv_triton
+from linmu_hf.ops import ssd_triton_step as step_module
+from linmu_hf.ops.causal_conv import causal_conv
+from linmu_hf.ops.conv_triton import causal_conv_triton, conv_forward
 from linmu_hf.ops.ssd import Segments, ssd, ssd_step
 from linmu_hf.ops.ssd_triton import chunk_table, ssd_triton
 from linmu_hf.ops.ssd_triton_step import ssd_step_triton
@@ -149,6 +150,14 @@ def test_the_operator_is_sound_for_compilation():
     expected = torch.autograd.grad(loss(x), x)
     actual = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(x), x)
     torch.testing.assert_close(actual, expected)
+
+    states = torch.rand(66, 2, 5, 3)
+    checks = ("test_schema", "test_faketensor")
+    for step in (step_module.ssd_step_new, step_module.ssd_step_in_place):
+        torch.library.opcheck(step, (x, dt, A, B, C, states, False), test_utils=checks)
+    weight, tail = torch.randn(4, 5), torch.randn(1, 3, 5)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(conv_forward, (x[:, 0].detach(), weight, tail, None, [66]), test_utils=checks)
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["new states", "in place"])

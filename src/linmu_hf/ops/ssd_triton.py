@@ -160,7 +160,7 @@ def ssd_forward(
     else:
         entries[table.first_pieces] = initial_states.to(entries)
     states, decays = scan.window_buffers(x)
-    tiles_p, _, options = scan.tiles(128, 64, num_warps=4, num_stages=2)
+    tiles_p, _, options = scan.tiles(128, 64, num_warps=8, num_stages=2)
     with torch.cuda.device(x.device if x.is_cuda else -1):
         for window in table.windows:
             scan.chunk_states(window, states, decays)
@@ -226,7 +226,7 @@ def ssd_backward(
                 scan.h, s, scan.q, p, k, SMALLEST, **options,
             )  # fmt: skip
             scan.pass_states(window, dstates, decays, dentries, dfinals, reverse=True)
-            tiles_p, tiles_k, options = scan.tiles(64, 128, num_warps=4, num_stages=2)
+            tiles_p, tiles_k, options = scan.tiles(64, 128, num_warps=8, num_stages=2)
             launch(
                 c_grad_kernel, (n, scan.h, tiles_k),
                 *scan.x, dy, *scan.dt, *scan.B, chunks, index, states, sums, slopes, dC, *sizes, **options,

@@ -39,29 +39,65 @@ def step_kernel(
             tl.store(new_states + base + P * K + k, ones, mask=k < K)
 
 
+@torch.library.custom_op("linmu_hf::ssd_step", mutates_args=())
+def ssd_step_new(
+    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, states: torch.Tensor,
+    normalized: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    new_states = torch.empty_like(states)
+    return _step(x, dt, A, B, C, states, new_states, normalized, 32, triton.cdiv(x.shape[2], 32)), new_states
+
+
+@ssd_step_new.register_fake
+def _(x, dt, A, B, C, states, normalized):
+    return x.new_empty(len(x), C.shape[1], x.shape[2]), torch.empty_like(states)
+
+
+@torch.library.custom_op("linmu_hf::ssd_step_", mutates_args={"states"})
+def ssd_step_in_place(
+    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, states: torch.Tensor,
+    normalized: bool,
+) -> torch.Tensor:  # fmt: skip
+    return _step(x, dt, A, B, C, states, states, normalized, 32, 1)
+
+
+@ssd_step_in_place.register_fake
+def _(x, dt, A, B, C, states, normalized):
+    return x.new_empty(len(x), C.shape[1], x.shape[2])
+
+
+def _step(x, dt, A, B, C, states, new_states, normalized, block, splits):
+    (b, g, p), (h, k), s = x.shape, C.shape[1:], dt.shape[-1]
+    y = x.new_empty(b, h, p)
+    with torch.cuda.device(x.device if x.is_cuda else -1):
+        launch(
+            step_kernel, (b, s, splits),
+            x, *x.stride()[:2], dt, dt.stride(0), A, B, *B.stride()[:2], C, *C.stride()[:2],
+            states, new_states, y, h, s, s // g, h // s, p, k, SMALLEST,
+            BP=block, BK=triton.next_power_of_2(k), SPLITS=splits, NORMALIZED=normalized, num_warps=4,
+        )  # fmt: skip
+    return y
+
+
 def ssd_step_triton(x, dt, A, B, C, states, *, normalized: bool = False, in_place: bool = False):
     """
     Arguments and results as in [`~linmu_hf.ops.ssd.ssd_step`], without gradients.
 
     Args:
         in_place (`bool`, *optional*, defaults to `False`):
-            Writes the new states over `states`, which must be contiguous. A head is then one program instead of four
-            in parallel: better for batches, worse for a single sequence.
+            Writes the new states over `states`, which must be contiguous. A head is then one program, not several in
+            parallel: better for batches, worse for a single sequence.
+
+    Raises:
+        `ValueError`: States of another shape than the other arguments ask for, or not contiguous with `in_place`.
     """
-    (b, g, p), (h, k), s = x.shape, C.shape[1:], dt.shape[-1]
-    x, B, C, dt = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, B, C, dt))
+    expected = (len(x), dt.shape[-1], x.shape[-1] + normalized, C.shape[-1])
+    if states.shape != expected:
+        raise ValueError(f"states have shape {list(states.shape)} where x, dt and C ask for {list(expected)}")
     if in_place and not states.is_contiguous():
         raise ValueError("in_place=True needs contiguous states: pass states.contiguous() and keep what is returned")
-    states = states.contiguous()
-    new_states = states if in_place else torch.empty_like(states)
-    y = x.new_empty(b, h, p)
-    block = max(1, min(32, triton.next_power_of_2(p)))
-    splits = 1 if in_place else triton.cdiv(p, block)
-    with torch.cuda.device(x.device if x.is_cuda else -1):
-        launch(
-            step_kernel, (b, s, splits),
-            *(x, *x.stride()[:2]), *(dt, dt.stride(0), A.contiguous()), *(B, *B.stride()[:2]), *(C, *C.stride()[:2]),
-            states, new_states, y, h, s, s // g, h // s, p, k, SMALLEST,
-            BP=block, BK=triton.next_power_of_2(k), SPLITS=splits, NORMALIZED=normalized, num_warps=4,
-        )  # fmt: skip
-    return y, new_states
+    x, B, C, dt = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, B, C, dt))
+    A, states = A.contiguous(), states.contiguous()
+    if in_place:
+        return ssd_step_in_place(x, dt, A, B, C, states, normalized), states
+    return ssd_step_new(x, dt, A, B, C, states, normalized)
