@@ -2,4 +2,5 @@ import sys
 from pathlib import Path
 
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "ops")]
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS / room) for room in ("kernels", "ops", "modeling")]

@@ -7,16 +7,19 @@ it is imported. Matrix products of bf16 are wrong in the interpreter of Triton 3
 import os
 
 import pytest
+import tiny
 import torch
 from test_ssd import HEADS, assert_same, make, run
 
+from linmu_hf.modeling import flex_ma
+from linmu_hf.modeling.cache import MMateCacheLayer
+from linmu_hf.modeling.flex_ma import FlexMA
 from linmu_hf.ops import ssd_triton as module
-from linmu_hf.ops import ssd_triton_step as step_module
 from linmu_hf.ops.causal_conv import causal_conv
 from linmu_hf.ops.conv_triton import causal_conv_triton, conv_forward
 from linmu_hf.ops.ssd import Segments, ssd, ssd_step
 from linmu_hf.ops.ssd_triton import chunk_table, ssd_triton
-from linmu_hf.ops.ssd_triton_step import ssd_step_triton
+from linmu_hf.ops.ssd_triton_step import ssd_step_triton, step_forward
 
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -153,26 +156,23 @@ def test_the_operator_is_sound_for_compilation():
 
     states = torch.rand(66, 2, 5, 3)
     checks = ("test_schema", "test_faketensor")
-    for step in (step_module.ssd_step_new, step_module.ssd_step_in_place):
-        torch.library.opcheck(step, (x, dt, A, B, C, states, False), test_utils=checks)
+    torch.library.opcheck(step_forward, (x, dt, A, B, C, states, False), test_utils=checks)
     weight, tail = torch.randn(4, 5), torch.randn(1, 3, 5)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(conv_forward, (x[:, 0].detach(), weight, tail, None, [66]), test_utils=checks)
 
 
-@pytest.mark.parametrize("in_place", [False, True], ids=["new states", "in place"])
 @pytest.mark.parametrize("normalized", [False, True], ids=["plain", "normalised"])
 @pytest.mark.parametrize("sizes", [(5, 3), (70, 40), (16, 16)], ids=str)
-def test_step(sizes, normalized, in_place):
+def test_step(sizes, normalized):
     b, (p, k) = 3, sizes
     inputs = make((b,), (8, 4, 2), p, k, states=False, dtype=torch.float32)
     with torch.no_grad():
         inputs = {name: t.detach().abs() if name in "BC" else t.detach() for name, t in inputs.items()}
     states = torch.rand(b, 4, p + normalized, k)
     expected = ssd_step(**inputs, states=states, normalized=normalized)
-    actual = ssd_step_triton(**inputs, states=states, normalized=normalized, in_place=in_place)
+    actual = ssd_step_triton(**inputs, states=states, normalized=normalized)
     torch.testing.assert_close(actual, expected)
-    assert (actual[1] is states) == in_place
 
 
 @pytest.mark.parametrize("through_index", [False, True], ids=["as they lie", "index"])
@@ -203,6 +203,33 @@ def test_conv(width, lengths, tails, through_index):
     actual = results(kernel(*inputs), inputs)
     expected = results(causal_conv(*exact[:2], segments, *exact[2:]), exact)
     torch.testing.assert_close([t.double() for t in actual], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all real", "padding"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"scan_rope": False}, {"bc_feature_map": None}, {"conv_kernel": 2, "num_key_value_heads": 4}],
+    ids=str,
+)
+def test_decode_step_of_the_mixer(monkeypatch, options, masked):
+    """Three tokens of three sequences, one kernel each, against the same steps in plain PyTorch."""
+    config = tiny.text_config(**{"bc_feature_map": "softmax", "scan_rope": True, **options})
+    mixer = FlexMA(config, 0)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.3)
+    tokens = torch.randn(3, 3, config.hidden_size)
+    angles = torch.rand(3, 3, config.head_dim)
+    caches = MMateCacheLayer(), MMateCacheLayer()
+    masks = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 1, 1]]) if masked else [None] * 3
+    for u, angle, mask in zip(tokens, angles, masks):
+        with torch.no_grad():
+            results = []
+            for fused, cache in enumerate(caches):
+                monkeypatch.setattr(flex_ma, "kernels_serve", lambda x, fused=fused: bool(fused))
+                y = mixer.step(u, (angle.cos(), angle.sin()), mask, cache)
+                results.append((y if mask is None else y[mask.bool()], *cache.load()))
+        torch.testing.assert_close(*results, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from sm90 import SHARED_LIMIT, compile_launch
 
-from linmu_hf.ops import conv_triton, ssd_triton, ssd_triton_step
+from linmu_hf.ops import conv_triton, decode_triton, ssd_triton, ssd_triton_step
 from linmu_hf.ops.ssd import Segments
 
 
@@ -33,7 +33,7 @@ SPILL_BUDGET = {BF16: 0, FP32: 512}
 def launches(monkeypatch, dtype, h, s, g, p, k, normalized, indexed):
     """What a forward and backward pass, a decode step and a convolution would launch; nothing is run."""
     calls = []
-    for module in (ssd_triton, ssd_triton_step, conv_triton):
+    for module in (ssd_triton, ssd_triton_step, conv_triton, decode_triton):
         monkeypatch.setattr(
             module, "launch", lambda kernel, grid, *args, **options: calls.append((kernel, args, options))
         )
@@ -46,9 +46,16 @@ def launches(monkeypatch, dtype, h, s, g, p, k, normalized, indexed):
     (y.sum() + finals.sum()).backward()
     with torch.no_grad():
         states = torch.zeros(n, s, p + normalized, k)
-        for in_place in (False, True):
-            ssd_triton_step.ssd_step_triton(x, dt, A, B, C, states, normalized=normalized, in_place=in_place)
+        ssd_triton_step.ssd_step_triton(x, dt, A, B, C, states, normalized=normalized)
     channels = (h + 2 * g) * p
+    if s == h:
+        tokens = (torch.zeros(n, heads * p, dtype=dtype) for heads in (g, g, h))
+        rope = torch.zeros(2, n, p, dtype=dtype)
+        directions = (torch.zeros(heads, p, k // 2, dtype=dtype) for heads in (g, h)) if normalized else (None, None)
+        decode_triton.decode_triton(
+            *tokens, torch.zeros(n, 3, channels, dtype=dtype), torch.zeros(4, channels), *rope, *directions,
+            dt, A, A, A, torch.ones(n) if indexed else None, states, 1.0,
+        )  # fmt: skip
     mixed, tail = torch.zeros(n, channels, dtype=dtype, requires_grad=True), torch.zeros(1, 3, channels, dtype=dtype)
     y, _ = conv_triton.causal_conv_triton(mixed, torch.zeros(4, channels), segments, tail, index=index)
     y.sum().backward()
@@ -72,7 +79,7 @@ def test_fits_on_hopper(monkeypatch, sizes, indexed):
         print(f"{name:26} {compiled}")
         if compiled.shared > SHARED_LIMIT or compiled.spilled_bytes > SPILL_BUDGET[sizes[0]]:
             over.append((name, compiled))
-    assert len(names) >= 11, "a kernel was not launched"
+    assert len(names) >= 11 + (sizes[1] == sizes[2]), "a kernel was not launched"
     assert not over
 
 

@@ -16,6 +16,7 @@ from torch.nn.functional import softplus
 from transformers import initialization as init
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import rotate_half
 
+from ..ops.backends import kernels_serve
 from ..ops.causal_conv import causal_conv
 from ..ops.ssd import ssd, ssd_step
 
@@ -179,10 +180,12 @@ class FlexMA(nn.Module):
             `torch.Tensor` of shape `[b, h * p]`: the branch before its output projection.
         """
         scan, b = self.forward_scan, len(u)
-        xbc = torch.cat([self.x_proj(u), scan.b_proj(u), scan.c_proj(u)], dim=-1)
         tail, states = cache_layer.load()
         if states is None:
             states = u.new_zeros(b, *scan.state_shape, dtype=torch.promote_types(u.dtype, torch.float32))
+        if self.config.conv_kernel > 1 and not torch.is_grad_enabled() and kernels_serve(u):
+            return self._step_in_one_kernel(u, rope, mask, cache_layer, tail, states)
+        xbc = torch.cat([self.x_proj(u), scan.b_proj(u), scan.c_proj(u)], dim=-1)
         real = None if mask is None else mask.bool()[:, None, None]
         if self.config.conv_kernel > 1:
             before = xbc.new_zeros(b, self.config.conv_kernel - 1, xbc.shape[-1]) if tail is None else tail
@@ -195,6 +198,23 @@ class FlexMA(nn.Module):
             new_states = torch.where(real[..., None], new_states, states)
         cache_layer.store(tail, new_states, b)
         return scan.finish(y, args[0]).to(u.dtype).flatten(1)
+
+    def _step_in_one_kernel(self, u, rope, mask, cache_layer, tail, states):
+        from ..ops.decode_triton import decode_triton
+
+        scan = self.forward_scan
+        tokens = self.x_proj(u), scan.b_proj(u), scan.c_proj(u)
+        if tail is None:
+            taps, channels = scan.conv_weight.shape
+            tail = tokens[0].new_zeros(len(u), taps - 1, channels)
+        directions = (scan.b_features, scan.c_features) if scan.normalized else (None, None)
+        y, tail = decode_triton(
+            *tokens, tail, scan.conv_weight, *(rope if self.config.scan_rope else (None, None)), *directions,
+            scan.dt_proj(u), scan.dt_bias, scan.A_log, scan.D, mask, states,
+            1.0 if scan.normalized else 1 / math.sqrt(self.head_dim),
+        )  # fmt: skip
+        cache_layer.store(tail, states, len(u))
+        return y.to(u.dtype).flatten(1)
 
     def _scan_forward(self, u, x, rope, layout, cache_layer):
         scan, segments = self.forward_scan, layout.segments

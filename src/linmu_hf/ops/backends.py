@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import logging
+import os
 
 import torch
 
@@ -15,6 +16,8 @@ REMEDIES = {
 }
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+
+ENVIRONMENT = "LINMU_SSD_BACKEND"  # what "auto" stands for, where it is set
 
 _probed: dict[str, str | None] = {}
 _said: set[str] = set()
@@ -41,9 +44,7 @@ def _probe(package: str) -> str | None:
 @torch.compiler.assume_constant_result
 def _interprets() -> bool:
     """Whether Triton runs kernels in Python (`TRITON_INTERPRET=1`), which it does on any device."""
-    import triton
-
-    return triton.knobs.runtime.interpret
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def missing(package: str, x: torch.Tensor) -> str | None:
@@ -56,6 +57,11 @@ def missing(package: str, x: torch.Tensor) -> str | None:
     if not x.is_cuda and not (package == "triton" and _interprets()):
         return f"x is on {x.device.type!r}, and the kernels need a GPU: move it there, or use 'chunked'"
     return None
+
+
+def kernels_serve(x: torch.Tensor) -> bool:
+    """Whether the kernels around the scan take over: on a GPU with Triton, unless another backend is named."""
+    return x.is_cuda and os.environ.get(ENVIRONMENT, "auto") in ("auto", "triton") and missing("triton", x) is None
 
 
 @torch.compiler.assume_constant_result

@@ -2,7 +2,7 @@
 
 import torch
 
-from .backends import missing
+from .backends import kernels_serve
 
 
 def causal_conv(xbc, weight, segments, tail=None):
@@ -18,7 +18,7 @@ def causal_conv(xbc, weight, segments, tail=None):
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Output `[n, c]`, and the last `w - 1` inputs of every sequence.
     """
-    if xbc.is_cuda and missing("triton", xbc) is None:
+    if kernels_serve(xbc):
         from .conv_triton import causal_conv_triton
 
         return causal_conv_triton(xbc, weight, segments, tail)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .backends import missing, say_once
+from .backends import ENVIRONMENT, kernels_serve, missing, say_once
 from .ssd_torch import ssd_chunked, ssd_recurrence, ssd_streaming
 
 
@@ -32,7 +32,6 @@ STREAMING_THRESHOLD = 4096
 
 BACKENDS = {"chunked": ssd_chunked, "streaming": ssd_streaming, "recurrence": ssd_recurrence}
 GPU_BACKENDS = ("triton", "mamba_ssm")  # loaded when they are first used
-ENVIRONMENT = "LINMU_SSD_BACKEND"  # what "auto" stands for, where it is set
 
 # Smallest normaliser that is divided by.
 SMALLEST = torch.finfo(torch.float32).tiny ** 0.5
@@ -197,11 +196,10 @@ def ssd_step(x, dt, A, B, C, states, *, normalized: bool = False):
         `tuple[torch.Tensor, torch.Tensor]`: y of shape `[b, h, p]` in x's dtype and the new states.
     """
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, dt, A, B, C, states))
-    if x.is_cuda and not learns and states.dtype == torch.float32 and missing("triton", x) is None:
-        if os.environ.get(ENVIRONMENT, "auto") in ("auto", "triton"):
-            from .ssd_triton_step import ssd_step_triton
+    if not learns and states.dtype == torch.float32 and kernels_serve(x):
+        from .ssd_triton_step import ssd_step_triton
 
-            return ssd_step_triton(x, dt, A, B, C, states, normalized=normalized)
+        return ssd_step_triton(x, dt, A, B, C, states, normalized=normalized)
     dtype = states.dtype
     with torch.autocast(x.device.type, enabled=False):
         values = x.to(dtype)
