@@ -87,14 +87,14 @@ def conv_grad_kernel(
 
 @lru_cache(maxsize=16)
 def _tables(lengths: tuple[int, ...], device: torch.device):
-    """Blocks [i, 5]: first token, tokens, segment, its first and end token; and the segments' first tokens [m]."""
+    """Blocks [i, 5]: first token, tokens, segment, its first and end token; the segments' first tokens and lengths."""
     blocks, firsts, first = [], [], 0
     for segment, length in enumerate(lengths):
         firsts.append(first)
         end = first + length
         blocks += [(start, min(BLOCK, end - start), segment, first, end) for start in range(first, end, BLOCK)]
         first = end
-    return torch.tensor(blocks).to(device), torch.tensor(firsts).to(device)
+    return tuple(torch.tensor(rows).to(device) for rows in (blocks, firsts, lengths))
 
 
 def _options(x, weight, tail, index):
@@ -109,7 +109,7 @@ def conv_forward(
     x: torch.Tensor, weight: torch.Tensor, tail: torch.Tensor | None, index: torch.Tensor | None, lengths: list[int]
 ) -> torch.Tensor:
     y = _rows_like(x, index)
-    blocks, _ = _tables(tuple(lengths), x.device)
+    blocks, *_ = _tables(tuple(lengths), x.device)
     options = _options(x, weight, tail, index)
     with torch.cuda.device(x.device if x.is_cuda else -1):
         launch(
@@ -134,7 +134,7 @@ def conv_backward(
     lengths: list[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     dy, dx = dy.contiguous(), _rows_like(x, index)
-    blocks, _ = _tables(tuple(lengths), x.device)
+    blocks, *_ = _tables(tuple(lengths), x.device)
     dweight = x.new_empty(len(blocks), *weight.shape, dtype=torch.float32)
     options = _options(x, weight, tail, index)
     with torch.cuda.device(x.device if x.is_cuda else -1):
@@ -174,8 +174,9 @@ def _tail_grad(dy, weight, tail, index, lengths):
 
 def _places(lengths, index, offset: int, device):
     """Rows of the tokens `offset` into every sequence, and whether there are such, [m] and [m, 1]."""
-    mask = torch.tensor([offset < length for length in lengths], device=device)
-    places = torch.where(mask, _tables(tuple(lengths), device)[1] + offset, 0)
+    _, first, length = _tables(tuple(lengths), device)
+    mask = length > offset
+    places = torch.where(mask, first + offset, 0)
     return (places if index is None else index[places]), mask[:, None]
 
 
@@ -201,9 +202,9 @@ def causal_conv_triton(x, weight, segments, tail=None, *, index=None):
     lengths, halo = list(segments.lengths), weight.shape[0] - 1
     y = conv_forward(x, weight.contiguous(), tail, index, lengths)
     device = x.device
-    length = torch.tensor(lengths, device=device)[:, None]
-    place = length - halo + torch.arange(halo, device=device)  # of the last inputs, counted within their sequence
-    rows = (_tables(tuple(lengths), device)[1][:, None] + place).clamp_min(0)
+    _, first, length = _tables(tuple(lengths), device)
+    place = length[:, None] - halo + torch.arange(halo, device=device)  # of the last inputs, within their sequence
+    rows = (first[:, None] + place).clamp_min(0)
     rows = rows if index is None else index[rows]
     last = torch.where((place >= 0)[..., None], x[rows], 0)
     if tail is not None:
