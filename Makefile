@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 RUNS ?= runs
 
-.PHONY: quickstart testbed-full check-teacher test conformance test-matrix lint format typecheck clean
+.PHONY: quickstart testbed-full check-teacher test conformance test-matrix kernels-check lint format typecheck clean
 
 quickstart: $(READY)
 	$(BIN)/python -m linmu_hf.testbed.quickstart --output $(RUNS)/quickstart $(ARGS)
@@ -28,6 +28,11 @@ conformance: $(READY)
 # The core tests with every minor of Transformers that is supported; MINORS="5.17 5.23" for some, MINORS=ends for two.
 test-matrix:
 	$(PYTHON) tools/matrix.py $(MINORS) --output $(RUNS)/matrix.json --pytest-args="-n 2 --dist loadscope $(ARGS)"
+
+# The Triton kernels without a GPU: their values in Triton's interpreter, then every configuration compiled for Hopper.
+kernels-check: $(READY)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpreted.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rP tests/kernels/test_compiled.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

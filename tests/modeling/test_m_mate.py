@@ -9,8 +9,8 @@ from torch.nn.functional import conv1d, layer_norm, softplus
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention, rotate_half
 
 from linmu_hf.modeling import flex_ma
-from linmu_hf.modeling.flex_ma import causal_conv
 from linmu_hf.modeling.token_layout import TokenLayout
+from linmu_hf.ops.causal_conv import causal_conv
 from linmu_hf.ops.ssd import Segments, ssd
 
 

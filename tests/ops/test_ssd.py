@@ -5,7 +5,9 @@ from functools import partial
 import pytest
 import torch
 
-from linmu_hf.ops.ssd import BACKENDS, Segments, ssd, ssd_step
+from linmu_hf.ops import backends
+from linmu_hf.ops import ssd as ssd_module
+from linmu_hf.ops.ssd import BACKENDS, ENVIRONMENT, Segments, choose_backend, ssd, ssd_step
 from linmu_hf.ops.ssd_torch import ssd_chunked, ssd_recurrence, ssd_streaming
 
 
@@ -223,8 +225,96 @@ def test_auto_streams_only_what_is_long(monkeypatch):
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match=r"backend='fast' is unknown; choose one of \['auto', 'chunked'"):
+    expected = r"backend='fast' is unknown; choose one of \['auto', 'triton', 'mamba_ssm', 'chunked'"
+    with pytest.raises(ValueError, match=expected):
         ssd(**make((2,), states=False), segments=Segments.build((2,)), backend="fast")
+
+
+def test_environment_names_what_auto_stands_for(monkeypatch):
+    x, segments = torch.zeros(5, 1, 1), Segments.build((5,))
+    monkeypatch.setenv(ENVIRONMENT, "recurrence")
+    assert choose_backend(x, segments) == "recurrence"
+    assert choose_backend(x, segments, "chunked") == "chunked"
+    monkeypatch.setenv(ENVIRONMENT, "fast")
+    with pytest.raises(ValueError, match="LINMU_SSD_BACKEND=fast is unknown"):
+        choose_backend(x, segments)
+
+
+@pytest.mark.parametrize("name", ["triton", "mamba_ssm"])
+def test_a_named_backend_that_is_missing_says_what_to_install(monkeypatch, name):
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda package: None)
+    monkeypatch.setattr(backends, "_probed", {})
+    with pytest.raises(ValueError, match=rf"backend='{name}' cannot run: {name} is not installed: pip install"):
+        choose_backend(torch.zeros(5, 1, 1), Segments.build((5,)), name)
+
+
+def test_kernels_refuse_what_they_cannot_take(monkeypatch):
+    monkeypatch.setattr(backends, "_import_error", lambda package: None)
+    monkeypatch.setattr(backends, "_interprets", lambda: False)
+    segments = Segments.build((5,))
+    with pytest.raises(ValueError, match="x is on 'cpu', and the kernels need a GPU"):
+        choose_backend(torch.zeros(5, 1, 1), segments, "triton")
+    with pytest.raises(ValueError, match=r"x is torch.float64, and the kernels take"):
+        choose_backend(torch.zeros(5, 1, 1, dtype=torch.float64), segments, "triton")
+
+
+@pytest.mark.parametrize("works", [("triton", "mamba_ssm"), ("mamba_ssm",), ()], ids=str)
+def test_auto_takes_the_first_that_runs_and_says_so_once(monkeypatch, caplog, works):
+    class OnGPU:
+        is_cuda = True
+
+    monkeypatch.setattr(backends, "_said", set())
+    monkeypatch.setattr(ssd_module, "missing", lambda name, x: None if name in works else "not here")
+    expected = (*works, "chunked")[0]
+    with caplog.at_level("INFO"):
+        assert {choose_backend(OnGPU(), Segments.build((5,))) for _ in range(3)} == {expected}
+    assert len(caplog.records) == 1
+    assert expected in caplog.text or "triton: not here; mamba_ssm: not here" in caplog.text
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_normalized_is_a_channel_of_ones(backend):
+    inputs = make((5, 70))
+    states = torch.rand(2, 4, 6, 3, dtype=torch.float64)
+    inputs["B"], inputs["C"] = inputs["B"].detach().abs(), inputs["C"].detach().abs()
+    inputs["initial_states"] = states
+    segments = Segments.build((5, 70))
+    y, finals = ssd(**inputs, segments=segments, normalized=True, backend=backend)
+    x = torch.cat([inputs["x"], torch.ones(75, 2, 1)], dim=-1)
+    expected, expected_finals = ssd_recurrence(**{**inputs, "x": x}, segments=segments)
+    torch.testing.assert_close(y, expected[..., :-1] / expected[..., -1:])
+    torch.testing.assert_close(finals, expected_finals)
+
+    steps = {name: inputs[name][:2] for name in ("x", "dt", "B", "C")}
+    y, new_states = ssd_step(**steps, A=inputs["A"], states=states, normalized=True)
+    expected, expected_states = ssd_step(**{**steps, "x": x[:2]}, A=inputs["A"], states=states)
+    torch.testing.assert_close(y, expected[..., :-1] / expected[..., -1:])
+    torch.testing.assert_close(new_states, expected_states)
+
+
+def test_normalized_divides_in_full_precision():
+    """A sum of 2048 ones is 2048 in bf16, and so is one of 2049."""
+    n = 3000
+    ones = torch.ones(n, 1, 1, dtype=torch.bfloat16)
+    y, _ = ssd(ones, torch.ones(n, 1), torch.full((1,), -1e-9), ones, ones, Segments.build((n,)), normalized=True)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, torch.ones_like(y), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_index_names_the_rows(backend):
+    inputs, segments = make((5, 70)), Segments.build((5, 70))
+    rows = torch.randperm(90)[:75]
+    spread = {
+        name: tensor.new_full((90, *tensor.shape[1:]), torch.nan).index_copy(0, rows, tensor)
+        for name, tensor in inputs.items()
+        if name in ("x", "dt", "B", "C")
+    }
+    y, finals = ssd(**{**inputs, **spread}, segments=segments, index=rows, backend=backend)
+    expected, expected_finals = ssd(**inputs, segments=segments, backend=backend)
+    torch.testing.assert_close(y.index_select(0, rows), expected)
+    torch.testing.assert_close(finals, expected_finals)
+    assert not y.index_fill(0, rows, 0).any()
 
 
 @pytest.mark.parametrize("lengths", [(1,), (64, 128), (5, 64, 1), (16, 32), (128,)], ids=str)

@@ -16,6 +16,8 @@ from torch.nn.functional import softplus
 from transformers import initialization as init
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import rotate_half
 
+from ..ops.backends import kernels_serve
+from ..ops.causal_conv import causal_conv
 from ..ops.ssd import ssd, ssd_step
 
 
@@ -76,7 +78,7 @@ class ScanDirection(nn.Module):
         self.normalized = config.bc_feature_map == "softmax"
         self.c_proj = nn.Linear(d, h * p)
         self.b_proj = nn.Linear(d, g * p)
-        # of the scan, per head: the normaliser is a channel of its own
+        # of the scan, per head: the normaliser has a row of its own
         self.state_shape = (h, p + 1, config.state_size) if self.normalized else (h, p, p)
         if self.normalized:
             self.c_features = nn.Parameter(torch.empty(h, p, config.state_size // 2))
@@ -139,7 +141,7 @@ class ScanDirection(nn.Module):
 
     def prepare(self, u, xbc, rope):
         """Splits the convolved [n, (2 g + h) p] into scan arguments: x, dt, A, B, C as in `ops/ssd.py`."""
-        config, n = self.config, xbc.shape[0]
+        config = self.config
         sizes = [self.groups * self.head_dim] * 2 + [self.heads * self.head_dim]
         x, B, C = (t.unflatten(-1, (-1, self.head_dim)) for t in xbc.split(sizes, dim=-1))
         if config.scan_rope:
@@ -148,70 +150,15 @@ class ScanDirection(nn.Module):
         dtype = torch.promote_types(u.dtype, torch.float32)
         if self.normalized:
             B, C = softmax_features(B, self.b_features), softmax_features(C, self.c_features)
-            # the scan answers in x's dtype, and half precision does not hold the small sums that are divided
-            x = torch.cat([x.to(dtype), x.new_ones(n, self.groups, 1, dtype=dtype)], dim=-1)
         else:
             C = C / math.sqrt(self.head_dim)
         dt = softplus(self.dt_proj(u).to(dtype) + self.dt_bias.to(dtype))
         return x, dt, -self.A_log.to(dtype).exp(), B, C
 
     def finish(self, y, x):
-        """Normalises and adds the skip: y [n, h, p (+ 1)] -> [n, h, p]."""
-        if self.normalized:
-            y = y[..., :-1] / y[..., -1:].clamp_min(torch.finfo(y.dtype).tiny ** 0.5)
-        skip = self.D.to(y.dtype).view(self.groups, -1, 1) * x[:, :, None, : self.head_dim]
+        """Adds the skip to y [n, h, p]."""
+        skip = self.D.to(y.dtype).view(self.groups, -1, 1) * x[:, :, None]
         return y + skip.flatten(1, 2)
-
-
-def causal_conv(xbc, weight, segments, tail=None):
-    """
-    Depthwise causal convolution of packed sequences.
-
-    Args:
-        xbc (`torch.Tensor` of shape `[n, c]`): Packed tokens.
-        weight (`torch.Tensor` of shape `[w, c]`): Taps, oldest token first.
-        segments (`Segments`): The sequences.
-        tail (`torch.Tensor` of shape `[m, w - 1, c]`, *optional*): The tokens before each sequence; zeros if absent.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: Output `[n, c]`, and the last `w - 1` inputs of every sequence.
-    """
-    halo, m = weight.shape[0] - 1, len(segments)
-    device = xbc.device
-    lengths = torch.tensor(segments.lengths, device=device)
-    first = lengths.cumsum(0) - lengths
-    # each sequence is laid out behind its halo
-    shift = (torch.arange(1, m + 1, device=device) * halo).repeat_interleave(lengths, output_size=len(xbc))
-    places = torch.arange(len(xbc), device=device) + shift
-    padded = xbc.new_zeros(len(xbc) + m * halo, xbc.shape[1]).index_copy(0, places, xbc)
-    heads = (first + torch.arange(m, device=device) * halo)[:, None] + torch.arange(halo, device=device)
-    if tail is not None:
-        padded = padded.index_copy(0, heads.flatten(), tail.flatten(0, 1).to(padded.dtype))
-    y = _Taps.apply(padded, weight.to(padded.dtype))
-    return y.index_select(0, places - halo), padded[heads + lengths[:, None]]
-
-
-class _Taps(torch.autograd.Function):
-    """y_i = sum_tap w_tap x_{i + tap}, [n + w - 1, c] -> [n, c]; spares autograd a tensor of zeros for each tap."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        n = len(x) - len(weight) + 1
-        y = x[:n] * weight[0]
-        for tap in range(1, len(weight)):
-            y.addcmul_(x[tap : tap + n], weight[tap])
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        n = len(grad)
-        grad_x = torch.zeros_like(x)
-        for tap in range(len(weight)):
-            grad_x[tap : tap + n].addcmul_(grad, weight[tap])
-        grad_weight = torch.stack([(x[tap : tap + n] * grad).sum(0) for tap in range(len(weight))])
-        return grad_x, grad_weight
 
 
 class FlexMA(nn.Module):
@@ -267,10 +214,12 @@ class FlexMA(nn.Module):
 
     def _step(self, u, rope, mask, cache_layer):
         scan, b = self.forward_scan, len(u)
-        xbc = torch.cat([self.x_proj(u), scan.b_proj(u), scan.c_proj(u)], dim=-1)
         tail, states = cache_layer.load()
         if states is None:
             states = u.new_zeros(b, *scan.state_shape, dtype=torch.promote_types(u.dtype, torch.float32))
+        if self.config.conv_kernel > 1 and not torch.is_grad_enabled() and kernels_serve(u):
+            return self._step_in_one_kernel(u, rope, mask, cache_layer, tail, states)
+        xbc = torch.cat([self.x_proj(u), scan.b_proj(u), scan.c_proj(u)], dim=-1)
         real = None if mask is None else mask.bool()[:, None, None]
         if self.config.conv_kernel > 1:
             before = xbc.new_zeros(b, self.config.conv_kernel - 1, xbc.shape[-1]) if tail is None else tail
@@ -278,11 +227,28 @@ class FlexMA(nn.Module):
             xbc, tail = (window * scan.conv_weight.to(xbc.dtype)).sum(1), window[:, 1:]
             tail = tail if real is None else torch.where(real, tail, before)
         args = scan.prepare(u, xbc, rope)
-        y, new_states = ssd_step(*args, states)
+        y, new_states = ssd_step(*args, states, normalized=scan.normalized)
         if real is not None:
             new_states = torch.where(real[..., None], new_states, states)
         cache_layer.store(tail, new_states, b)
         return scan.finish(y, args[0]).to(u.dtype).flatten(1)
+
+    def _step_in_one_kernel(self, u, rope, mask, cache_layer, tail, states):
+        from ..ops.decode_triton import decode_triton
+
+        scan = self.forward_scan
+        tokens = self.x_proj(u), scan.b_proj(u), scan.c_proj(u)
+        if tail is None:
+            taps, channels = scan.conv_weight.shape
+            tail = tokens[0].new_zeros(len(u), taps - 1, channels)
+        directions = (scan.b_features, scan.c_features) if scan.normalized else (None, None)
+        y, tail = decode_triton(
+            *tokens, tail, scan.conv_weight, *(rope if self.config.scan_rope else (None, None)), *directions,
+            scan.dt_proj(u), scan.dt_bias, scan.A_log, scan.D, mask, states,
+            1.0 if scan.normalized else 1 / math.sqrt(self.head_dim),
+        )  # fmt: skip
+        cache_layer.store(tail, states, len(u))
+        return y.to(u.dtype).flatten(1)
 
     def _scan_forward(self, u, x, rope, layout, cache_layer):
         scan, segments = self.forward_scan, layout.segments
@@ -291,7 +257,7 @@ class FlexMA(nn.Module):
         if self.config.conv_kernel > 1:
             xbc, tail = causal_conv(xbc, scan.conv_weight, segments, tail)
         args = scan.prepare(u, xbc, rope)
-        y, states = ssd(*args, segments, initial_states=states)
+        y, states = ssd(*args, segments, initial_states=states, normalized=scan.normalized)
         if cache_layer is not None:
             cache_layer.store(tail, states, layout.batch, layout.rows)
         return scan.finish(y, args[0]).to(u.dtype)
@@ -309,6 +275,6 @@ class FlexMA(nn.Module):
             xbc, _ = causal_conv(xbc, scan.conv_weight, segments)
         x, dt, A, B, C = scan.prepare(u, xbc, tuple(t.index_select(0, reverse) for t in rope))
         if mask is not None:
-            x = x * mask[..., None]
-        y, _ = ssd(x, dt, A, B, C, segments)
+            x, B = x * mask[..., None], B * mask[..., None]  # without B, text does not reach the normaliser either
+        y, _ = ssd(x, dt, A, B, C, segments, normalized=scan.normalized)
         return scan.finish(y, x).to(u.dtype).index_select(0, layout.reverse_slots)

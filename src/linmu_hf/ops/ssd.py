@@ -12,12 +12,18 @@
 Heads are grouped as in grouped-query attention: state heads `g * (s / g) .. ` read the x and B of key/value head `g`,
 which are never repeated in memory. Tokens of all sequences lie packed behind one another; `Segments` says where each
 sequence begins, and states never cross from one segment to the next.
+
+Two arguments spare copies: `index` names the rows of the scanned tokens, so that inputs and y stay in any order of
+theirs, and `normalized` stands for a further channel of x that is 1 everywhere and that the other channels of y are
+divided by. States then have a row for it, [m, s, p + 1, k], and y has p channels.
 """
 
+import os
 from dataclasses import dataclass, replace
 
 import torch
 
+from .backends import ENVIRONMENT, kernels_serve, missing, say_once
 from .ssd_torch import ssd_chunked, ssd_recurrence, ssd_streaming
 
 
@@ -25,6 +31,10 @@ from .ssd_torch import ssd_chunked, ssd_recurrence, ssd_streaming
 STREAMING_THRESHOLD = 4096
 
 BACKENDS = {"chunked": ssd_chunked, "streaming": ssd_streaming, "recurrence": ssd_recurrence}
+GPU_BACKENDS = ("triton", "mamba_ssm")  # loaded when they are first used
+
+# Smallest normaliser that is divided by.
+SMALLEST = torch.finfo(torch.float32).tiny ** 0.5
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,10 @@ def _padded(lengths, size: int) -> int:
     return sum(-(-length // size) * size for length in lengths)
 
 
-def ssd(x, dt, A, B, C, segments: Segments, *, initial_states=None, backend: str = "auto"):
+def ssd(
+    x, dt, A, B, C, segments: Segments, *, initial_states=None, normalized: bool = False, index=None,
+    backend: str = "auto",
+):  # fmt: skip
     """
     Selective scan over packed segments, Eq. 1 of the paper; shapes in the table at the top of this file.
 
@@ -95,34 +108,113 @@ def ssd(x, dt, A, B, C, segments: Segments, *, initial_states=None, backend: str
         x, dt, A, B, C (`torch.Tensor`): See the table. Decays and states are computed in fp32 (fp64 for fp64 input).
         segments (`Segments`): The packed sequences.
         initial_states (`torch.Tensor` of shape `[m, s, p, k]`, *optional*): States before each segment.
-        backend (`str`, *optional*, defaults to `"auto"`): `"chunked"` (batched matrix products), `"streaming"`
-            (chunked pieces one after the other, constant memory), `"recurrence"` (token by token), or `"auto"`.
+        normalized (`bool`, *optional*, defaults to `False`):
+            Divides y by what the scan gives for a channel of ones; initial and final states are `[m, s, p + 1, k]`.
+        index (`torch.LongTensor` of shape `[n]`, *optional*):
+            Row of x, dt, B, C and y of each scanned token, each row at most once. y is zero in rows left out.
+        backend (`str`, *optional*, defaults to `"auto"`):
+            `"triton"` (our kernels, for GPUs), `"mamba_ssm"` (those of that package), `"chunked"` (batched matrix
+            products), `"streaming"` (chunked pieces one after the other, constant memory), `"recurrence"` (token by
+            token). `"auto"` is the first of these that can run, or what the environment variable `LINMU_SSD_BACKEND`
+            names.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: y of shape `[n, h, p]` in x's dtype, and the states after each segment.
+
+    Raises:
+        `ValueError`: The named backend is unknown, or cannot run here; the message says what it takes.
     """
-    if backend == "auto":
-        backend = "streaming" if max(segments.lengths) > STREAMING_THRESHOLD else "chunked"
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is unknown; choose one of {['auto', *BACKENDS]}")
+    backend = choose_backend(x, segments, backend)
     with torch.autocast(x.device.type, enabled=False):  # decays and states keep their precision
-        return BACKENDS[backend](x, dt, A, B, C, segments, initial_states)
+        if backend == "triton":
+            from .ssd_triton import ssd_triton
+
+            return ssd_triton(x, dt, A, B, C, segments, initial_states, normalized=normalized, index=index)
+        if backend == "mamba_ssm":
+            from .ssd_mamba_ssm import ssd_mamba_ssm as form
+        else:
+            form = BACKENDS[backend]
+        return _with_copies(form, x, dt, A, B, C, segments, initial_states, normalized, index)
 
 
-def ssd_step(x, dt, A, B, C, states):
+def choose_backend(x, segments: Segments, backend: str = "auto") -> str:
+    """
+    The backend that [`ssd`] uses for such an `x`.
+
+    Raises:
+        `ValueError`: As in [`ssd`].
+    """
+    source = f"backend={backend!r}"
+    if backend == "auto" and os.environ.get(ENVIRONMENT, "auto") != "auto":
+        backend = os.environ[ENVIRONMENT]
+        source = f"{ENVIRONMENT}={backend}"
+    known = ["auto", *GPU_BACKENDS, *BACKENDS]
+    if backend not in known:
+        raise ValueError(f"{source} is unknown; choose one of {known}")
+    if backend in GPU_BACKENDS:
+        reason = missing(backend, x)
+        if reason:
+            raise ValueError(f"{source} cannot run: {reason}")
+        return backend
+    if backend != "auto":
+        return backend
+    if x.is_cuda:
+        reasons = {}
+        for name in GPU_BACKENDS:
+            reasons[name] = missing(name, x)
+            if reasons[name] is None:
+                say_once(f"selective scan: backend {name}")
+                return name
+        say_once(f"selective scan: plain PyTorch, since {'; '.join(f'{k}: {v}' for k, v in reasons.items())}")
+    return "streaming" if max(segments.lengths) > STREAMING_THRESHOLD else "chunked"
+
+
+def _with_copies(form, x, dt, A, B, C, segments, initial_states, normalized, index):
+    """`normalized` and `index` for a form that knows neither."""
+    rows, dtype = len(x), x.dtype
+    if index is not None:
+        x, dt, B, C = (t.index_select(0, index) for t in (x, dt, B, C))
+    if normalized:
+        # the form answers in x's dtype, and half precision does not hold the small sums that are divided
+        x = x.to(torch.promote_types(dtype, torch.float32))
+        x = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
+    y, states = form(x, dt, A, B, C, segments, initial_states)
+    if normalized:
+        y = _divide(y).to(dtype)
+    if index is not None:
+        y = y.new_zeros(rows, *y.shape[1:]).index_copy(0, index, y)
+    return y, states
+
+
+def _divide(y):
+    return y[..., :-1] / y[..., -1:].clamp_min(SMALLEST)
+
+
+def ssd_step(x, dt, A, B, C, states, *, normalized: bool = False):
     """
     One token per sequence: x [b, g, p], dt [b, s], A [s], B [b, g, k], C [b, h, k], states [b, s, p, k].
+
+    With `normalized`, states are `[b, s, p + 1, k]` as in [`ssd`]. On a GPU with Triton, and without gradients, one
+    kernel does it all.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: y of shape `[b, h, p]` in x's dtype and the new states.
     """
-    b, g, _ = x.shape
-    s = dt.shape[-1]
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, dt, A, B, C, states))
+    if not learns and states.dtype == torch.float32 and kernels_serve(x):
+        from .ssd_triton_step import ssd_step_triton
+
+        return ssd_step_triton(x, dt, A, B, C, states, normalized=normalized)
     dtype = states.dtype
     with torch.autocast(x.device.type, enabled=False):
+        values = x.to(dtype)
+        if normalized:
+            values = torch.cat([values, values.new_ones(*values.shape[:-1], 1)], dim=-1)
+        b, g, _ = values.shape
+        s = dt.shape[-1]
         decay = torch.exp(dt.to(dtype) * A.to(dtype))
-        write = torch.einsum("bgp,bgk->bgpk", x.to(dtype), B.to(dtype))
+        write = torch.einsum("bgp,bgk->bgpk", values, B.to(dtype))
         write = write[:, :, None] * dt.to(dtype).view(b, g, s // g, 1, 1)
         states = states * decay[..., None, None] + write.flatten(1, 2)
-        y = torch.einsum("bsqk,bspk->bsqp", C.to(dtype).view(b, s, -1, C.shape[-1]), states)
-    return y.flatten(1, 2).to(x.dtype), states
+        y = torch.einsum("bsqk,bspk->bsqp", C.to(dtype).view(b, s, -1, C.shape[-1]), states).flatten(1, 2)
+        return (_divide(y) if normalized else y).to(x.dtype), states

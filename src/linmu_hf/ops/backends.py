@@ -1,0 +1,71 @@
+"""Which GPU packages can run here; each is looked for once, and each choice is logged once."""
+
+import importlib
+import importlib.util
+import logging
+import os
+
+import torch
+
+
+logger = logging.getLogger(__name__)
+
+REMEDIES = {
+    "triton": "pip install triton (Linux with an NVIDIA or AMD GPU)",
+    "mamba_ssm": "pip install mamba-ssm (with the CUDA toolkit; see docs for an installation without compiling)",
+}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+ENVIRONMENT = "LINMU_SSD_BACKEND"  # what "auto" stands for, where it is set
+
+_probed: dict[str, str | None] = {}
+_said: set[str] = set()
+
+
+# torch.compile takes what these return as it is while it traces
+@torch.compiler.assume_constant_result
+def _import_error(package: str) -> str | None:
+    if package not in _probed:
+        _probed[package] = _probe(package)
+    return _probed[package]
+
+
+def _probe(package: str) -> str | None:
+    if importlib.util.find_spec(package) is None:
+        return f"{package} is not installed: {REMEDIES[package]}"
+    try:
+        importlib.import_module(package)
+    except Exception as error:  # a package built for another torch raises whatever its loader raises
+        return f"{package} does not import ({type(error).__name__}: {error}): {REMEDIES[package]}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _interprets() -> bool:
+    """Whether Triton runs kernels in Python (`TRITON_INTERPRET=1`), which it does on any device."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def missing(package: str, x: torch.Tensor) -> str | None:
+    """Why the kernels of `package` cannot take a tensor like `x`, with the remedy; `None` if they can."""
+    reason = _import_error(package)
+    if reason:
+        return reason
+    if x.dtype not in _DTYPES:
+        return f"x is {x.dtype}, and the kernels take float32, bfloat16 or float16: convert it, or use 'chunked'"
+    if not x.is_cuda and not (package == "triton" and _interprets()):
+        return f"x is on {x.device.type!r}, and the kernels need a GPU: move it there, or use 'chunked'"
+    return None
+
+
+def kernels_serve(x: torch.Tensor) -> bool:
+    """Whether the kernels around the scan take over: on a GPU with Triton, unless another backend is named."""
+    return x.is_cuda and os.environ.get(ENVIRONMENT, "auto") in ("auto", "triton") and missing("triton", x) is None
+
+
+@torch.compiler.assume_constant_result
+def say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        logger.info(message)

@@ -1,0 +1,60 @@
+"""The short convolution in front of a scan (Mamba2), over packed sequences."""
+
+import torch
+
+from .backends import kernels_serve
+
+
+def causal_conv(xbc, weight, segments, tail=None):
+    """
+    Depthwise causal convolution of packed sequences; one kernel on a GPU with Triton.
+
+    Args:
+        xbc (`torch.Tensor` of shape `[n, c]`): Packed tokens.
+        weight (`torch.Tensor` of shape `[w, c]`): Taps, oldest token first.
+        segments (`Segments`): The sequences.
+        tail (`torch.Tensor` of shape `[m, w - 1, c]`, *optional*): The tokens before each sequence; zeros if absent.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Output `[n, c]`, and the last `w - 1` inputs of every sequence.
+    """
+    if kernels_serve(xbc):
+        from .conv_triton import causal_conv_triton
+
+        return causal_conv_triton(xbc, weight, segments, tail)
+    halo, m = weight.shape[0] - 1, len(segments)
+    device = xbc.device
+    lengths = torch.tensor(segments.lengths, device=device)
+    first = lengths.cumsum(0) - lengths
+    # each sequence is laid out behind its halo
+    shift = (torch.arange(1, m + 1, device=device) * halo).repeat_interleave(lengths, output_size=len(xbc))
+    places = torch.arange(len(xbc), device=device) + shift
+    padded = xbc.new_zeros(len(xbc) + m * halo, xbc.shape[1]).index_copy(0, places, xbc)
+    heads = (first + torch.arange(m, device=device) * halo)[:, None] + torch.arange(halo, device=device)
+    if tail is not None:
+        padded = padded.index_copy(0, heads.flatten(), tail.flatten(0, 1).to(padded.dtype))
+    y = _Taps.apply(padded, weight.to(padded.dtype))
+    return y.index_select(0, places - halo), padded[heads + lengths[:, None]]
+
+
+class _Taps(torch.autograd.Function):
+    """y_i = sum_tap w_tap x_{i + tap}, [n + w - 1, c] -> [n, c]; spares autograd a tensor of zeros for each tap."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        n = len(x) - len(weight) + 1
+        y = x[:n] * weight[0]
+        for tap in range(1, len(weight)):
+            y.addcmul_(x[tap : tap + n], weight[tap])
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        n = len(grad)
+        grad_x = torch.zeros_like(x)
+        for tap in range(len(weight)):
+            grad_x[tap : tap + n].addcmul_(grad, weight[tap])
+        grad_weight = torch.stack([(x[tap : tap + n] * grad).sum(0) for tap in range(len(weight))])
+        return grad_x, grad_weight

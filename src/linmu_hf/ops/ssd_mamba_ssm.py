@@ -1,0 +1,66 @@
+"""The selective scan by the kernels of the mamba-ssm package, for GPUs where ours do not run.
+
+Those kernels know neither fewer key/value heads than query heads nor states per packed segment, so x and B are
+repeated and segments of one length go together as a batch. They count offsets in 32 bits: a call gets no more tokens
+than that can address, and a longer segment is cut into calls that hand on their states.
+"""
+
+import torch
+
+
+CHUNK = 128
+LAST_OFFSET = 2**31 - 1
+
+
+def ssd_mamba_ssm(x, dt, A, B, C, segments, initial_states=None):
+    """Arguments and results as in [`~linmu_hf.ops.ssd.ssd`], without `normalized` and `index`."""
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    (n, g, p), s, (h, k), dtype = x.shape, dt.shape[-1], C.shape[1:], x.dtype
+    x, B = (t.to(dtype).repeat_interleave(h // g, dim=1) for t in (x, B))
+    dt, A = dt.float().repeat_interleave(h // s, dim=-1), A.float().repeat_interleave(h // s)
+    if initial_states is None:
+        initial_states = x.new_zeros(len(segments), s, p, k, dtype=torch.float32)
+    states = initial_states.float().repeat_interleave(h // s, dim=1)
+
+    most = tokens_per_call(h, p, k)
+    places, outputs, order, finals = [], [], [], []
+    for members, first in _batches(segments.lengths, most):
+        state = states[torch.tensor(members, device=x.device)]
+        length = segments.lengths[members[0]]
+        rows = torch.tensor(first, device=x.device)[:, None] + torch.arange(length, device=x.device)
+        for part in rows.split(most, dim=1):
+            y, state = mamba_chunk_scan_combined(
+                x[part], dt[part], A, B[part], C.to(dtype)[part], CHUNK,
+                initial_states=state.contiguous(), return_final_states=True,
+            )  # fmt: skip
+            places.append(part.flatten())
+            outputs.append(y.flatten(0, 1))
+        order += members
+        finals.append(state)
+    y = x.new_empty(n, h, p).index_copy(0, torch.cat(places), torch.cat(outputs).to(dtype))
+    back = torch.argsort(torch.tensor(order, device=x.device))
+    return y, torch.cat(finals)[back][:, :: h // s].float()
+
+
+def tokens_per_call(h: int, p: int, k: int) -> int:
+    """Tokens whose inputs, chunk states [c, h, p, k] and products [c, h, CHUNK, CHUNK] 32-bit offsets can reach."""
+    chunks = LAST_OFFSET // (h * max(p * k, CHUNK * CHUNK, CHUNK * p, CHUNK * k))
+    if chunks == 0:
+        raise ValueError(
+            f"{h} heads with states of {p} x {k} do not fit the 32-bit offsets of mamba-ssm: use another backend"
+        )
+    return chunks * CHUNK
+
+
+def _batches(lengths, most: int):
+    """Segments of one length, and where they begin, as many at a time as `most` tokens allow."""
+    first = 0
+    same: dict[int, list[tuple[int, int]]] = {}
+    for segment, length in enumerate(lengths):
+        same.setdefault(length, []).append((segment, first))
+        first += length
+    for length, members in same.items():
+        count = max(1, most // length)
+        for start in range(0, len(members), count):
+            yield tuple(list(column) for column in zip(*members[start : start + count]))

@@ -1,0 +1,177 @@
+"""Kernels of the chunked selective scan, forward: contract in `ssd.py`, the four steps in `ssd_torch.py`.
+
+    code            meaning
+    chunks          [c, 2] first token and number of tokens of each chunk of L tokens; no chunk crosses a segment
+    rows            rows of the inputs that hold the tokens of a chunk, through the token index if there is one
+    state           [c, s, p', k] fp32; p' = p, or p + 1 when normalised: the last row is z = sum decay dt B
+    S, R, Q         state heads, state heads per key/value head, query heads per state head
+    P, K            head dim and state size; BP, BK their tiles
+
+A normalised scan is one over x with a channel of ones: z is its state and C z what the others are divided by. The
+ones are never stored: they turn a product with x into a plain sum. Offsets are 64-bit throughout.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tokens_of(chunks, index, c, L: tl.constexpr, HAS_INDEX: tl.constexpr):
+    """Rows [L] (int64) of chunk `c`, and which of them exist."""
+    first = tl.load(chunks + 2 * c)
+    inside = tl.arange(0, L) < tl.load(chunks + 2 * c + 1)
+    rows = first + tl.arange(0, L)
+    if HAS_INDEX:
+        rows = tl.load(index + rows, mask=inside, other=0)
+    return rows.to(tl.int64), inside
+
+
+@triton.jit
+def steps_of(dt, dt_n, A, rows, inside, head):
+    """dt [L] of a state head, the running sum a [L] of dt A, and its last value."""
+    step = tl.load(dt + rows * dt_n + head, mask=inside, other=0.0).to(tl.float32)
+    log_decay = step * tl.load(A + head).to(tl.float32)
+    return step, tl.cumsum(log_decay, 0), tl.sum(log_decay, 0)
+
+
+@triton.jit
+def load_rows(base, stride, rows, inside, start, size, BLOCK: tl.constexpr):
+    """Columns start .. start + BLOCK of the given rows, [L, BLOCK], zeros outside."""
+    columns = start + tl.arange(0, BLOCK)
+    mask = inside[:, None] & (columns < size)[None, :]
+    return tl.load(base + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(base, stride, rows, inside, start, size, value, BLOCK: tl.constexpr):
+    columns = start + tl.arange(0, BLOCK)
+    mask = inside[:, None] & (columns < size)[None, :]
+    tl.store(base + rows[:, None] * stride + columns[None, :], value, mask=mask)
+
+
+@triton.jit
+def load_state(base, p0, k0, P, K, BP: tl.constexpr, BK: tl.constexpr):
+    """Tile [BP, BK] of one state."""
+    p, k = p0 + tl.arange(0, BP), k0 + tl.arange(0, BK)
+    return tl.load(base + p[:, None] * K + k[None, :], mask=(p < P)[:, None] & (k < K)[None, :], other=0.0)
+
+
+@triton.jit
+def load_vector(base, k0, K, BK: tl.constexpr):
+    k = k0 + tl.arange(0, BK)
+    return tl.load(base + k, mask=k < K, other=0.0)
+
+
+@triton.jit
+def decays_between(a, L: tl.constexpr):
+    """exp(a_l - a_r) for l >= r, else 0; the difference comes first, so nothing overflows."""
+    token = tl.arange(0, L)
+    return tl.exp(tl.where(token[:, None] >= token[None, :], a[:, None] - a[None, :], float("-inf")))
+
+
+@triton.jit
+def chunk_states_kernel(
+    x, x_n, x_g, dt, dt_n, A, B, B_n, B_g, chunks, index, states, decays,
+    S, R, P, K,
+    L: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
+    NORMALIZED: tl.constexpr, HAS_INDEX: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """State each chunk adds, and the log of its decay [c, s]. Grid (chunks, state heads, tiles of [p, k])."""
+    c, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    tiles = tl.cdiv(K, BK)
+    p0, k0 = tl.program_id(2) // tiles * BP, tl.program_id(2) % tiles * BK
+    rows, inside = tokens_of(chunks, index, c, L, HAS_INDEX)
+    step, a, end = steps_of(dt, dt_n, A, rows, inside, head)
+    values = load_rows(x + head // R * x_g, x_n, rows, inside, p0, P, BP)
+    keys = load_rows(B + head // R * B_g, B_n, rows, inside, k0, K, BK)
+    weighted = keys.to(tl.float32) * (tl.exp(end - a) * step)[:, None]
+    added = tl.dot(tl.trans(values), weighted.to(values.dtype), input_precision=PRECISION)
+    base = states + (c * S + head) * (P + NORMALIZED) * K
+    p, k = p0 + tl.arange(0, BP), k0 + tl.arange(0, BK)
+    tl.store(base + p[:, None] * K + k[None, :], added, mask=(p < P)[:, None] & (k < K)[None, :])
+    if NORMALIZED:
+        if p0 == 0:
+            tl.store(base + P * K + k, tl.sum(weighted, 0), mask=k < K)
+    if tl.program_id(2) == 0:
+        tl.store(decays + c * S + head, end)
+
+
+@triton.jit
+def pass_states_kernel(
+    states, decays, pieces, entries, finals, first_piece, n_pieces,
+    S, SIZE,
+    BLOCK: tl.constexpr, REVERSE: tl.constexpr, HAS_FINALS: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """
+    Carries states along the chunks of each piece (a segment, or what a window of chunks holds of it), replacing what
+    a chunk adds by the state before it. Reversed: gradients, replaced by the gradient of the state after the chunk.
+    Without `KEEP` nothing else is written: the states of a window are only computed again.
+
+    The row `pieces[i, 2]` is where piece i leads: the entry of the next piece, or, from `n_pieces` on, a final state.
+    Grid (pieces, state heads, blocks of a state).
+    """
+    piece, head = first_piece + tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    exists = at < SIZE
+    first, count = tl.load(pieces + 3 * piece), tl.load(pieces + 3 * piece + 1)
+    leads_to = tl.load(pieces + 3 * piece + 2)
+    entry = entries + (piece * S + head) * SIZE + at
+    next_entry = entries + (leads_to * S + head) * SIZE + at
+    final = ((leads_to - n_pieces) * S + head) * SIZE + at
+    state = tl.zeros([BLOCK], tl.float32)
+    if REVERSE:
+        if leads_to < n_pieces:
+            state = tl.load(next_entry, mask=exists, other=0.0)
+        elif HAS_FINALS:
+            state = tl.load(finals + final, mask=exists, other=0.0)
+    else:
+        state = tl.load(entry, mask=exists, other=0.0)
+    for i in range(0, count):
+        c = first + (count - 1 - i if REVERSE else i)
+        own = states + (c * S + head) * SIZE + at
+        added = tl.load(own, mask=exists, other=0.0)
+        tl.store(own, state, mask=exists)
+        state = state * tl.exp(tl.load(decays + c * S + head)) + added
+    if REVERSE:
+        tl.store(entry, state, mask=exists)
+    elif KEEP:
+        if leads_to < n_pieces:
+            tl.store(next_entry, state, mask=exists)
+        else:
+            tl.store(finals + final, state, mask=exists)
+
+
+@triton.jit
+def output_kernel(
+    x, x_n, x_g, dt, dt_n, A, B, B_n, B_g, C, C_n, C_h, chunks, index, states, y, sums,
+    H, S, R, Q, P, K, smallest,
+    L: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
+    NORMALIZED: tl.constexpr, HAS_INDEX: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y from within the chunk and from the state before it. Grid (chunks, query heads, tiles of p)."""
+    c, h, p0 = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * BP
+    head = h // Q
+    rows, inside = tokens_of(chunks, index, c, L, HAS_INDEX)
+    step, a, _ = steps_of(dt, dt_n, A, rows, inside, head)
+    base = states + (c * S + head) * (P + NORMALIZED) * K
+    scores = tl.zeros([L, L], tl.float32)
+    out = tl.zeros([L, BP], tl.float32)
+    total = tl.zeros([L], tl.float32)
+    for k0 in range(0, K, BK):
+        queries = load_rows(C + h * C_h, C_n, rows, inside, k0, K, BK)
+        keys = load_rows(B + head // R * B_g, B_n, rows, inside, k0, K, BK)
+        scores = tl.dot(queries, tl.trans(keys), scores, input_precision=PRECISION)
+        before = load_state(base, p0, k0, P, K, BP, BK)
+        out = tl.dot(queries, tl.trans(before).to(queries.dtype), out, input_precision=PRECISION)
+        if NORMALIZED:
+            total += tl.sum(queries.to(tl.float32) * load_vector(base + P * K, k0, K, BK)[None, :], 1)
+    weights = scores * decays_between(a, L) * step[None, :]
+    values = load_rows(x + head // R * x_g, x_n, rows, inside, p0, P, BP)
+    out *= tl.exp(a)[:, None]
+    out = tl.dot(weights.to(values.dtype), values, out, input_precision=PRECISION)
+    if NORMALIZED:
+        total = total * tl.exp(a) + tl.sum(weights, 1)
+        out = out / tl.maximum(total, smallest)[:, None]
+        if p0 == 0:
+            tl.store(sums + rows * H + h, total, mask=inside)
+    store_rows(y + h * P, H * P, rows, inside, p0, P, out, BP)

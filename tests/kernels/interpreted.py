@@ -1,0 +1,258 @@
+"""Our kernels, run in Python by Triton's interpreter, against the float64 recurrence: values and gradients.
+
+Run with `make kernels-check`, or by `test_interpreted.py` in a process of its own: Triton reads TRITON_INTERPRET when
+it is imported. Matrix products of bf16 are wrong in the interpreter of Triton 3.9, so fp16 stands for it.
+"""
+
+import os
+
+import pytest
+import tiny
+import torch
+from test_ssd import HEADS, assert_same, make, run
+
+from linmu_hf.modeling import flex_ma
+from linmu_hf.modeling.cache import MMateCacheLayer
+from linmu_hf.modeling.flex_ma import FlexMA
+from linmu_hf.ops import ssd_triton as module
+from linmu_hf.ops.causal_conv import causal_conv
+from linmu_hf.ops.conv_triton import causal_conv_triton, conv_forward
+from linmu_hf.ops.ssd import Segments, ssd, ssd_step
+from linmu_hf.ops.ssd_triton import chunk_table, ssd_triton
+from linmu_hf.ops.ssd_triton_step import ssd_step_triton, step_forward
+
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    raise RuntimeError("these tests run in Triton's interpreter: make kernels-check, or TRITON_INTERPRET=1 pytest ...")
+
+MIXED = (1, 63, 64, 65, 200)
+
+
+@pytest.fixture(autouse=True)
+def nan_filled_memory():
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def scan(lengths, *args, form=ssd_triton, positive=False, dtype=torch.float32, rtol=1e-5, **kwargs):
+    """Compares the kernels in `dtype` with the recurrence in float64 on the same numbers."""
+    options = {name: kwargs.pop(name) for name in ("normalized", "index") if name in kwargs}
+    inputs = make(lengths, *args, **kwargs)
+    if options.get("normalized"):
+        with torch.no_grad():
+            inputs["B"].abs_()
+            inputs["C"].abs_()
+            if "initial_states" in inputs:
+                m, s, p, k = inputs["initial_states"].shape
+                inputs["initial_states"] = torch.rand(m, s, p + 1, k, dtype=torch.float64).requires_grad_()
+    low = {n: t.detach().to(dtype if n in "xBC" else torch.float32).requires_grad_() for n, t in inputs.items()}
+    inputs = {name: t.detach().double().requires_grad_() for name, t in low.items()}
+
+    def truth(segments, **tensors):
+        return ssd(segments=segments, backend="recurrence", **options, **tensors)
+
+    def kernels(segments, **tensors):
+        return form(segments=segments, **options, **tensors)
+
+    expected = run(truth, inputs, lengths)
+    actual = {name: value.double() for name, value in run(kernels, low, lengths).items()}
+    assert_same(actual, expected, rtol=rtol)
+
+
+@pytest.mark.parametrize("states", [False, True], ids=["from zero", "from states"])
+@pytest.mark.parametrize("length", MIXED)
+def test_lengths(length, states):
+    scan((length,), (2, 2, 1), states=states)
+
+
+@pytest.mark.parametrize("normalized", [False, True], ids=["plain", "normalised"])
+def test_mixed_segments(normalized):
+    scan(MIXED, (2, 2, 1), normalized=normalized)
+
+
+@pytest.mark.parametrize("normalized", [False, True], ids=["plain", "normalised"])
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+def test_heads(heads, normalized):
+    scan((3, 20), heads, normalized=normalized)
+
+
+@pytest.mark.parametrize("sizes", [(70, 40), (33, 16), (1, 2), (16, 80)], ids=str)
+def test_sizes_of_several_tiles(sizes):
+    scan((9, 70), (2, 2, 1), *sizes, normalized=True)
+
+
+def test_through_an_index():
+    """Tokens in any order of rows; rows left out stay zero, and get no gradient."""
+    rows = torch.randperm(90)[:70]
+
+    def through(segments, x, dt, A, B, C, index=None, **kwargs):
+        tensors = (t.new_full((90, *t.shape[1:]), torch.nan).index_copy(0, rows, t) for t in (x, dt, B, C))
+        x, dt, B, C = tensors
+        y, finals = ssd(x, dt, A, B, C, segments, index=rows, backend="triton", **kwargs)
+        left_out = torch.ones(90, dtype=torch.bool).index_fill(0, rows, False)
+        assert not y[left_out].any()
+        return y[rows], finals
+
+    scan((5, 65), form=through, normalized=True)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3])
+def test_windows_of_chunks(monkeypatch, chunks):
+    """States that enter a window from the one before; a segment over several windows, several segments in one."""
+    lengths = (130, 3, 64, 70)
+    monkeypatch.setattr(module, "WINDOW_BYTES", chunks * 2 * 6 * 3 * 4)
+    assert len(chunk_table(lengths, chunks, torch.device("cpu")).windows) == -(-7 // chunks)
+    scan(lengths, (2, 2, 1), normalized=True)
+
+
+@pytest.mark.parametrize("normalized", [False, True], ids=["plain", "normalised"])
+def test_half_precision(normalized):
+    """Errors of a rounding of fp16, 2^-11, and of sums of such."""
+    scan((70, 20), p=16, k=16, normalized=normalized, dtype=torch.float16, rtol=4e-3)
+
+
+def test_strong_decay_stays_finite():
+    inputs = make((150,), (2, 2, 1), states=False, dtype=torch.float32)
+    inputs["A"] = (inputs["A"] * 500).detach().requires_grad_()
+    assert all(value.isfinite().all() for value in run(ssd_triton, inputs, (150,)).values())
+
+
+def test_offsets_beyond_32_bits():
+    """Rows so far apart that the last lie more than 2^31 elements behind the first."""
+    n, far = 66, 2**31 // 64
+    inputs = make((n,), (2, 2, 1), states=False, dtype=torch.float32)
+    storage = torch.empty(0, dtype=torch.float16)
+    torch.use_deterministic_algorithms(False)  # leaves the memory between the rows alone
+    storage = torch.empty(far * n, dtype=torch.float16)
+    x = storage.as_strided(inputs["x"].shape, (far, 5, 1))
+    x.copy_(inputs["x"].detach())
+    assert x.stride(0) * (n - 1) > 2**31
+    near = {**inputs, "x": x.clone(), "B": inputs["B"].half(), "C": inputs["C"].half()}
+    segments = Segments.build((n,))
+    for actual, expected in zip(
+        ssd_triton(**{**near, "x": x}, segments=segments), ssd_triton(**near, segments=segments)
+    ):
+        assert torch.equal(actual, expected)
+
+
+def test_the_operator_is_sound_for_compilation():
+    """Schema, fake implementation and autograd registration, and one graph through torch.compile."""
+    inputs = make((66,), (2, 2, 1), dtype=torch.float32)
+    x, dt, A, B, C, initial = inputs.values()
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(module.ssd_forward, (x, dt, A, B, C, initial, None, [66], False), test_utils=checks)
+    segments = Segments.build((66,))
+
+    def loss(x):
+        y, finals = ssd(x, dt, A, B, C, segments, initial_states=initial, backend="triton")
+        return y.square().sum() + finals.square().sum()
+
+    expected = torch.autograd.grad(loss(x), x)
+    actual = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(x), x)
+    torch.testing.assert_close(actual, expected)
+
+    states = torch.rand(66, 2, 5, 3)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(step_forward, (x, dt, A, B, C, states, False), test_utils=checks)
+    weight, tail = torch.randn(4, 5), torch.randn(1, 3, 5)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(conv_forward, (x[:, 0].detach(), weight, tail, None, [66]), test_utils=checks)
+
+
+@pytest.mark.parametrize("normalized", [False, True], ids=["plain", "normalised"])
+@pytest.mark.parametrize("sizes", [(5, 3), (70, 40), (16, 16)], ids=str)
+def test_step(sizes, normalized):
+    b, (p, k) = 3, sizes
+    inputs = make((b,), (8, 4, 2), p, k, states=False, dtype=torch.float32)
+    with torch.no_grad():
+        inputs = {name: t.detach().abs() if name in "BC" else t.detach() for name, t in inputs.items()}
+    states = torch.rand(b, 4, p + normalized, k)
+    expected = ssd_step(**inputs, states=states, normalized=normalized)
+    actual = ssd_step_triton(**inputs, states=states, normalized=normalized)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("through_index", [False, True], ids=["as they lie", "index"])
+@pytest.mark.parametrize("tails", [False, True], ids=["from zero", "from tails"])
+@pytest.mark.parametrize("lengths", [(1,), (2, 3, 1), (63, 65), (130,)], ids=str)
+@pytest.mark.parametrize("width", [2, 4])
+def test_conv(width, lengths, tails, through_index):
+    n, c = sum(lengths), 19
+    segments = Segments.build(lengths)
+    rows = torch.randperm(n + 4)[:n]
+    x, weight = torch.randn(n, c), torch.randn(width, c)
+    tail = torch.randn(len(lengths), width - 1, c) if tails else None
+    inputs = [t.requires_grad_() for t in (x, weight, tail) if t is not None]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+
+    def kernel(x, weight, tail=None):
+        if not through_index:
+            return causal_conv_triton(x, weight, segments, tail)
+        spread = x.new_full((n + 4, c), torch.nan).index_copy(0, rows, x)
+        y, last = causal_conv_triton(spread, weight, segments, tail, index=rows)
+        return y[rows], last
+
+    def results(outputs, inputs):
+        weights = [torch.arange(t.numel()).view_as(t).sin().to(t) for t in outputs]
+        loss = sum((t * w).sum() for t, w in zip(outputs, weights))
+        return [*outputs, *torch.autograd.grad(loss, inputs)]
+
+    actual = results(kernel(*inputs), inputs)
+    expected = results(causal_conv(*exact[:2], segments, *exact[2:]), exact)
+    torch.testing.assert_close([t.double() for t in actual], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all real", "padding"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"scan_rope": False}, {"bc_feature_map": None}, {"conv_kernel": 2, "num_key_value_heads": 4}],
+    ids=str,
+)
+def test_decode_step_of_the_mixer(monkeypatch, options, masked):
+    """Three tokens of three sequences, one kernel each, against the same steps in plain PyTorch."""
+    config = tiny.text_config(**{"bc_feature_map": "softmax", "scan_rope": True, **options})
+    mixer = FlexMA(config, 0)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.3)
+    tokens = torch.randn(3, 3, config.hidden_size)
+    angles = torch.rand(3, 3, config.head_dim)
+    caches = MMateCacheLayer(), MMateCacheLayer()
+    masks = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 1, 1]]) if masked else [None] * 3
+    for u, angle, mask in zip(tokens, angles, masks):
+        with torch.no_grad():
+            results = []
+            for fused, cache in enumerate(caches):
+                monkeypatch.setattr(flex_ma, "kernels_serve", lambda x, fused=fused: bool(fused))
+                y = mixer.step(u, (angle.cos(), angle.sin()), mask, cache)
+                results.append((y if mask is None else y[mask.bool()], *cache.load()))
+        torch.testing.assert_close(*results, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"B": torch.zeros(5, 2, 4)}, r"B has shape \[5, 2, 4\] where x and C ask for \[5, 2, 3\]"),
+        ({"dt": torch.zeros(5, 3)}, "4 query heads, 3 state heads, 2 key/value heads: each must be a multiple"),
+        ({"initial_states": torch.zeros(1, 4, 6, 3)}, r"initial_states has shape \[1, 4, 6, 3\] .* \[1, 4, 5, 3\]"),
+        ({"segments": Segments.build((4,))}, "x has 5 tokens and the segments 4"),
+    ],
+)
+def test_shapes_that_do_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ssd_triton(**{**make((5,), dtype=torch.float32), "segments": Segments.build((5,)), **changes})
+
+
+def test_backends(monkeypatch):
+    inputs, segments = make((5,), dtype=torch.float32), Segments.build((5,))
+    called = []
+    monkeypatch.setattr(module, "ssd_triton", lambda *args, **kwargs: called.append(kwargs))
+    ssd(**inputs, segments=segments)
+    assert not called
+    ssd(**inputs, segments=segments, backend="triton")
+    monkeypatch.setenv("LINMU_SSD_BACKEND", "triton")
+    ssd(**inputs, segments=segments)
+    assert len(called) == 2

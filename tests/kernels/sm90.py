@@ -1,0 +1,54 @@
+"""Compiles kernel launches for Hopper on any machine, and reads what the assembler says about them."""
+
+import inspect
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+
+
+HOPPER = GPUTarget("cuda", 90, 32)
+SHARED_LIMIT = 227 * 1024
+_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+
+
+class Compiled(NamedTuple):
+    shared: int
+    registers: int
+    spilled_bytes: int
+
+
+def compile_launch(kernel, args, options) -> Compiled:
+    """Compiles as a launch with these arguments would, alignment and ones specialised in the same way."""
+    options = dict(options)
+    names = list(inspect.signature(kernel.fn).parameters)
+    signature, constants, attributes = {}, {}, {}
+    for i, (name, value) in enumerate(zip(names, args)):
+        if value is None or value is True or value is False or (type(value) is int and value == 1):
+            signature[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], attributes[(i,)] = _TYPES[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    for name in names[len(args) :]:
+        signature[name], constants[(names.index(name),)] = "constexpr", options.pop(name)
+    source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=HOPPER, options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / "kernel.ptx"
+        ptx.write_text(compiled.asm["ptx"])
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(ptx), "-o", str(ptx.with_suffix(".cubin"))]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)]
+    registers = int(re.search(r"Used (\d+) registers", report).group(1))
+    return Compiled(compiled.metadata.shared, registers, max(spilled, default=0))

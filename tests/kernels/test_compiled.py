@@ -1,0 +1,90 @@
+"""Every kernel at the sizes of a 7B model, compiled for Hopper: fits into shared memory and does not spill."""
+
+import os
+
+import pytest
+import torch
+
+
+pytest.importorskip("triton", reason="Triton is for Linux")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
+
+from sm90 import SHARED_LIMIT, compile_launch
+
+from linmu_hf.ops import conv_triton, decode_triton, ssd_triton, ssd_triton_step
+from linmu_hf.ops.ssd import Segments
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+# dtype, query heads h, state heads s, key/value heads g, p, k, normalised
+SIZES = {
+    "softmax features": (BF16, 28, 28, 4, 128, 256, True),
+    "no features": (BF16, 28, 28, 4, 128, 128, False),
+    "state per key/value head": (BF16, 28, 4, 4, 128, 128, True),
+    "small": (BF16, 8, 8, 2, 32, 64, True),
+    "fp32": (FP32, 28, 28, 4, 128, 256, True),
+}
+# Bytes a thread may spill. In fp32 products do not run on tensor cores ("ieee"), and every operand is in registers:
+# it is there to compare with, not to be fast.
+SPILL_BUDGET = {BF16: 0, FP32: 512}
+
+
+def launches(monkeypatch, dtype, h, s, g, p, k, normalized, indexed):
+    """What a forward and backward pass, a decode step and a convolution would launch; nothing is run."""
+    calls = []
+    for module in (ssd_triton, ssd_triton_step, conv_triton, decode_triton):
+        monkeypatch.setattr(
+            module, "launch", lambda kernel, grid, *args, **options: calls.append((kernel, args, options))
+        )
+    n = 128
+    segments = Segments.build((n,))
+    index = torch.arange(n) if indexed else None
+    x, B, C = (torch.zeros(n, heads, size, dtype=dtype) for heads, size in ((g, p), (g, k), (h, k)))
+    dt, A = torch.zeros(n, s), torch.zeros(s)
+    y, finals = ssd_triton.ssd_triton(x.requires_grad_(), dt, A, B, C, segments, normalized=normalized, index=index)
+    (y.sum() + finals.sum()).backward()
+    with torch.no_grad():
+        states = torch.zeros(n, s, p + normalized, k)
+        ssd_triton_step.ssd_step_triton(x, dt, A, B, C, states, normalized=normalized)
+    channels = (h + 2 * g) * p
+    if s == h:
+        tokens = (torch.zeros(n, heads * p, dtype=dtype) for heads in (g, g, h))
+        rope = torch.zeros(2, n, p, dtype=dtype)
+        directions = (torch.zeros(heads, p, k // 2, dtype=dtype) for heads in (g, h)) if normalized else (None, None)
+        decode_triton.decode_triton(
+            *tokens, torch.zeros(n, 3, channels, dtype=dtype), torch.zeros(4, channels), *rope, *directions,
+            dt, A, A, A, torch.ones(n) if indexed else None, states, 1.0,
+        )  # fmt: skip
+    mixed, tail = torch.zeros(n, channels, dtype=dtype, requires_grad=True), torch.zeros(1, 3, channels, dtype=dtype)
+    y, _ = conv_triton.causal_conv_triton(mixed, torch.zeros(4, channels), segments, tail, index=index)
+    y.sum().backward()
+    unique = {
+        (kernel.fn.__name__, *sorted(options.items())): (kernel, args, options) for kernel, args, options in calls
+    }
+    return list(unique.values())
+
+
+CASES = [(sizes, False) for sizes in SIZES] + [("softmax features", True)]
+
+
+@pytest.mark.parametrize("sizes, indexed", CASES, ids=[f"{s}, index" if i else s for s, i in CASES])
+def test_fits_on_hopper(monkeypatch, sizes, indexed):
+    sizes = SIZES[sizes]
+    over, names = [], set()
+    for kernel, args, options in launches(monkeypatch, *sizes, indexed):
+        name = kernel.fn.__name__
+        names.add(name)
+        compiled = compile_launch(kernel, args, options)
+        print(f"{name:26} {compiled}")
+        if compiled.shared > SHARED_LIMIT or compiled.spilled_bytes > SPILL_BUDGET[sizes[0]]:
+            over.append((name, compiled))
+    assert len(names) >= 11 + (sizes[1] == sizes[2]), "a kernel was not launched"
+    assert not over
+
+
+def test_spills_are_seen(monkeypatch):
+    """With half the warps the gradient of B does not fit into registers."""
+    calls = launches(monkeypatch, *SIZES["softmax features"], False)
+    kernel, args, options = next(call for call in calls if call[0].fn.__name__ == "b_grad_kernel")
+    assert compile_launch(kernel, args, {**options, "num_warps": 4}).spilled_bytes > 0

@@ -1,0 +1,67 @@
+"""The adapter to mamba-ssm against the recurrence; a stand-in for the package takes what its kernels take."""
+
+import sys
+from types import ModuleType
+
+import pytest
+from test_ssd import HEADS, assert_same, make, run
+
+from linmu_hf.ops import ssd_mamba_ssm as module
+from linmu_hf.ops.ssd import Segments
+from linmu_hf.ops.ssd_mamba_ssm import ssd_mamba_ssm, tokens_per_call
+from linmu_hf.ops.ssd_torch import ssd_recurrence
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Shapes of x in the calls of `mamba_chunk_scan_combined`."""
+    shapes = []
+
+    def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, initial_states=None, return_final_states=False):
+        shapes.append(tuple(x.shape))
+        b, t, h, _ = x.shape
+        assert B.shape == C.shape and dt.shape == (b, t, h) and A.shape == (h,) and return_final_states
+        assert initial_states.shape == (b, h, x.shape[-1], B.shape[-1]) and initial_states.is_contiguous()
+        y, finals = ssd_recurrence(
+            *(tensor.flatten(0, 1) for tensor in (x, dt)), A, *(tensor.flatten(0, 1) for tensor in (B, C)),
+            Segments.build([t] * b), initial_states,
+        )  # fmt: skip
+        return y.unflatten(0, (b, t)), finals
+
+    stand_in = ModuleType("mamba_ssm.ops.triton.ssd_combined")
+    stand_in.mamba_chunk_scan_combined = mamba_chunk_scan_combined
+    for name in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    return shapes
+
+
+@pytest.mark.parametrize("states", [False, True], ids=["from zero", "from states"])
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+def test_adapter(calls, heads, states):
+    lengths = (7, 3, 7, 1, 3)
+    inputs = make(lengths, heads, states=states)
+    low = {name: tensor.detach().float().requires_grad_() for name, tensor in inputs.items()}
+    actual = {name: value.double() for name, value in run(ssd_mamba_ssm, low, lengths).items()}
+    assert_same(actual, run(ssd_recurrence, inputs, lengths), rtol=1e-5)
+    assert [shape[:2] for shape in calls] == [(2, 7), (2, 3), (1, 1)]
+
+
+def test_no_call_gets_more_tokens_than_its_offsets_reach(calls, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 4)
+    monkeypatch.setattr(module, "LAST_OFFSET", 2 * 4 * 20)
+    assert tokens_per_call(4, 5, 3) == 8
+    lengths = (19, 3, 3, 3)
+    inputs = make(lengths)
+    low = {name: tensor.detach().float().requires_grad_() for name, tensor in inputs.items()}
+    actual = {name: value.double() for name, value in run(ssd_mamba_ssm, low, lengths).items()}
+    assert_same(actual, run(ssd_recurrence, inputs, lengths), rtol=1e-5)
+    assert [shape[:2] for shape in calls] == [(1, 8), (1, 8), (1, 3), (2, 3), (1, 3)]
+
+
+def test_tokens_per_call_of_a_7b_model():
+    """The 599k tokens from which these kernels overflow at chunks of 128; half of it with twice the state size."""
+    assert 598_000 < tokens_per_call(28, 128, 128) < 600_000
+    assert 299_000 < tokens_per_call(28, 128, 256) < 300_000
+    with pytest.raises(ValueError, match="8 heads with states of 65536 x 65536 do not fit"):
+        tokens_per_call(8, 65536, 65536)
