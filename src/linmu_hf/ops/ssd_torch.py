@@ -100,11 +100,12 @@ def _pieces(steps, most: int) -> list[list[slice]]:
     >>> _pieces((3, 1, 1), 2)
     [[slice(0, 2)], [slice(2, 3)], [slice(0, 1), slice(0, 1)]]
     """
-    pieces, room = [], 0
+    pieces: list[list[slice]] = []
+    room = 0
     for count in steps:
         first = 0
         while first < count:
-            if not room or count - first > room and first == 0:
+            if not room or (first == 0 and count > room):
                 pieces.append([])
                 room = most
             taken = min(count - first, room)
@@ -147,7 +148,7 @@ def _between(a, written):
 
 def _weighted(x, weights, groups: int):
     """x [c g, l, p] times [c, s, l] -> [c g, l, r p]"""
-    c, s, size = weights.shape
+    size = weights.shape[-1]
     weights = weights.view(groups, -1, size).transpose(1, 2).contiguous()
     return (x[:, :, None] * weights[..., None]).view(groups, size, -1)
 
@@ -189,13 +190,14 @@ class _Scan(torch.autograd.Function):
             # 1. within the chunk
             scores = torch.bmm(C_now, B_now.transpose(1, 2))
             scores.view(count, s, -1, size, size).mul_(_between(decays.a, decays.written))
-            if initial is None and now.stop <= m:  # the first chunks: nothing was before
-                out = torch.bmm(scores, x_now)
-            else:
-                # 4. from before
-                out = torch.bmm(C_now.view(count * s, -1, k), before.view(-1, p, k).transpose(1, 2))
-                out.view(count, s, -1, size, p).mul_(decays.start[:, :, None, :, None])
-                out = out.view(count * g, -1, p).baddbmm_(scores, x_now)
+            # 4. from before; nothing was before the first chunks
+            fresh = min(max(m - now.start, 0), count) if initial is None else 0
+            out = x.new_empty(count * s, h // s * size, p)
+            out[: fresh * s] = 0
+            read = C_now.view(count * s, -1, k)[fresh * s :], before.view(-1, p, k)[fresh * s :].transpose(1, 2)
+            torch.bmm(*read, out=out[fresh * s :])
+            out.view(count, s, -1, size, p).mul_(decays.start[:, :, None, :, None])
+            out = out.view(count * g, -1, p).baddbmm_(scores, x_now)
             y[now] = out.view(count, h, size, p).transpose(1, 2)
             if any(ctx.needs_input_grad):
                 befores.append(before)
@@ -211,23 +213,26 @@ class _Scan(torch.autograd.Function):
             d_states = grad_states.clone()  # carried from the last chunks to the first
             all_decays = _Decays.build(dt, A)
             dx, dB, dC = (torch.empty_like(tensor) for tensor in (x, B, C))
-            ddt, da = (torch.empty_like(all_decays.dt) for _ in range(2))
+            ddt, d_logs = (torch.empty_like(all_decays.dt) for _ in range(2))
             stop = len(x)
             for piece, before in zip(reversed(ctx.pieces), reversed(befores), strict=True):
                 now = slice(stop - len(before), stop)
                 stop = now.start
-                dx[now], ddt[now], dB[now], dC[now], da[now] = _backward_piece(
+                dx[now], ddt[now], dB[now], dC[now], d_logs[now] = _backward_piece(
                     x[now], all_decays.of(now), B[now], C[now], grad_y[now], before, d_states, piece
                 )
-            # a is a running sum of dt * A
-            da = da.flip(-1).cumsum(-1).flip(-1)
-            dA = (da * all_decays.dt).sum((0, 2))
-            ddt += da * A[:, None]
+            dA = (d_logs * all_decays.dt).sum((0, 2))
+            ddt += d_logs * A[:, None]
         return dx, ddt.transpose(1, 2), dB, dC, dA, None if ctx.from_zero else d_states, None, None
 
 
 def _backward_piece(x, decays, B, C, d_out, before, d_states, piece):
-    """Gradients of one piece: of x, dt [c, s, l], B, C and the running sum a [c, s, l]; `d_states` goes on."""
+    """
+    Gradients of one piece: of x, dt [c, s, l], B, C and the log decays dt A [c, s, l]; `d_states` goes on.
+
+    The decay of token j stands between every pair r < j <= l. Its gradient is summed over just these pairs: through
+    the running sum, what token r adds to y_r would be added and taken off again, and its rounding would be left.
+    """
     (c, size, g, _), (s, p, k) = x.shape, before.shape[1:]
     x, B, C, d_out = (_by_head(tensor, c * g) for tensor in (x, B, C, d_out))
     before = before.view(c * s, p, k)
@@ -236,7 +241,8 @@ def _backward_piece(x, decays, B, C, d_out, before, d_states, piece):
     # 4. from before: y += exp(a_l) C_l . h
     d_read = (d_out.view(*by_head, p) * decays.start[:, :, None, :, None]).view(c * s, -1, p)
     dC = torch.bmm(d_read, before)
-    da = (dC * C.view_as(dC)).sum(-1).view(by_head).sum(2)
+    read = (dC * C.view_as(dC)).sum(-1).view(by_head).sum(2)
+    d_logs = read.flip(-1).cumsum(-1).flip(-1)
     d_before = torch.bmm(d_read.transpose(1, 2), C.view_as(dC)).view(c, s, p, k)
 
     # 3. from chunk to chunk: h' = exp(a_end) h + S
@@ -246,7 +252,7 @@ def _backward_piece(x, decays, B, C, d_out, before, d_states, piece):
         at = chunks.start
         d_own[chunks] = d_states[step]
         torch.addcmul(d_before[chunks], d_own[chunks], ends[chunks][..., None, None], out=d_states[step])
-    da[..., -1] += ends * (d_own * before.view_as(d_own)).sum((2, 3))
+    d_logs += (ends * (d_own * before.view_as(d_own)).sum((2, 3)))[..., None]
     d_own = d_own.view(c * g, -1, k)
 
     # 1. within the chunk: y_l += sum_r M_lr x_r, with M_lr = (C_l . B_r) exp(a_l - a_r) dt_r
@@ -255,12 +261,10 @@ def _backward_piece(x, decays, B, C, d_out, before, d_states, piece):
     d_scores.view(*by_head, size).mul_(between)
     scores = torch.bmm(C, B.transpose(1, 2))
     products = (scores * d_scores).view(*by_head, size).sum(2)  # [c, s, l, r]
-    diagonal = products.diagonal(dim1=2, dim2=3)
-    ddt = diagonal.clone()
-    diagonal.zero_()  # exp(a_l - a_l) is 1 whatever a is
-    columns = products.sum(2)
-    ddt += columns
-    da += (products @ decays.dt[..., None]).squeeze(-1) - decays.dt * columns
+    ddt = products.sum(2)
+    upper = torch.ones(size, size, dtype=x.dtype, device=x.device).triu_().expand(c * s, -1, -1)
+    after = torch.bmm(upper, products.mul_(decays.dt[:, :, None]).view(c * s, size, size)).tril_(-1)
+    d_logs += after.sum(-1).view_as(d_logs)
     dt_r = decays.dt[:, :, None, None, :]
     d_scores.view(*by_head, size).mul_(dt_r)
     scores.view(*by_head, size).mul_(between.mul_(dt_r))
@@ -272,13 +276,11 @@ def _backward_piece(x, decays, B, C, d_out, before, d_states, piece):
     weights = decays.end * decays.dt
     dB.baddbmm_(_weighted(x, weights, c * g), d_own)
     d_written = torch.bmm(B, d_own.transpose(1, 2)).view(c, g, size, -1, p)
-    read = (d_written * x.view(c, g, size, 1, p)).sum(-1).transpose(2, 3).reshape(c, s, size)
-    ddt += read * decays.end
-    read *= weights
-    da[..., :-1] -= read[..., :-1]
-    da[..., -1] += read[..., :-1].sum(-1)
+    written = (d_written * x.view(c, g, size, 1, p)).sum(-1).transpose(2, 3).reshape(c, s, size)
+    ddt += written * decays.end
+    d_logs[..., 1:] += (written * weights).cumsum(-1)[..., :-1]
     weights = weights.view(c, g, -1, size).transpose(2, 3)
     dx.view(c, g, size, p).add_((d_written * weights[..., None]).sum(3))
 
     dx, dB, dC = (grad.view(c, -1, size, grad.shape[-1]).transpose(1, 2) for grad in (dx, dB, dC))
-    return dx, ddt, dB, dC, da
+    return dx, ddt, dB, dC, d_logs
