@@ -1,4 +1,4 @@
-"""`linmu-bench`: time to first token, throughput and memory of student and teacher against the length of the prompt."""
+"""`linmu-bench`: time to first token, throughput and memory of student and teacher against the prompt's length."""
 
 import argparse
 import json
@@ -32,7 +32,6 @@ PACKAGES = (
     "mamba-ssm",
     "flash-linear-attention",
     "flash-attn",
-    "numpy",
 )
 
 
@@ -90,6 +89,8 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--device {arguments.device} is unknown: give cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {arguments.device} needs a CUDA GPU and a PyTorch built for it; give --device cpu")
+    if arguments.vision_encoder and arguments.model == "nvila-8b":
+        raise ValueError("--vision-encoder knows Qwen2.5-VL's encoder only; leave it out for --model nvila-8b")
     if arguments.largest_batch and device.type != "cuda":
         raise ValueError(f"--largest-batch needs a GPU, and the device is {arguments.device}")
     arguments.dtype = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")
@@ -222,9 +223,8 @@ def format_summary(results: dict) -> str:
             lines.append(f"{name}: {shown}")
     for row in results["speedups"]:
         throughput = ", ".join(f"{value:.2f} at batch {batch}" for batch, value in row["throughput"].items())
-        lines.append(
-            f"{row['model']} / teacher, {row['tokens']} tokens: TTFT {row['ttft']:.2f}; tokens/s {throughput}"
-        )
+        name = f"{row['model']} against teacher, {row['tokens']} tokens"
+        lines.append(f"{name}: TTFT {row['ttft']:.2f} times faster, tokens/s {throughput}")
     return "\n".join(lines)
 
 
