@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 RUNS ?= runs
 
-.PHONY: quickstart testbed-full check-teacher test lint format typecheck clean
+.PHONY: quickstart testbed-full check-teacher bench-cpu test lint format typecheck clean
 
 quickstart: $(READY)
 	$(BIN)/python -m linmu_hf.testbed.quickstart --output $(RUNS)/quickstart $(ARGS)
@@ -14,6 +14,9 @@ testbed-full: $(READY)
 
 check-teacher: $(READY)
 	$(BIN)/python -m linmu_hf.testbed.check_teacher $(ARGS)
+
+bench-cpu: $(READY)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/cpu.py --json $(RUNS)/bench-cpu.json
 
 # One thread per worker: two workers on two cores beat one worker with two threads.
 test: $(READY)

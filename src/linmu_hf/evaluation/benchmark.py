@@ -143,7 +143,8 @@ def measure(
         lengths (`Iterable[int]`): Tokens of the prompt, ascending.
         layout_of (`Callable`): Gives the `vision_layout` of a prompt of so many tokens.
         batches (`Sequence[int]`): Sequences decoded at once; TTFT is that of one.
-        steps, repeats (`int`): Decode steps of one measurement; measurements, of which the fastest counts.
+        steps, repeats (`int`): Decode steps of one measurement; measurements, of which the fastest counts; a decode
+            step, which is short, is measured at least three times.
         chunk_size (`int`, *optional*): Prefill in chunks.
         largest (`bool`): Also decode the largest batch that fits (CUDA only).
 
@@ -178,7 +179,7 @@ def measure(
             rows.append(row)
             report(f"{name:32s} {tokens:8d} tokens  TTFT {row['ttft_s']:.4f} s")
         for batch in batches:
-            _decode(variants, rows[-len(variants) :], caches, batch, steps, repeats, clock, report)
+            _decode(variants, rows[-len(variants) :], caches, batch, steps, max(repeats, 3), clock, report)
         if largest and clock.cuda:
             for row in rows[-len(variants) :]:
                 if "decode" in row:
