@@ -224,7 +224,7 @@ def format_summary(results: dict) -> str:
     for row in results["speedups"]:
         throughput = ", ".join(f"{value:.2f} at batch {batch}" for batch, value in row["throughput"].items())
         name = f"{row['model']} against teacher, {row['tokens']} tokens"
-        lines.append(f"{name}: TTFT {row['ttft']:.2f} times faster, tokens/s {throughput}")
+        lines.append(f"{name}: speed-up of TTFT {row['ttft']:.2f}, of tokens/s {throughput}")
     return "\n".join(lines)
 
 
