@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 RUNS ?= runs
 
-.PHONY: quickstart testbed-full check-teacher bench-cpu test lint format typecheck clean
+.PHONY: quickstart testbed-full check-teacher bench-cpu test conformance test-matrix lint format typecheck clean
 
 quickstart: $(READY)
 	$(BIN)/python -m linmu_hf.testbed.quickstart --output $(RUNS)/quickstart $(ARGS)
@@ -25,6 +25,16 @@ bench-cpu: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
 
+# Transformers' own test mixins on our classes; a whole run writes the report.
+conformance: $(READY)
+	$(BIN)/python conformance/upstream.py
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -c conformance/pytest.ini \
+		conformance -n 2 $(if $(ARGS),,--write-report docs/conformance.md) $(ARGS)
+
+# The core tests with every minor of Transformers that is supported; MINORS="5.17 5.23" for some, MINORS=ends for two.
+test-matrix:
+	$(PYTHON) tools/matrix.py $(MINORS) --output $(RUNS)/matrix.json --pytest-args="-n 2 --dist loadscope $(ARGS)"
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,4 +53,4 @@ $(READY): pyproject.toml setup.cfg constraints.txt tools/torchvision_cpu_shim.py
 	touch $@
 
 clean:
-	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venvs build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -11,17 +11,14 @@ from datasets import load_from_disk
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
-import linmu_hf  # noqa: F401  (registers the classes)
+from linmu_hf import lora_targets
 from linmu_hf.data import encode_rows
-
-
-TARGETS = r".*language_model\.layers\.\d+\.(mlp|mixer)\..*(gate|up|down|q|k|v|x|b|c|o)_proj"
 
 
 def main(model: str, dataset: str, output: str, steps: int = 20) -> None:
     processor = AutoProcessor.from_pretrained(model)
     student = AutoModelForImageTextToText.from_pretrained(model, dtype="float32")
-    student = get_peft_model(student, LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS))
+    student = get_peft_model(student, LoraConfig(r=8, lora_alpha=16, target_modules=lora_targets()))
     student.print_trainable_parameters()
     arguments = TrainingArguments(
         output_dir=output,

@@ -1,6 +1,8 @@
 """The floors of the package: every room imports only from the floors below it."""
 
 import ast
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -31,7 +33,7 @@ def room(module: Path) -> str:
     parts = module.relative_to(PACKAGE).with_suffix("").parts
     if parts[0] != "testbed" and parts[-1] in ("cli", "chat"):
         return "cli"
-    if parts == ("modeling", "configuration_linmu"):
+    if parts in (("modeling", "configuration_linmu"), ("modeling", "remote_code")):
         return "configuration"
     return parts[0]
 
@@ -86,13 +88,20 @@ def test_imports_only_downward(module):
 
 
 @pytest.mark.parametrize(
-    "module", [m for m in MODULES if room(m) in {"ops", "configuration", "modeling", "data"}], ids=identify
+    "module", [m for m in MODULES if room(m) in {"ops", "configuration", "modeling", "data", "hub"}], ids=identify
 )
 def test_lower_floors_import_core_dependencies_only(module):
     tree = ast.parse(module.read_text())
     tree.body = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
     roots = {name.split(".")[0] for name in imported_names(module, tree)}
     assert roots <= CORE | sys.stdlib_module_names
+
+
+def test_conversion_and_upload_need_no_extra():
+    """Distillation needs the extra `train`: `linmu-convert` and `linmu-push` must not import it."""
+    script = "import sys, linmu_hf.conversion.cli, linmu_hf.hub.cli\nassert 'linmu_hf.distillation' not in sys.modules"
+    script += "\nassert not {'peft', 'datasets', 'matplotlib', 'trl'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": str(PACKAGE.parent)}, check=True)
 
 
 def test_a_broken_floor_is_seen(tmp_path, monkeypatch):

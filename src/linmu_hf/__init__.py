@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
 
+from .modeling.adapters import lora_targets
 from .modeling.configuration_linmu import PRESETS, LinMUConfig, LinMUTextConfig
 from .modeling.modeling_linmu import LinMUForConditionalGeneration, LinMUModel, LinMUTextModel
 
@@ -23,4 +24,5 @@ __all__ = [
     "LinMUModel",
     "LinMUTextConfig",
     "LinMUTextModel",
+    "lora_targets",
 ]

@@ -128,7 +128,8 @@ def kill_at(monkeypatch, owner, name, call):
         (DistillTrainer, "compute_loss", 3 + 5 + 3 + 1, 3),  # before its first checkpoint
         (DistillTrainer, "_save_rng_state", 4, 1),  # half a checkpoint in stage 1, one whole before it
         (runner_module.os, "replace", 2, 0),  # with stage-1-align written but not in place
-        (runner_module, "plot_training_log", 1, 4),  # with all stages done
+        (runner_module, "plot_training_log", 4, 3),  # with stage 3 written but for its curves
+        (runner_module, "_publish", 1, 4),  # with all stages done
     ],
 )
 def test_a_killed_run_continues_with_the_same_result(finished, run, tmp_path, monkeypatch, owner, name, call, done):

@@ -35,8 +35,8 @@ def test_checkpointing_gives_the_same_gradients(reentrant, which, options):
     for checkpointing in (False, True):
         model = tiny.model(**options).train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
-            assert model.is_activation_checkpointing
+            tiny.checkpoint(model, use_reentrant=reentrant)
+            assert model.model.language_model.gradient_checkpointing
         losses(model, inputs)[which].backward()
         results.append({name: parameter.grad for name, parameter in model.named_parameters()})
     plain, saved = results
@@ -97,7 +97,7 @@ def test_autocast_trains(checkpointing, options):
     model = tiny.plain(**options).train()
     reference = gradients(model, losses(model, inputs)[0])
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        tiny.checkpoint(model, use_reentrant=False)
     with torch.autocast("cpu", torch.bfloat16):
         loss, hidden = losses(model, inputs)
     (loss + 0 * hidden).backward()

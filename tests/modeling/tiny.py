@@ -95,6 +95,12 @@ def model(*args, **options) -> LinMUForConditionalGeneration:
     return exact(plain(*args, **options))
 
 
+def checkpoint(model, **kwargs):
+    """Turns activation checkpointing on, by the name that this Transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(kwargs)
+
+
 class Sample:
     """
     One sequence of parts: a number of text tokens, `("image", h, w)` or `("video", t, h, w)` in merged tokens. Equal

@@ -6,14 +6,23 @@ import sys
 import types
 import typing
 from dataclasses import MISSING, fields
+from functools import partial
 from pathlib import Path
 
 from transformers import AutoProcessor
 
 from ..data import check_dataset, encode_rows, load_rows
+from ..hub import find_origin, prepare_repo, push_folder, write_model_card
 from ..modeling.configuration_linmu import MIXER_FIELDS, PRESETS, LinMUTextConfig
+from .checkpoint import write_text
 from .convert import check_output, convert
 from .plan import FLOAT_DTYPES
+
+
+# Left in the output with --push-to-hub: which command wrote it, and its report. It is not uploaded.
+RECORD = "conversion_command.json"
+# Arguments that do not change what is written.
+HOW = ("json", "push_to_hub", "private", "hub_revision", "overwrite", "dry_run", *MIXER_FIELDS)
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,6 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="check everything and report, write nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
     parser.add_argument("--json", metavar="FILE", help="write the report there too")
+    parser.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload the result to this model on the Hub")
+    parser.add_argument("--private", action="store_true", default=None, help="with --push-to-hub: a private model")
+    parser.add_argument("--hub-revision", metavar="BRANCH", help="with --push-to-hub: branch (default: main)")
     group = parser.add_argument_group("M-MATE options", "over the preset; lists as 16,4,4; none for None")
     kinds = {field.name: field for field in fields(LinMUTextConfig)}
     for name in MIXER_FIELDS:
@@ -70,6 +82,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, options: dict) -> dict:
+    record = {name: value for name, value in vars(args).items() if name not in HOW} | {"options": options}
+    _check_push(args)
+    finished = _finished(args, record)
+    if finished is not None:
+        print(f"{args.output} was converted before, by the same command")
+        _push(args, prepare_repo(args.push_to_hub, private=args.private, revision=args.hub_revision))
+        return finished
+
     check_output(args.output, args.overwrite)
     if args.json and not Path(args.json).expanduser().absolute().parent.is_dir():
         raise FileNotFoundError(f"--json {args.json}: its folder does not exist")
@@ -82,13 +102,47 @@ def run(args: argparse.Namespace, options: dict) -> dict:
         "max_shard_size": args.max_shard_size,
         "overwrite": args.overwrite,
     }
-    batches = None
-    if args.calibrate and not args.dry_run:
-        convert(args.teacher, args.output, **settings, dry_run=True)  # the teacher's errors before the dataset's
-        batches = load_batches(args)
-    report = convert(args.teacher, args.output, **settings, calibration_batches=batches, dry_run=args.dry_run)
+    batches = repo = None
+    if (args.calibrate or args.push_to_hub) and not args.dry_run:
+        convert(args.teacher, args.output, **settings, dry_run=True)  # the teacher's errors before all others
+        batches = load_batches(args) if args.calibrate else None
+    if args.push_to_hub:
+        repo = prepare_repo(args.push_to_hub, private=args.private, revision=args.hub_revision)
+    write_card = partial(write_model_card, origin=find_origin(args.teacher, args.revision))
+    report = convert(
+        args.teacher,
+        args.output,
+        **settings,
+        calibration_batches=batches,
+        dry_run=args.dry_run,
+        finish_folder=write_card,
+    )
     print(report)
+    if repo:
+        text = json.dumps({"command": record, "report": report.to_dict()})
+        write_text(Path(args.output).expanduser() / RECORD, text)
+        _push(args, repo)
     return report.to_dict()
+
+
+def _check_push(args: argparse.Namespace) -> None:
+    if args.push_to_hub is None and (args.private or args.hub_revision):
+        raise ValueError("--private and --hub-revision are for --push-to-hub ORG/NAME: name the model too")
+    if args.push_to_hub is not None and args.dry_run:
+        raise ValueError("--dry-run writes nothing that --push-to-hub could upload: leave one of them out")
+
+
+def _push(args: argparse.Namespace, repo: str) -> None:
+    print(push_folder(args.output, repo, revision=args.hub_revision).commit_url)
+
+
+def _finished(args: argparse.Namespace, record: dict) -> dict | None:
+    """The report of a conversion by the same command, of which only the upload may be missing."""
+    file = Path(args.output).expanduser() / RECORD
+    if args.push_to_hub is None or args.overwrite or not file.is_file():
+        return None
+    earlier = json.loads(file.read_text(encoding="utf-8"))
+    return earlier["report"] if earlier["command"] == json.loads(json.dumps(record)) else None
 
 
 def load_batches(args: argparse.Namespace) -> list:

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from tqdm.auto import tqdm
 
 from ..modeling.configuration_linmu import LinMUConfig
+from ..modeling.remote_code import add_remote_code
 from .calibrate import CalibrationReport, calibrate
 from .checkpoint import (
     OutputTensor,
@@ -94,6 +95,7 @@ def convert(
     calibration_batches: Sequence[Mapping] | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    finish_folder: Callable[[Path], object] | None = None,
 ) -> ConversionReport:
     """
     Converts a Qwen2.5-VL checkpoint into a LinMU checkpoint by weight reuse (Eq. 4 and 5).
@@ -115,6 +117,8 @@ def convert(
             for this both models are held in memory.
         overwrite (`bool`, *optional*, defaults to `False`): Whether an existing `output` may be replaced.
         dry_run (`bool`, *optional*, defaults to `False`): Check and report without writing.
+        finish_folder (`Callable`, *optional*): Called with the complete folder before it gets its name, for example to
+            add a model card.
 
     Raises:
         `FileNotFoundError`, `FileExistsError`, `ValueError`: Something is wrong with an argument or the teacher;
@@ -140,7 +144,7 @@ def convert(
         if calibration_batches is not None:
             calibration = _calibrate(work, plan, shards, hashes, load_teacher(source.folder), calibration_batches)
         _verify(work, plan, hashes)
-        _finish(work, target, plan)
+        _finish(work, target, plan, finish_folder)
 
     layer_types = decoder_config(config).layer_types or []
     return ConversionReport(
@@ -257,12 +261,15 @@ def _verify(work: Path, plan: Plan, hashes: dict[str, dict[str, str]]) -> None:
         raise OSError(f"what was written to {work} does not read back ({bad[0]!r} first): check the disk, run again")
 
 
-def _finish(work: Path, target: Path, plan: Plan) -> None:
+def _finish(work: Path, target: Path, plan: Plan, finish_folder: Callable[[Path], object] | None) -> None:
     """Adds processor and configuration, config.json last, and gives the folder its name."""
     for name in PROCESSOR_FILES:
         if (plan.source.folder / name).is_file():
             shutil.copyfile(plan.source.folder / name, work / name)
+    add_remote_code(plan.config, work)
     write_text(work / "config.json", plan.config.to_json_string())
+    if finish_folder is not None:
+        finish_folder(work)
     (work / MANIFEST).unlink()
     old = target.with_name(target.name + ".old")
     shutil.rmtree(old, ignore_errors=True)

@@ -1,11 +1,16 @@
 """Three-stage distillation of a teacher into its LinMU student (Sec. 3.2)."""
 
-from .collator import DistillCollator, EncodedDataset
-from .config import DistillConfig
-from .pseudo_targets import decode_pseudo_targets
-from .runner import distill
-from .stages import PAPER_STAGES, Stage
-from .trainer import DistillTrainer
+try:
+    from .collator import DistillCollator, EncodedDataset
+    from .config import DistillConfig
+    from .pseudo_targets import decode_pseudo_targets
+    from .runner import distill
+    from .stages import PAPER_STAGES, Stage
+    from .trainer import DistillTrainer
+except ModuleNotFoundError as error:
+    if error.name != "peft":
+        raise
+    raise ImportError('distillation needs peft and more: pip install "linmu-hf[train]"') from error
 
 
 __all__ = [

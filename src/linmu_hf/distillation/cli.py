@@ -1,5 +1,6 @@
 """`linmu-distill`: a converted model and its teacher in, a distilled model out."""
 
+import copy
 import json
 import sys
 import time
@@ -12,6 +13,7 @@ from transformers.utils import logging
 from ..conversion.teacher import load_teacher
 from ..data import load_rows
 from ..evaluation.loading import check_model, first_line, library_versions
+from ..hub import find_origin, prepare_repo, push_folder, write_model_card
 from ..modeling.modeling_linmu import LinMUForConditionalGeneration
 from .config import DistillConfig
 from .runner import check_output, distill
@@ -45,12 +47,24 @@ def run(script: ScriptArguments, config: DistillConfig) -> dict:
     options = {"dtype": None if mixed else "float32", **(config.teacher_model_init_kwargs or {})}
     teacher = load_teacher(teacher_path, revision=config.teacher_model_revision, **options)
 
+    repo = _prepare_push(config)
+    origin = find_origin(teacher_path, config.teacher_model_revision, script.model)
+
+    def write_card(folder, stages, rows):
+        write_model_card(folder, origin, stages=stages, rows=rows, dataset=script.dataset)
+
     stages = config.stages()
     for stage in stages:
         done = Path(config.output_dir, stage.name).is_dir() and not config.overwrite_output_dir
         print(f"{stage.name:14}{describe(stage)}{', finished before' if done else ''}", flush=True)
     start = time.perf_counter()
-    rows = distill(config, student, teacher, dataset, processor)
+    trains = copy.copy(config)
+    trains.push_to_hub = False  # the stages upload nothing, the finished model is uploaded below
+    rows = distill(trains, student, teacher, dataset, processor, finish_folder=write_card)
+    seconds = time.perf_counter() - start
+    if repo:
+        token, revision = config.hub_token, config.hub_revision
+        print(push_folder(config.output_dir, repo, revision=revision, token=token).commit_url)
     figures: dict[str, dict] = {}
     for row in rows:
         figures.setdefault(row["stage"], {}).update(row)
@@ -60,20 +74,27 @@ def run(script: ScriptArguments, config: DistillConfig) -> dict:
         "teacher": teacher_path,
         "dataset": script.dataset,
         "rows": len(dataset),
-        "seconds": round(time.perf_counter() - start, 1),
+        "seconds": round(seconds, 1),
         "stages": figures,
         "versions": library_versions(),
     }
 
 
+def _prepare_push(config: DistillConfig) -> str | None:
+    """The repository of `push_to_hub`, by default named like the output folder, as the Trainer does."""
+    if not config.push_to_hub:
+        return None
+    return prepare_repo(
+        config.hub_model_id or Path(config.output_dir).absolute().name,
+        private=config.hub_private_repo,
+        revision=config.hub_revision,
+        token=config.hub_token,
+    )
+
+
 def describe(stage: Stage) -> str:
     """A stage in one line, such as `100 steps at 0.001: 0.5 hid + 0.5 tok`."""
-    losses = " + ".join(
-        f"{getattr(stage, key):g} {key}" for key in ("hid", "tok", "seq", "sup") if getattr(stage, key)
-    )
-    extra = f", LoRA rank {stage.lora_r}" if stage.lora_r else ""
-    extra += ", fed by the teacher" if stage.hidden_input == "teacher" else ""
-    return f"{stage.max_steps:,} steps at {stage.learning_rate:g}: {losses}{extra}"
+    return f"{stage.max_steps:,} steps at {stage.learning_rate:g}: {stage.objective()}"
 
 
 def format_table(stages: dict[str, dict]) -> str:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from .stages import PAPER_STAGES, Stage
 
@@ -15,6 +16,11 @@ class DistillConfig(TrainingArguments):
 
     `learning_rate` and `max_steps` are set for each stage from `stage_learning_rates` and `stage_steps`; every stage
     has its own warm-up and decay. Lists of three hold one value for each stage.
+
+    `push_to_hub`, `hub_model_id`, `hub_private_repo`, `hub_revision` and `hub_token` are for `linmu-distill`, which
+    uploads the finished model with its processor and card once all stages are done and the folder has been checked.
+    Of the values of `hub_strategy` only `"end"` is left: what the Trainer uploads while it runs are checkpoints, and
+    here they hold the parameters that train and nothing that loads. [`distill`] and [`DistillTrainer`] upload nothing.
 
     Args:
         teacher_model_name_or_path (`str`, *optional*): Hub id or folder of the teacher.
@@ -103,6 +109,7 @@ class DistillConfig(TrainingArguments):
     )
     logging_steps: float = field(default=10, metadata={"help": "Log every X updates steps."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept while a stage runs."})
+    hub_strategy: str = field(default="end", metadata={"help": "Must stay `end`: checkpoints are no models."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: rows are encoded whole."})
 
     def __post_init__(self):
@@ -127,12 +134,25 @@ class DistillConfig(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop images and messages: leave it off")
+        if self.push_to_hub and self.hub_strategy != HubStrategy.END:
+            raise ValueError(
+                f"hub_strategy={self.hub_strategy.value!r} would upload checkpoints, which hold only the parameters "
+                "that train: leave it at 'end', which uploads the finished model"
+            )
         if self.save_total_limit is not None and self.save_total_limit < 2:
             raise ValueError(
                 f"save_total_limit={self.save_total_limit} must be at least 2, or a run killed while it writes a "
                 "checkpoint has none to resume from"
             )
         self.stages()
+
+    def refuse_push_to_hub(self) -> None:
+        """Raises a `ValueError` where `push_to_hub` would be silently ignored."""
+        if self.push_to_hub:
+            raise ValueError(
+                "push_to_hub=True: this only trains. Use `linmu-distill --push_to_hub True`, or call "
+                "linmu_hf.hub.push_folder(output_dir, hub_model_id) afterwards"
+            )
 
     def stages(self) -> tuple[Stage, ...]:
         """The stages that these arguments ask for, teacher-fed steps as stages of their own."""

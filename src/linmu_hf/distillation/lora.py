@@ -4,7 +4,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from .stages import LORA_TARGETS
+from ..modeling.adapters import lora_targets
 
 
 def add_lora(model: nn.Module, r: int, alpha: float) -> None:
@@ -14,7 +14,7 @@ def add_lora(model: nn.Module, r: int, alpha: float) -> None:
     Every other parameter is frozen by this; [`set_trainable`] says afterwards what trains. There is no `PeftModel`
     around the model: that would freeze M-MATE, and not save it once unfrozen.
     """
-    inject_adapter_in_model(LoraConfig(r=r, lora_alpha=alpha, target_modules=LORA_TARGETS), model)
+    inject_adapter_in_model(LoraConfig(r=r, lora_alpha=alpha, target_modules=lora_targets("mlp")), model)
 
 
 def merge_lora(model: nn.Module) -> None:

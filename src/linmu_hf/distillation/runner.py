@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import set_seed
+from transformers import TrainerState, set_seed
 
 from ..data import check_dataset
 from .collator import EncodedDataset
@@ -28,8 +28,12 @@ from .trainer import DistillTrainer
 SETTINGS = "distillation.json"
 LOG = "training_log.jsonl"
 CURVES = "loss_curves.png"
+CARD = "README.md"
 PSEUDO_TARGETS = "pseudo_targets.jsonl"
 PSEUDO_COLUMN = "pseudo_messages"
+
+# Gets a stage's complete folder, the stages so far and the rows of their logs.
+FinishFolder = Callable[[Path, Sequence[Stage], list[dict[str, Any]]], object]
 
 # The arguments that change the result, apart from the stages. Everything else may differ when a run is continued.
 ARGUMENTS = (
@@ -48,6 +52,7 @@ def distill(
     processor,
     *,
     stages: Sequence[Stage] | None = None,
+    finish_folder: FinishFolder | None = None,
 ) -> list[dict[str, Any]]:
     """
     Distils `teacher` into `student`, stage by stage (Algorithm 2).
@@ -64,14 +69,18 @@ def distill(
         dataset (`datasets.Dataset` or `Sequence[Mapping]`): conversational rows, see [`encode_rows`].
         processor (`ProcessorMixin`): the processor of both.
         stages (`Sequence[Stage]`, *optional*): other stages than `config.stages()`.
+        finish_folder (`Callable`, *optional*):
+            called with every stage's complete folder before it gets its name, the stages so far and the rows of their
+            logs, for example to add a model card.
 
     Returns:
         `list[dict]`: the rows of `training_log.jsonl`.
 
     Raises:
-        `ValueError`: a bad row, or an `output_dir` with a distillation of other settings.
+        `ValueError`: a bad row, `push_to_hub`, or an `output_dir` with a distillation of other settings.
         `FloatingPointError`: a loss that is not finite.
     """
+    config.refuse_push_to_hub()
     stages = config.stages() if stages is None else tuple(stages)
     names = [stage.name for stage in stages]
     if len(set(names)) < len(names):
@@ -88,16 +97,24 @@ def distill(
     for index, stage in enumerate(stages[len(finished) :], len(finished)):
         features.pseudo_messages = _pseudo_messages(config, teacher, features, out) if stage.seq else None
         args = _stage_arguments(config, stage, index, out / f"{stage.name}.running")
-        _run_stage(args, stage, student, teacher, features, out)
+        _run_stage(args, stages[: index + 1], student, teacher, features, out, finish_folder)
 
-    rows = [json.loads(line) for name in names for line in (out / name / LOG).read_text().splitlines()]
-    plot_training_log(rows, out / CURVES)
+    rows = _logged(out, stages)
     _publish(out / names[-1], out, rows)
     return rows
 
 
-def _run_stage(args: DistillConfig, stage: Stage, student, teacher, features: EncodedDataset, out: Path) -> None:
-    running = Path(args.output_dir)
+def _run_stage(
+    args: DistillConfig,
+    stages: Sequence[Stage],
+    student,
+    teacher,
+    features: EncodedDataset,
+    out: Path,
+    finish_folder: FinishFolder | None,
+) -> None:
+    """Runs the last of `stages`, the others being finished."""
+    stage, running = stages[-1], Path(args.output_dir)
     set_seed(args.seed)  # LoRA starts from random numbers
     if stage.lora_r:
         add_lora(student, stage.lora_r, args.lora_alpha)
@@ -106,17 +123,23 @@ def _run_stage(args: DistillConfig, stage: Stage, student, teacher, features: En
     # The Trainer writes its own choice into the config, which the stage's folder would keep.
     use_cache = student.config.__dict__.get("use_cache")
     trainer = DistillTrainer(student, teacher, args, stage, features)
-    trainer.train(resume_from_checkpoint=_last_checkpoint(running))
+    checkpoint = _last_checkpoint(running)
+    state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json") if checkpoint else TrainerState()
+    if state.global_step < stage.max_steps:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    else:  # killed after the last step, which the Trainer would follow by one more
+        trainer._load_from_checkpoint(checkpoint)
+        trainer.state = state
 
     student.config.__dict__.pop("use_cache", None)
     if use_cache is not None:
         student.config.use_cache = use_cache
-    if args.activation_checkpointing:
+    if args.gradient_checkpointing:  # the name in every Transformers of the range
         student.gradient_checkpointing_disable()
         student.disable_input_require_grads()
     _finish_training(student, stage, dtypes)
     rows = [{"stage": stage.name, **row} for row in trainer.state.log_history]
-    _write_stage(out / stage.name, student, features.processor, rows)
+    _write_stage(out, stages, student, features.processor, rows, finish_folder)
     shutil.rmtree(running, ignore_errors=True)
 
 
@@ -213,7 +236,7 @@ def _prepare_output(out: Path, settings: dict[str, Any], overwrite: bool) -> Non
         for name in names:
             for folder in (out / name, out / f"{name}.running", out / f"{name}.partial"):
                 shutil.rmtree(folder, ignore_errors=True)
-        written = ("config.json", LOG, CURVES, PSEUDO_TARGETS, SETTINGS)
+        written = ("config.json", LOG, CURVES, CARD, PSEUDO_TARGETS, SETTINGS)
         for path in (*out.glob("*.safetensors"), *(out / name for name in written)):
             path.unlink(missing_ok=True)
     if file.exists():
@@ -284,15 +307,32 @@ def _last_checkpoint(running: Path) -> str | None:
     return None
 
 
-def _write_stage(folder: Path, student, processor, rows: list[dict[str, Any]]) -> None:
+def _write_stage(
+    out: Path,
+    stages: Sequence[Stage],
+    student,
+    processor,
+    rows: list[dict[str, Any]],
+    finish_folder: FinishFolder | None,
+) -> None:
     """Writes the folder under another name first, so that it is there whole or not at all."""
+    folder = out / stages[-1].name
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     student.save_pretrained(partial)
     processor.save_pretrained(partial)
     (partial / LOG).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = _logged(out, stages[:-1]) + rows
+    plot_training_log(rows, partial / CURVES)
+    if finish_folder is not None:
+        finish_folder(partial, stages, rows)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
+
+
+def _logged(out: Path, stages: Sequence[Stage]) -> list[dict[str, Any]]:
+    """The rows of the logs of finished stages."""
+    return [json.loads(line) for stage in stages for line in (out / stage.name / LOG).read_text().splitlines()]
 
 
 def _load_weights(student, folder: Path) -> None:
@@ -301,9 +341,12 @@ def _load_weights(student, folder: Path) -> None:
 
 
 def _publish(stage: Path, out: Path, rows: list[dict[str, Any]]) -> None:
-    """Copies the last stage into `out`; the config comes last, so `out` loads only when it is complete."""
+    """
+    Copies the last stage into `out`; the config comes last, so `out` loads only when it is complete. A card that is
+    there may have been edited, and stays.
+    """
     for path in sorted(stage.iterdir(), key=lambda path: path.name == "config.json"):
-        if path.name != LOG:
+        if path.name != LOG and not (path.name == CARD and (out / CARD).exists()):
             shutil.copyfile(path, out / f"{path.name}.partial")
             os.replace(out / f"{path.name}.partial", out / path.name)
     _write(out / LOG, "".join(json.dumps(row) + "\n" for row in rows))

@@ -12,7 +12,6 @@ from torch import nn
 FLEX = r"\.mixer\.(?!local_swin\.|[qkvo]_proj\.)"
 SWIN = r"\.mixer\.local_swin\."
 LORA = r"\.lora_[AB]\."
-LORA_TARGETS = r".*language_model\..*\.mlp\.(gate|up|down)_proj"  # the vision tower has FFNs of the same names
 
 # Small changes of a decay, a step width or a gate move every later output: they get a lower rate.
 SLOW = r"\.mixer\..*(A_log|dt_bias|dt_proj|gate_proj|fusion_proj)\b"
@@ -67,6 +66,15 @@ class Stage:
                 f"{self.name}: hidden_input='teacher' runs the mixers alone, so it trains neither LoRA nor any loss "
                 "but `hid`: set tok=seq=sup=0, lora_r=0 and hid > 0, or use hidden_input='student'"
             )
+
+    def objective(self) -> str:
+        """What it minimises in a few words, such as `0.5 hid + 0.5 tok, LoRA rank 8`."""
+        losses = " + ".join(
+            f"{getattr(self, key):g} {key}" for key in ("hid", "tok", "seq", "sup") if getattr(self, key)
+        )
+        extra = f", LoRA rank {self.lora_r}" if self.lora_r else ""
+        extra += ", fed by the teacher" if self.hidden_input == "teacher" else ""
+        return losses + extra
 
 
 PAPER_STAGES = (

@@ -41,6 +41,7 @@ class DistillTrainer(Trainer):
     loss_is_scaled_for_ga = True
 
     def __init__(self, model, teacher, args: DistillConfig, stage: Stage, train_dataset: EncodedDataset, **kwargs):
+        args.refuse_push_to_hub()
         tokenizer = train_dataset.processor.tokenizer
         collator = DistillCollator(tokenizer.pad_token_id, pseudo=stage.seq > 0)
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collator, **kwargs)
@@ -52,7 +53,7 @@ class DistillTrainer(Trainer):
         self.replaced = [index for index, layer in enumerate(model.model.language_model.layers) if layer.is_m_mate]
         self._check_teacher()
         self.shares_vision = _equal_weights(model.model.visual, teacher.model.visual)
-        if args.activation_checkpointing:
+        if args.gradient_checkpointing:  # the name in every Transformers of the range
             # Nothing in front of the first mixer trains: a reentrant checkpoint would find no input to differentiate
             # and drop all gradients in silence.
             model.enable_input_require_grads()

@@ -1,10 +1,11 @@
 """Configuration of LinMU: a Qwen2.5-VL configuration whose decoder layers each name their mixer."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
+
+from .remote_code import RemoteCodeConfig
 
 
 LAYER_TYPES = ("m_mate", "full_attention")
@@ -20,7 +21,7 @@ _CHOICES: dict[str, tuple] = {
 
 
 @strict
-class LinMUTextConfig(PreTrainedConfig):
+class LinMUTextConfig(RemoteCodeConfig, PreTrainedConfig):
     r"""
     The decoder: the fields of Qwen2.5-VL's text model, the mixer of every layer, and the choices inside M-MATE.
 
@@ -63,6 +64,7 @@ class LinMUTextConfig(PreTrainedConfig):
 
     model_type = "linmu_text"
     base_config_key = "text_config"
+    remote_classes: ClassVar[dict[str, str]] = {"AutoConfig": "LinMUTextConfig", "AutoModel": "LinMUTextModel"}
     keys_to_ignore_at_inference = ["past_key_values"]
     ignore_keys_at_rope_validation = {"mrope_section"}
     default_theta = 1000000.0
@@ -204,7 +206,7 @@ _TEACHER_FIELDS = (
 
 
 @strict
-class LinMUConfig(PreTrainedConfig):
+class LinMUConfig(RemoteCodeConfig, PreTrainedConfig):
     r"""
     A vision tower, unchanged from the teacher, and the linear decoder.
 
@@ -218,10 +220,12 @@ class LinMUConfig(PreTrainedConfig):
     """
 
     model_type = "linmu"
-    sub_configs_defaults = {
-        "vision_config": SubConfigSpec(AutoConfig, model_type="qwen2_5_vl_vision"),
-        "text_config": LinMUTextConfig,
+    remote_classes: ClassVar[dict[str, str]] = {
+        "AutoConfig": "LinMUConfig",
+        "AutoModel": "LinMUModel",
+        "AutoModelForImageTextToText": "LinMUForConditionalGeneration",
     }
+    sub_configs = {"vision_config": AutoConfig, "text_config": LinMUTextConfig}
     keys_to_ignore_at_inference = ["past_key_values"]
 
     text_config: dict | PreTrainedConfig | None = None
@@ -231,6 +235,19 @@ class LinMUConfig(PreTrainedConfig):
     vision_start_token_id: int = 151652
     vision_end_token_id: int = 151653
     tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if not isinstance(self.vision_config, PreTrainedConfig):
+            vision = {"model_type": "qwen2_5_vl_vision", **(self.vision_config or {})}
+            self.vision_config = AutoConfig.for_model(**vision)
+        if not isinstance(self.text_config, PreTrainedConfig):
+            self.text_config = LinMUTextConfig(**(self.text_config or {}))
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def default_config_fields(cls) -> dict[str, Any]:
+        """Fields with defaults; naming the sub-configurations keeps their unset fields out of `config.json`."""
+        return {**super().default_config_fields(), "vision_config": {}, "text_config": {}}
 
     @classmethod
     def from_teacher(

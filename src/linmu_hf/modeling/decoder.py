@@ -14,12 +14,16 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLRotaryEmbedding,
     Qwen2MLP,
 )
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.output_capturing import capture_outputs
 
 from .cache import MMateCacheLayer, fitting_cache
 from .configuration_linmu import LAYER_TYPES, LinMUConfig, LinMUTextConfig
-from .flex_ma import ScanDirection, ZeroLinear
+from .flex_ma import FP32_PARAMETERS, ScanDirection, ZeroLinear
 from .m_mate import MMate
 from .packing import packed_lengths, positions_within
+from .remote_code import InstalledCode
 from .token_layout import TextStep, TokenLayout
 
 
@@ -31,6 +35,8 @@ class LinMUModelOutput(ModelOutput):
         past_key_values (`Cache`, *optional*): With `use_cache`.
         hidden_states (`tuple[torch.Tensor]`, *optional*): With `output_hidden_states`: input of every layer, and the
             last hidden state.
+        attentions (`tuple[torch.Tensor]`, *optional*): With `output_attentions` and eager attention: the weights
+            `[b, h, t, t]` of each layer with full attention. M-MATE layers have none.
         mixer_inputs, mixer_outputs (`tuple[torch.Tensor]`, *optional*): With `output_mixer_states`: for every layer
             the normed input and the output of its mixer, `[b, t, d]`, as Eq. 6 compares them.
     """
@@ -38,6 +44,7 @@ class LinMUModelOutput(ModelOutput):
     last_hidden_state: torch.Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
     mixer_inputs: tuple[torch.Tensor, ...] | None = None
     mixer_outputs: tuple[torch.Tensor, ...] | None = None
 
@@ -71,19 +78,30 @@ class LinMUDecoderLayer(GradientCheckpointingLayer):
         return hidden_states, mixer_input, mixer_output
 
 
-class LinMUPreTrainedModel(PreTrainedModel):
+class LinMUPreTrainedModel(InstalledCode, PreTrainedModel):
     config: LinMUConfig
     config_class = LinMUConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "video", "text")
+    input_modalities: tuple[str, ...] = ("image", "video", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["LinMUDecoderLayer", "Qwen2_5_VLVisionBlock"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = {"A_log", "dt_bias", "D"}
+    _keep_in_fp32_modules_strict = set(FP32_PARAMETERS)
+    # float32 in a float16 model, and never quantised: small maps that steer decays and gates
+    _keep_in_fp32_modules = {".*dt_proj", ".*flex_ma.gate_proj", ".*fusion_proj"}
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
     _is_stateful = True
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model_tags = ["linmu"]  # on the model's page after push_to_hub
+
+    @classmethod
+    def from_pretrained(cls, *args, use_safetensors=True, **kwargs):
+        """Transformers' own, but pickled weights are read only where `use_safetensors=False` asks for them."""
+        return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
 
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -96,6 +114,8 @@ class LinMUTextModel(LinMUPreTrainedModel):
 
     config: LinMUTextConfig
     config_class = LinMUTextConfig
+    input_modalities = ("text",)
+    _can_record_outputs = {"hidden_states": LinMUDecoderLayer, "attentions": Qwen2_5_VLAttention}
 
     def __init__(self, config: LinMUTextConfig):
         super().__init__(config)
@@ -106,6 +126,7 @@ class LinMUTextModel(LinMUPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @capture_outputs
     def forward(
         self,
         input_ids=None,
@@ -115,10 +136,9 @@ class LinMUTextModel(LinMUPreTrainedModel):
         inputs_embeds=None,
         vision_layout=None,
         use_cache=None,
-        output_hidden_states=None,
         output_mixer_states=False,
         cu_seq_lens_q=None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> LinMUModelOutput:
         """
         Args:
@@ -143,9 +163,8 @@ class LinMUTextModel(LinMUPreTrainedModel):
             inputs_embeds, attention_mask, position_ids, vision_layout, past_key_values, packed
         )
 
-        hidden_states, all_states, inputs, outputs = inputs_embeds, [], [], []
+        hidden_states, inputs, outputs = inputs_embeds, [], []
         for layer in self.layers:
-            all_states.append(hidden_states)
             hidden_states, mixer_input, mixer_output = layer(hidden_states, rope, layout, causal_mask, past_key_values)
             if output_mixer_states:
                 inputs.append(mixer_input)
@@ -158,7 +177,6 @@ class LinMUTextModel(LinMUPreTrainedModel):
         return LinMUModelOutput(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values,
-            hidden_states=(*all_states, hidden_states) if output_hidden_states else None,
             mixer_inputs=tuple(inputs) if output_mixer_states else None,
             mixer_outputs=tuple(outputs) if output_mixer_states else None,
         )
@@ -182,6 +200,11 @@ class LinMUTextModel(LinMUPreTrainedModel):
     def _prepare(self, embeds, attention_mask, position_ids, vision_layout, past_key_values, packed=None):
         """Rotary embeddings, token layout and (if a layer needs it) the causal mask: once per forward pass."""
         b, t, _ = embeds.shape
+        # a device_map may put the embeddings elsewhere than the ids
+        attention_mask, position_ids, vision_layout = (
+            value.to(embeds.device) if isinstance(value, torch.Tensor) else value
+            for value in (attention_mask, position_ids, vision_layout)
+        )
         if position_ids is None:
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(t, device=embeds.device) + past).expand(b, t)
@@ -205,6 +228,7 @@ class LinMUTextModel(LinMUPreTrainedModel):
                     attention_mask=None if packed is not None else causal_mask,
                     past_key_values=past_key_values,
                     position_ids=text_positions,
+                    layer_idx=self.config.layer_types.index("full_attention"),
                 )
         if "m_mate" in self.config.layer_types:
             mask = masks["m_mate"]
@@ -214,7 +238,7 @@ class LinMUTextModel(LinMUPreTrainedModel):
                         f"attention_mask of shape {tuple(mask.shape)} is not [batch, tokens]; M-MATE layers know "
                         "padding only, not arbitrary attention patterns"
                     )
-                mask = mask[:, -t:]
+                mask = mask[:, -t:].to(embeds.device)
             if t == 1 and vision_layout is None and past_key_values is not None:
                 layout = TextStep(None if mask is None else mask[:, 0])
             else:

@@ -37,14 +37,22 @@ def softmax_features(x: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
 def feature_directions(p: int, k: int) -> torch.Tensor:
     """Where W [p, k] starts: the coordinates themselves, then fixed random rotations of them."""
     generator = torch.Generator().manual_seed(0)
-    blocks = [torch.eye(p, device="cpu")]
+    blocks = [torch.eye(p, dtype=torch.float32, device="cpu")]
     while len(blocks) * p < k:
-        blocks.append(torch.linalg.qr(torch.randn(p, p, generator=generator, device="cpu")).Q)
+        blocks.append(torch.linalg.qr(torch.randn(p, p, generator=generator, dtype=torch.float32, device="cpu")).Q)
     return torch.cat(blocks, dim=1)[:, :k]
+
+
+# What is kept in float32 whatever the model is cast to: rounding a decay rate moves every later state.
+FP32_PARAMETERS = ("A_log", "dt_bias", "D")
 
 
 class ZeroLinear(nn.Linear):
     """A linear map that starts at zero: what it feeds does not depend on the token at first."""
+
+    def forward(self, x):
+        # a model in half precision may keep these small weights in float32
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
     def reset_new_parameters(self):
         init.zeros_(self.weight)
@@ -74,12 +82,28 @@ class ScanDirection(nn.Module):
             self.c_features = nn.Parameter(torch.empty(h, p, config.state_size // 2))
             self.b_features = nn.Parameter(torch.empty(g, p, config.state_size // 2))
         self.dt_proj = ZeroLinear(d, h, bias=False)
-        self.dt_bias = nn.Parameter(torch.empty(h))
-        self.A_log = nn.Parameter(torch.empty(h))
-        self.D = nn.Parameter(torch.empty(h))
+        precise = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        for name in FP32_PARAMETERS:
+            self.register_parameter(name, nn.Parameter(torch.empty(h, dtype=precise)))
         if config.conv_kernel > 1:
             # taps over x, B and C together, oldest token first, as in Mamba2
             self.conv_weight = nn.Parameter(torch.empty(config.conv_kernel, (h + 2 * g) * p))
+
+    def _apply(self, fn, recurse=True):
+        """`.to`, `.half`, `.cuda` and their like move `FP32_PARAMETERS` but never cast them below float32."""
+        parameters = [self.get_parameter(name) for name in FP32_PARAMETERS]
+        precise = [*parameters, *(parameter.grad for parameter in parameters if parameter.grad is not None)]
+
+        def apply(tensor):
+            result = fn(tensor)
+            if result.dtype.itemsize < 4 and any(tensor is one for one in precise):
+                return tensor.to(result.device, torch.float32)  # not back up from the rounded values
+            return result
+
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        return super()._apply(apply, recurse=False)
 
     def reset_new_parameters(self):
         """Sets the parameters that no teacher has: a convolution that does nothing, decays, step sizes, no skip."""
@@ -96,15 +120,22 @@ class ScanDirection(nn.Module):
             identity[-1] = 1.0
             init.copy_(self.conv_weight, identity)
 
+    def forward(self, scan, *args):
+        """
+        `scan(*args)`, which reads this module's parameters. It goes through the module's call, because that is where
+        accelerate brings in what a device_map left on disk, and DeepSpeed what it has sharded.
+        """
+        return scan(*args)
+
     def _initial_timescales(self):
         """Decay rates -A and step sizes of the heads."""
-        position = torch.linspace(0, 1, self.heads)
+        position = torch.linspace(0, 1, self.heads, dtype=self.A_log.dtype)
         if self.config.timescale_init == "mamba2":
             # Mamba2 draws A from 1 to 16 and dt log-uniformly from 0.001 to 0.1; spread evenly instead of drawn
             return 1 + 15 * position, torch.exp(math.log(1e-3) + (math.log(0.1) - math.log(1e-3)) * position.flip(0))
         shortest, longest = self.config.timescale_range
         half_life = shortest * (longest / shortest) ** position
-        return torch.ones(self.heads), math.log(2) / half_life
+        return torch.ones_like(position), math.log(2) / half_life
 
     def prepare(self, u, xbc, rope):
         """Splits the convolved [n, (2 g + h) p] into scan arguments: x, dt, A, B, C as in `ops/ssd.py`."""
@@ -150,7 +181,7 @@ def causal_conv(xbc, weight, segments, tail=None):
     lengths = torch.tensor(segments.lengths, device=device)
     first = lengths.cumsum(0) - lengths
     # each sequence is laid out behind its halo
-    shift = (torch.arange(1, m + 1, device=device) * halo).repeat_interleave(lengths)
+    shift = (torch.arange(1, m + 1, device=device) * halo).repeat_interleave(lengths, output_size=len(xbc))
     places = torch.arange(len(xbc), device=device) + shift
     padded = xbc.new_zeros(len(xbc) + m * halo, xbc.shape[1]).index_copy(0, places, xbc)
     heads = (first + torch.arange(m, device=device) * halo)[:, None] + torch.arange(halo, device=device)
@@ -209,10 +240,10 @@ class FlexMA(nn.Module):
             `torch.Tensor` of shape `[n, h * p]`: the branch before its output projection, in scan order.
         """
         x = self.x_proj(u)
-        y = self._scan_forward(u, x, rope, layout, cache_layer)
+        y = self.forward_scan(self._scan_forward, u, x, rope, layout, cache_layer)
         if layout.reverse is not None:
             vision = layout.scan_vision
-            y_reverse = self._scan_reverse(u, x, rope, layout)
+            y_reverse = self.reverse_scan(self._scan_reverse, u, x, rope, layout)
             gate = torch.sigmoid(self.gate_proj(u.index_select(0, vision))).view(len(vision), self.heads, -1)
             # Eq. 3; text rows have the forward direction alone
             mixed = gate * y.index_select(0, vision) + (1 - gate) * y_reverse
@@ -232,6 +263,9 @@ class FlexMA(nn.Module):
         Returns:
             `torch.Tensor` of shape `[b, h * p]`: the branch before its output projection.
         """
+        return self.forward_scan(self._step, u, rope, mask, cache_layer)
+
+    def _step(self, u, rope, mask, cache_layer):
         scan, b = self.forward_scan, len(u)
         xbc = torch.cat([self.x_proj(u), scan.b_proj(u), scan.c_proj(u)], dim=-1)
         tail, states = cache_layer.load()

@@ -10,6 +10,8 @@ from transformers import Cache
 from transformers.masking_utils import create_causal_mask
 
 from .cache import fitting_cache
+from .compat import MediaGeneration
+from .inputs import check_prompt
 
 
 MEDIA_KEYS = (
@@ -73,7 +75,7 @@ def chunk_sizes(vision_layout, length: int, chunk_size: int, reverse_scope: str 
     return [end - start for start, end in pairwise(ends)]
 
 
-class VisionLayoutGeneration:
+class VisionLayoutGeneration(MediaGeneration):
     """
     Hooks of `generate`. It encodes images first and then drops pixels and grids; what the decoder needs of them
     travels as the per-token `vision_layout`, computed together with the positions, before the drop.
@@ -83,8 +85,12 @@ class VisionLayoutGeneration:
     model: Any
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
-        text_positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         input_ids = model_kwargs.get("input_ids", inputs_tensor)
+        if "inputs_embeds" not in model_kwargs:
+            check_prompt(
+                self.model, input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+            )
+        text_positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         if input_ids.ndim != 2 or torch.is_floating_point(input_ids) or not input_ids.shape[1]:
             return text_positions
         cache = model_kwargs.get("past_key_values")
@@ -137,6 +143,7 @@ class VisionLayoutGeneration:
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
                 position_ids=position_ids if position_ids is None or position_ids.ndim == 2 else position_ids[0],
+                layer_idx=config.layer_types.index("full_attention"),
             )
         if "m_mate" in config.layer_types:
             masks["m_mate"] = attention_mask

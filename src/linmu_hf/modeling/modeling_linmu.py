@@ -6,11 +6,14 @@ import torch
 from torch import nn
 from transformers import Cache, GenerationMixin
 from transformers.modeling_outputs import ModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .cache import fitting_cache
 from .configuration_linmu import LinMUConfig
 from .decoder import LinMUModelOutput, LinMUPreTrainedModel, LinMUTextModel
 from .generation import VisionLayoutGeneration, next_positions, remember_positions
+from .inputs import check_forward, check_head_inputs, check_media, check_types
 from .packing import lengths_to_bounds, packed_lengths, unpack
 from .vision_qwen2_5_vl import Qwen2_5_VLVision, merged_grid_layout
 
@@ -23,6 +26,7 @@ class LinMUCausalLMOutput(ModelOutput):
     logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
     mixer_inputs: tuple[torch.Tensor, ...] | None = None
     mixer_outputs: tuple[torch.Tensor, ...] | None = None
 
@@ -74,8 +78,12 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
             `tuple[torch.LongTensor, torch.LongTensor | None]`: `position_ids` of shape `[3, b, t]` and `vision_layout`
             of shape `[b, t, 4]`, or `None` for text alone.
         """
+        input_ids = input_ids.long()
+        types = self.token_types(input_ids)
         if mm_token_type_ids is None:
-            mm_token_type_ids = self.token_types(input_ids)
+            mm_token_type_ids = types
+        elif input_ids.shape[1] > 1:
+            check_types(mm_token_type_ids, types, attention_mask)
         if attention_mask is not None:
             mm_token_type_ids = mm_token_type_ids * attention_mask.to(mm_token_type_ids.dtype)
         merge = self.config.vision_config.spatial_merge_size
@@ -85,6 +93,7 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
             else:
                 text = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
             return text.expand(3, -1, -1), None
+        check_media(mm_token_type_ids, attention_mask, merge, image_grid_thw, video_grid_thw, second_per_grid_ts)
         max_frames = self.config.text_config.max_span_frames
         layout = merged_grid_layout(mm_token_type_ids, image_grid_thw, video_grid_thw, merge, max_frames)
         # in a chunk of a longer prompt a row may be padding alone
@@ -100,6 +109,7 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
         )
         return positions, layout
 
+    @can_return_tuple
     def forward(
         self,
         input_ids=None,
@@ -117,13 +127,18 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
         vision_layout=None,
         use_cache=None,
         cu_seq_lens_q=None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> LinMUModelOutput:
         """
         Takes what the Qwen2.5-VL processor returns. `position_ids` and `vision_layout` are derived when absent; with a
         cache, ids, pixels and grids are those of the new tokens. Several sequences packed into one row, whose media
         follow in the same order, are told apart by `cu_seq_lens_q` or by text positions that begin anew.
         """
+        check_forward(
+            self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, vision_layout,
+            mm_encoder_outputs, pixel_values=pixel_values, pixel_values_videos=pixel_values_videos,
+            image_grid_thw=image_grid_thw, video_grid_thw=video_grid_thw, mm_token_type_ids=mm_token_type_ids,
+        )  # fmt: skip
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         packed = packed_lengths(inputs_embeds, attention_mask, position_ids, past_key_values, cu_seq_lens_q)
@@ -131,9 +146,12 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
         if use_cache and packed is None:
             past_key_values = fitting_cache(past_key_values, self.config.text_config)
         has_grids = image_grid_thw is not None or video_grid_thw is not None
-        if input_ids is not None and vision_layout is None and (position_ids is None or has_grids):
+        if vision_layout is None and (position_ids is None or has_grids):
+            ids = input_ids
+            if ids is None:
+                ids = self._placeholder_ids(inputs_embeds, mm_token_type_ids, has_grids)
             derived, vision_layout = self._new_positions(
-                input_ids, attention_mask, past_key_values, packed,
+                ids, attention_mask, past_key_values, packed,
                 image_grid_thw=image_grid_thw, video_grid_thw=video_grid_thw,
                 second_per_grid_ts=second_per_grid_ts, mm_token_type_ids=mm_token_type_ids,
             )  # fmt: skip
@@ -161,8 +179,20 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
             vision_layout=vision_layout,
             use_cache=use_cache,
             cu_seq_lens_q=cu_seq_lens_q if packed is None else lengths_to_bounds(packed, inputs_embeds.device),
+            return_dict=True,
             **kwargs,
         )
+
+    def _placeholder_ids(self, inputs_embeds, mm_token_type_ids, has_grids):
+        """Ids `[b, t]` that are right at the placeholders, known by their types or embeddings; 0 elsewhere."""
+        ids = inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long)
+        if mm_token_type_ids is None and not has_grids:
+            return ids
+        if mm_token_type_ids is None:
+            image, video = (places[..., 0] for places in self.get_placeholder_mask(None, inputs_embeds))
+        else:
+            image, video = mm_token_type_ids == 1, mm_token_type_ids == 2
+        return ids.masked_fill(image, self.config.image_token_id).masked_fill(video, self.config.video_token_id)
 
     def _new_positions(self, input_ids, attention_mask, past_key_values, packed=None, **vision):
         """`get_positions` of the new tokens, behind what the cache has seen."""
@@ -267,6 +297,7 @@ class LinMUForConditionalGeneration(VisionLayoutGeneration, LinMUPreTrainedModel
     def get_video_features(self, pixel_values_videos, video_grid_thw=None, **kwargs):
         return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -285,10 +316,9 @@ class LinMUForConditionalGeneration(VisionLayoutGeneration, LinMUPreTrainedModel
         mm_encoder_outputs: dict | None = None,
         vision_layout: torch.LongTensor | None = None,
         cu_seq_lens_q: torch.IntTensor | None = None,
-        output_hidden_states: bool | None = None,
         output_mixer_states: bool = False,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> LinMUCausalLMOutput:
         """
         Args:
@@ -301,6 +331,7 @@ class LinMUForConditionalGeneration(VisionLayoutGeneration, LinMUPreTrainedModel
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): Last positions (0: all), or an index
                 into the positions, for which logits are computed.
         """
+        check_head_inputs(input_ids, inputs_embeds, self.config.text_config.vocab_size, labels, logits_to_keep)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -317,8 +348,9 @@ class LinMUForConditionalGeneration(VisionLayoutGeneration, LinMUPreTrainedModel
             vision_layout=vision_layout,
             use_cache=use_cache,
             cu_seq_lens_q=cu_seq_lens_q,
-            output_hidden_states=output_hidden_states,
             output_mixer_states=output_mixer_states,
+            return_dict=True,
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
@@ -332,6 +364,7 @@ class LinMUForConditionalGeneration(VisionLayoutGeneration, LinMUPreTrainedModel
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
             mixer_inputs=outputs.mixer_inputs,
             mixer_outputs=outputs.mixer_outputs,
         )

@@ -5,7 +5,7 @@ span among the span's own positions; text and separators stay. The layout is bui
 per-token coordinates and handed to every layer.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -42,6 +42,10 @@ class Windows:
     groups: tuple[torch.Tensor, ...]
     slots: torch.Tensor
 
+    def to(self, device, **kwargs) -> "Windows":
+        """The same on another device; further arguments as for `torch.Tensor.to`."""
+        return Windows(_moved(self.groups, device, kwargs), self.slots.to(device, **kwargs))
+
 
 @dataclass(frozen=True)
 class TokenLayout:
@@ -72,6 +76,16 @@ class TokenLayout:
     reverse_segments: Segments | None = None
     reverse_slots: torch.Tensor | None = None
     windows: dict[bool, Windows] | None = None
+
+    def to(self, device, **kwargs) -> "TokenLayout":
+        """
+        The same on another device, for models whose layers lie on several; further arguments as for `torch.Tensor.to`.
+        """
+        if next(iter(self.orders.values())).device == torch.device(device):
+            return self
+        return replace(
+            self, **{field.name: _moved(getattr(self, field.name), device, kwargs) for field in fields(self)}
+        )
 
     @classmethod
     def build(
@@ -136,6 +150,15 @@ class TokenLayout:
             batch, segments, orders, rows, vision, scan_vision, reverse, Segments.build(reverse_lengths, device),
             place[scan_vision], windows,
         )  # fmt: skip
+
+
+def _moved(value, device, kwargs):
+    """What lies in a layout, on another device."""
+    if isinstance(value, dict):
+        return {key: _moved(item, device, kwargs) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_moved(item, device, kwargs) for item in value)
+    return value.to(device, **kwargs) if hasattr(value, "to") else value
 
 
 def _sort_key(columns: list[torch.Tensor]) -> torch.Tensor:

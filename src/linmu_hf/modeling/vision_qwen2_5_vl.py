@@ -6,6 +6,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLModel,
 )
 
+from .inputs import check_pixels
+
 
 class Qwen2_5_VLVision:
     """The vision methods of [`LinMUModel`], taken over from Transformers' model as they are."""
@@ -14,9 +16,18 @@ class Qwen2_5_VLVision:
 
     get_rope_index = Qwen2_5_VLModel.get_rope_index
     get_vision_position_ids = Qwen2_5_VLModel.get_vision_position_ids
-    get_image_features = Qwen2_5_VLModel.get_image_features
-    get_video_features = Qwen2_5_VLModel.get_video_features
     get_placeholder_mask = Qwen2_5_VLModel.get_placeholder_mask
+
+    def get_image_features(self, pixel_values, image_grid_thw=None, **kwargs):
+        if not torch.compiler.is_compiling():
+            check_pixels("pixel_values", pixel_values, "image_grid_thw", image_grid_thw, self.config.vision_config)
+        return Qwen2_5_VLModel.get_image_features(self, pixel_values, image_grid_thw, **kwargs)
+
+    def get_video_features(self, pixel_values_videos, video_grid_thw=None, **kwargs):
+        if not torch.compiler.is_compiling():
+            vision = self.config.vision_config
+            check_pixels("pixel_values_videos", pixel_values_videos, "video_grid_thw", video_grid_thw, vision)
+        return Qwen2_5_VLModel.get_video_features(self, pixel_values_videos, video_grid_thw, **kwargs)
 
 
 def merged_grid_layout(

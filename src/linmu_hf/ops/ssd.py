@@ -14,7 +14,7 @@ which are never repeated in memory. Tokens of all sequences lie packed behind on
 sequence begins, and states never cross from one segment to the next.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -74,6 +74,11 @@ class Segments:
         slots = (first_of_step[step] + rank.repeat_interleave(length)) * chunk_size + position % chunk_size
         in_order = longest_first == list(range(len(chunks)))
         return cls(lengths, chunk_size, steps, None if in_order else rank, slots)
+
+    def to(self, device, **kwargs) -> "Segments":
+        """The same with its tensors on another device; further arguments as for `torch.Tensor.to`."""
+        rank, slots = (t if t is None else t.to(device, **kwargs) for t in (self.rank, self.slots))
+        return replace(self, rank=rank, slots=slots)
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -1,0 +1,99 @@
+"""The tiny models and batches on which Transformers' mixins are run."""
+
+import torch
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+
+from linmu_hf import LinMUConfig, LinMUForConditionalGeneration, LinMUModel, LinMUTextConfig, LinMUTextModel
+
+
+PAD, BOS, EOS = 0, 1, 2
+# The mixins draw text below 5 and cut high ids off, so placeholders are low ids, and text begins behind them.
+IMAGE, VIDEO, START, END, FIRST_WORD = 5, 6, 7, 8, 9
+VOCABULARY = 99
+GRID = (1, 4, 6)  # patches of every image; 2 x 2 of them are merged into one token
+IMAGE_TOKENS = 6
+
+
+class TextTester:
+    """Makes [`LinMUTextModel`] and batches of text, under the attribute names that the mixins look up."""
+
+    base_model_class = LinMUTextModel
+    causal_lm_class = None
+    is_training = False
+    batch_size, seq_length = 3, 11
+    hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads = 32, 2, 4, 2
+    vocab_size = VOCABULARY
+
+    def __init__(self, parent, layer_types=("m_mate", "m_mate")):
+        self.parent, self.layer_types = parent, list(layer_types)
+
+    def get_config(self):
+        return LinMUTextConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=self.hidden_size,
+            intermediate_size=48,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            max_position_embeddings=512,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+            timescale_range=[2.0, 200.0],
+            window_size=[2, 2, 2],
+            image_window_size=[1, 2, 2],
+            layer_types=self.layer_types,
+            pad_token_id=PAD,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+        )
+
+    def prepare_config_and_inputs_for_common(self):
+        ids = torch.randint(FIRST_WORD, VOCABULARY, (self.batch_size, self.seq_length))
+        return self.get_config(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+class VisionTextTester(TextTester):
+    """Makes [`LinMUForConditionalGeneration`] and batches with one image a row."""
+
+    base_model_class = LinMUModel
+    conditional_generation_class = LinMUForConditionalGeneration
+    is_training = True
+    seq_length = IMAGE_TOKENS + 7
+
+    def get_config(self):
+        return LinMUConfig(
+            text_config=super().get_config(),
+            vision_config=Qwen2_5_VLVisionConfig(
+                depth=2,
+                hidden_size=32,
+                intermediate_size=24,
+                num_heads=2,
+                patch_size=2,
+                spatial_merge_size=2,
+                temporal_patch_size=2,
+                window_size=8,
+                fullatt_block_indexes=[0],
+                out_hidden_size=self.hidden_size,
+                tokens_per_second=2,
+            ),
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            vision_start_token_id=START,
+            vision_end_token_id=END,
+        )
+
+    def prepare_config_and_inputs_for_common(self):
+        config, inputs = self.get_config(), super().prepare_config_and_inputs_for_common()[1]
+        ids = inputs["input_ids"]
+        ids[:, 2], ids[:, 3 : 3 + IMAGE_TOKENS], ids[:, 3 + IMAGE_TOKENS] = START, IMAGE, END
+        return config, with_images(inputs)
+
+
+def with_images(inputs):
+    """The batch with an image for every row that has placeholders."""
+    images = int((inputs["input_ids"] == IMAGE).any(1).sum())
+    patches = torch.rand(images * GRID[0] * GRID[1] * GRID[2], 3 * 2 * 2 * 2)  # channels, frames, height, width
+    return inputs | {
+        "pixel_values": patches,
+        "image_grid_thw": torch.tensor([GRID] * images),
+        "mm_token_type_ids": (inputs["input_ids"] == IMAGE).int(),
+    }

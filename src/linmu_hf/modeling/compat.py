@@ -1,0 +1,71 @@
+"""What the Transformers minors of the supported range do differently, told by a feature and never by a version."""
+
+import torch
+from transformers import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+
+_PIXELS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
+
+
+class MediaGeneration:
+    """
+    Images and videos on their way through `generate`, the same in every minor: encoded once, before prefill, which
+    5.17 does not do; repeated for beams sample by sample, where 5.18 mixes up the images of a sample.
+    """
+
+    def _expand_inputs_for_generation(
+        self, expand_size=1, is_encoder_decoder=False, input_ids=None, *, mm_encoder_outputs=None, **model_kwargs
+    ):
+        media = dict(mm_encoder_outputs or {})
+        if not hasattr(GenerationMixin, "_prepare_multimodal_encoder_kwargs_for_generation"):
+            for kind, names in _PIXELS.items():
+                pixels, grid = (model_kwargs.pop(name, None) for name in names)
+                if pixels is not None:
+                    media[kind] = getattr(self, f"get_{kind}_features")(pixels, grid, return_dict=True)
+        for kind in media if expand_size > 1 else ():
+            token = getattr(self.config, f"{kind}_token_id")
+            counts = self._count_new(token, input_ids, **model_kwargs)
+            features = repeat_by_sample(media[kind].pooler_output, counts, expand_size)
+            media[kind] = BaseModelOutputWithPooling(pooler_output=features)
+        position_ids = model_kwargs.pop("position_ids", None)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if position_ids is not None:  # [b, t] or [4, b, t]
+            model_kwargs["position_ids"] = position_ids.repeat_interleave(expand_size, dim=-2)
+        return input_ids, {**model_kwargs, "mm_encoder_outputs": media}
+
+    def _count_new(self, token, input_ids=None, inputs_embeds=None, vision_layout=None, **kwargs):
+        """How often each sample has a token that no cache has read; without ids, how often its embedding."""
+        if input_ids is None or not input_ids.numel():
+            embedding = self.get_input_embeddings()(torch.tensor(token, device=inputs_embeds.device))
+            return (inputs_embeds == embedding).all(-1).sum(-1).tolist()
+        places = input_ids == token
+        if vision_layout is not None:
+            places &= vision_layout[:, -input_ids.shape[1] :, 0] >= 0
+        return places.sum(-1).tolist()
+
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            kwargs.pop("mm_encoder_outputs", None)
+        return super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+
+
+def repeat_by_sample(features, counts: list[int], times: int) -> list[torch.Tensor]:
+    """
+    The features of every sample `times` times in a row: for samples with media [A, B] and [C] and two beams
+    A, B, A, B, C, C.
+
+    Args:
+        features (`Sequence[torch.Tensor]`): For every medium of the batch `[n, d]`.
+        counts (`list[int]`): Tokens of media in every sample.
+        times (`int`): Beams, or sequences to return.
+    """
+    repeated, media = [], iter(features)
+    for count in counts:
+        own: list[torch.Tensor] = []
+        while sum(map(len, own)) < count:
+            own.append(next(media))
+        repeated += own * times
+    return repeated
