@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 RUNS ?= runs
 
-.PHONY: quickstart testbed-full check-teacher test conformance test-matrix kernels-check lint format typecheck clean
+.PHONY: quickstart testbed-full check-teacher bench-cpu test conformance test-matrix kernels-check lint format typecheck clean
 
 quickstart: $(READY)
 	$(BIN)/python -m linmu_hf.testbed.quickstart --output $(RUNS)/quickstart $(ARGS)
@@ -14,6 +14,12 @@ testbed-full: $(READY)
 
 check-teacher: $(READY)
 	$(BIN)/python -m linmu_hf.testbed.check_teacher $(ARGS)
+
+# glibc hands large tensors back to the system when they are freed and then pays for every page again: it is told to
+# keep them.
+bench-cpu: $(READY)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 \
+		$(BIN)/python benchmarks/cpu.py --json $(RUNS)/bench-cpu.json
 
 # One thread per worker: two workers on two cores beat one worker with two threads.
 test: $(READY)

@@ -4,11 +4,12 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from linmu_hf.ops import backends
 from linmu_hf.ops import ssd as ssd_module
 from linmu_hf.ops.ssd import BACKENDS, ENVIRONMENT, Segments, choose_backend, ssd, ssd_step
-from linmu_hf.ops.ssd_torch import ssd_chunked, ssd_recurrence, ssd_streaming
+from linmu_hf.ops.ssd_torch import _pieces, ssd_chunked, ssd_recurrence, ssd_streaming
 
 
 LENGTHS = [(1,), (63,), (64,), (65,), (200,), (1, 63, 64, 65, 200), (64, 64), (1, 1, 1)]
@@ -18,6 +19,8 @@ FAST = {
     "chunked": ssd_chunked,
     "streaming": ssd_streaming,
     "streaming in pieces of 48": partial(ssd_streaming, piece=48),
+    "pieces of 200": partial(ssd_chunked, piece=200),
+    "one piece": partial(ssd_chunked, piece=10**6),
 }
 
 
@@ -129,6 +132,111 @@ def test_decays_over_a_thousand_tokens_stay_finite(form):
     assert all(value.isfinite().all() for value in result.values())
     expected = run(ssd_recurrence, inputs, (1100,))
     assert_same(result, expected, rtol=1e-4)
+
+
+# decay of one token, as powers of e: nothing at all, underflow within a chunk, underflow in one step, overflow of the
+# sum of a chunk's steps taken in the wrong direction
+DECAYS = {"none": 0.0, "slow": 1e-6, "exp(-64 x 2)": 2.0, "exp(-90)": 90.0, "exp(-1000)": 1000.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("decay", DECAYS.values(), ids=DECAYS)
+@pytest.mark.parametrize("form", FAST.values(), ids=FAST)
+def test_extreme_decays(form, decay, dtype):
+    """Values and gradients, of each head by itself: a head that remembers must not hide one that forgets."""
+    lengths = (130, 70)
+    inputs = make(lengths, (2, 2, 1), dtype=torch.float64)
+    with torch.no_grad():
+        inputs["dt"].fill_(1.0)
+        inputs["A"].copy_(torch.tensor([-decay, -decay / 2]))
+    expected = run(ssd_recurrence, inputs, lengths)
+    actual = run(form, {name: t.detach().to(dtype).requires_grad_() for name, t in inputs.items()}, lengths)
+    # what fp32 cannot hold is to be zero
+    expected = {name: value.to(dtype) for name, value in expected.items()}
+    assert_same(actual, expected, rtol={torch.float64: 1e-10, torch.float32: 2e-5}[dtype])
+
+
+@pytest.mark.parametrize("form", FAST.values(), ids=FAST)
+def test_decays_of_every_kind_in_one_chunk(form):
+    """A token that wipes the state out between tokens that keep it, step sizes of zero among them."""
+    lengths = (150,)
+    inputs = make(lengths, (2, 2, 1))
+    with torch.no_grad():
+        inputs["dt"][::7] = 0.0
+        inputs["dt"][::10] = 50.0
+        inputs["A"].copy_(torch.tensor([-4.0, -0.01]))
+    expected = run(ssd_recurrence, inputs, lengths)
+    assert_same(run(form, inputs, lengths), expected)
+
+
+@pytest.mark.parametrize("form", FAST.values(), ids=FAST)
+def test_the_gradient_of_a_decay_that_leaves_nothing_is_nothing(form):
+    """What a token adds to its own output does not decay; rounding there must not look like a gradient."""
+    inputs = make((100,), (1, 1, 1), states=False, dtype=torch.float32)
+    with torch.no_grad():
+        inputs["dt"].fill_(1.0)
+        inputs["A"].fill_(-200.0)
+    assert run(form, inputs, (100,))["d A"].abs().max() < 1e-30
+
+
+@pytest.mark.parametrize("form", FAST.values(), ids=FAST)
+def test_only_some_gradients_are_asked_for(form):
+    inputs = make((70,))
+    expected = run(ssd_recurrence, inputs, (70,))
+    segments = Segments.build((70,))
+    for name in inputs:
+        alone = {key: tensor.detach().requires_grad_(key == name) for key, tensor in inputs.items()}
+        y, finals = form(segments=segments, **alone)
+        generator = torch.Generator().manual_seed(1)
+        loss = sum((t * torch.randn(t.shape, generator=generator).to(t)).sum() for t in (y, finals))
+        loss.backward()
+        torch.testing.assert_close(alone[name].grad, expected[f"d {name}"])
+
+
+@pytest.mark.parametrize("form", FAST.values(), ids=FAST)
+def test_gradient_of_the_states_alone(form):
+    inputs = make((70, 5))
+    grads = [
+        torch.autograd.grad(scan(segments=Segments.build((70, 5)), **inputs)[1].square().sum(), inputs["x"])[0]
+        for scan in (form, ssd_recurrence)
+    ]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("steps", [(1,), (3, 1, 1), (5,), (4, 4, 2), (7, 3, 3, 1)], ids=str)
+@pytest.mark.parametrize("most", [1, 2, 3, 100])
+def test_pieces_cover_the_chunks_in_their_order(steps, most):
+    pieces = _pieces(steps, most)
+    visited = [(row.start, row.stop) for piece in pieces for row in piece]
+    assert all(0 < sum(row.stop - row.start for row in piece) <= most for piece in pieces)
+    segments = [segment for start, stop in visited for segment in range(start, stop)]
+    assert segments == [segment for count in steps for segment in range(count)]
+
+
+def test_memory_between_inputs_and_outputs_does_not_grow():
+    """Apart from those with a value for every token, the largest tensor is the same at four times the length."""
+    sizes = {}
+    for n in (16384, 32768):
+        inputs = make((n,), (2, 2, 2), 3, 3, states=False, dtype=torch.float32)
+        segments = Segments.build((n,), chunk_size=64)
+        with Largest(below=n * 2) as watch, torch.no_grad():
+            ssd_chunked(segments=segments, piece=128, **inputs)
+        sizes[n] = watch.largest
+    assert sizes[16384] == sizes[32768] > 0
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest new tensor that is smaller than the step sizes."""
+
+    def __init__(self, below):
+        super().__init__()
+        self.below, self.largest = below, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out._base is None and out.numel() < self.below:
+            self.largest = max(self.largest, out.numel())
+        return out
 
 
 def test_step_is_the_recurrence():

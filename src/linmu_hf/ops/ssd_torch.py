@@ -1,4 +1,4 @@
-"""The selective scan in plain PyTorch: the recurrence (the truth), its chunked form, and the streaming form.
+"""The selective scan in plain PyTorch: the recurrence (the truth) and its chunked form.
 
 Contract and glossary: `ssd.py`. Inside a chunk (l and r count its tokens, c counts chunks), with a_l the running sum
 of dt * A, the chunked form is
@@ -7,9 +7,20 @@ of dt * A, the chunked form is
     2. state of the chunk   S_c  = sum_r exp(a_end - a_r) dt_r x_r B_r^T
     3. from chunk to chunk  h_c  = exp(a_end) h_{c-1} + S_c
     4. from before          y_l += exp(a_l) C_l . h_{c-1}
+
+Chunks are worked through in pieces. On a CPU a piece is what its cache holds, and every tensor between the inputs and
+y is as small as that; the backward pass computes them again, piece by piece.
 """
 
+import math
+from typing import NamedTuple
+
 import torch
+from torch.autograd.function import once_differentiable
+
+
+# Bytes between the inputs and y of one piece: about the second-level cache of one core.
+CACHE_BYTES = 2**21
 
 
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -37,91 +48,239 @@ def ssd_recurrence(x, dt, A, B, C, segments, initial_states=None):
     return torch.stack(outputs).to(x.dtype), torch.stack(finals)
 
 
-def ssd_chunked(x, dt, A, B, C, segments, initial_states=None):
-    """All chunks at once as batched matrix products; only step 3 walks along the chunks."""
-    dtype, out_dtype = _compute_dtype(x), x.dtype
-    (_, g, p), s, h, k = x.shape, dt.shape[-1], C.shape[1], B.shape[-1]
-    r, q, size = s // g, h // s, segments.chunk_size
+def ssd_chunked(x, dt, A, B, C, segments, initial_states=None, piece: int | None = None):
+    """
+    The chunked form as batched matrix products.
 
-    x, dt, B, C = (_to_chunks(tensor.to(dtype), segments) for tensor in (x, dt, B, C))
-    c = x.shape[0]
-    x = x.transpose(1, 2)  # [c, g, l, p]
-    B = B.transpose(1, 2)  # [c, g, l, k]
-    C = C.view(c, size, g, r, q, k).permute(0, 2, 3, 4, 1, 5)  # [c, g, r, q, l, k]
-    dt = dt.transpose(1, 2)  # [c, s, l]
-    a = torch.cumsum(dt * A.to(dtype)[:, None], dim=-1)  # [c, s, l]
+    Args:
+        piece (`int`, *optional*): Most tokens of a piece; at least one chunk is taken. By default what fits into the
+            cache on a CPU, and everything at once elsewhere.
+    """
+    dtype, out_dtype, rank = _compute_dtype(x), x.dtype, segments.rank
+    (n, _, p), s, (h, k) = x.shape, dt.shape[-1], C.shape[1:]
+    size = segments.chunk_size
+    if piece is None:
+        per_chunk = dtype.itemsize * (size * h * (k + 2 * size + p) + 2 * s * p * k)
+        piece = size * (CACHE_BYTES // per_chunk) if x.device.type == "cpu" else n + size * len(segments)
+    if initial_states is not None:
+        initial_states = initial_states.to(dtype)
+        if rank is not None:
+            initial_states = torch.zeros_like(initial_states).index_copy(0, rank, initial_states)
+    chunks = [_to_chunks(tensor.to(dtype), segments) for tensor in (x, dt, B, C)]
+    y, finals = _Scan.apply(
+        *chunks, A.to(dtype), initial_states, len(segments), _pieces(segments.steps, max(piece // size, 1))
+    )
+    y = y.flatten(0, 1)
+    if segments.slots is not None:
+        y = y[:n] if len(segments) == 1 else y.index_select(0, segments.slots)
+    return y.to(out_dtype), finals if rank is None else finals.index_select(0, rank)
 
-    # 1. within the chunk
-    later = torch.ones(size, size, dtype=torch.bool, device=x.device).triu(1)
-    weights = (a[..., :, None] - a[..., None, :]).masked_fill(later, -torch.inf).exp() * dt[..., None, :]
-    scores = (C.reshape(c, g, r * q * size, k) @ B.transpose(-1, -2)).view(c, g, r, q, size, size)
-    scores = scores * weights.view(c, g, r, 1, size, size)
-    y = scores.view(c, g, r * q * size, size) @ x  # [c, g, r q l, p]
 
-    # 2. state of the chunk
-    to_end = (a[..., -1:] - a).exp() * dt  # [c, s, l]
-    x_weighted = x.transpose(-1, -2)[:, :, None] * to_end.view(c, g, r, 1, size)  # [c, g, r, p, l]
-    chunk_states = (x_weighted.reshape(c, g, r * p, size) @ B).view(c, s, p, k)
-
-    # 3. from chunk to chunk
-    before, finals = _pass_states(chunk_states, a[..., -1].exp(), segments, initial_states)
-
-    # 4. from before
-    if before is not None:
-        from_before = C.reshape(c, s, q * size, k) @ before.transpose(-1, -2)  # [c, s, q l, p]
-        from_before = from_before.view(c, s, q, size, p) * a.exp()[:, :, None, :, None]
-        y = y.view(c, s, q, size, p) + from_before
-
-    y = y.view(c, h, size, p).transpose(1, 2).reshape(c * size, h, p)
-    y = y if segments.slots is None else y.index_select(0, segments.slots)
-    return y.to(out_dtype), finals
+def ssd_streaming(x, dt, A, B, C, segments, initial_states=None, piece: int = 1024):
+    """The chunked form in pieces of at most about `piece` tokens: memory beside inputs and y does not grow."""
+    return ssd_chunked(x, dt, A, B, C, segments, initial_states, piece)
 
 
 def _to_chunks(tensor, segments):
     """[n, ...] -> [c, chunk_size, ...], segments padded with zeros to whole chunks (dt = 0 leaves states alone)."""
     if segments.slots is not None:
-        padded = tensor.new_zeros(sum(segments.steps) * segments.chunk_size, *tensor.shape[1:])
-        tensor = padded.index_copy(0, segments.slots, tensor)
+        padding = sum(segments.steps) * segments.chunk_size - len(tensor)
+        if len(segments) == 1:
+            tensor = torch.cat([tensor, tensor.new_zeros(padding, *tensor.shape[1:])])
+        else:
+            padded = tensor.new_zeros(len(tensor) + padding, *tensor.shape[1:])
+            tensor = padded.index_copy(0, segments.slots, tensor)
     return tensor.reshape(-1, segments.chunk_size, *tensor.shape[1:])
 
 
-def _pass_states(chunk_states, decays, segments, initial_states):
+def _pieces(steps, most: int) -> list[list[slice]]:
     """
-    States before each chunk and after each segment, from the chunks' own states [c, s, p, k] and decays [c, s].
+    Pieces of at most `most` chunks in their order, each a list of steps: the segments whose states a step changes.
 
-    Step i handles the i-th chunk of every segment that has one. The state before is `None` if it is zero everywhere.
+    >>> _pieces((3, 1, 1), 2)
+    [[slice(0, 2)], [slice(2, 3)], [slice(0, 1), slice(0, 1)]]
     """
-    m, steps, rank = len(segments), segments.steps, segments.rank
-    if initial_states is None and len(steps) == 1:
-        return None, chunk_states if rank is None else chunk_states[rank]
-    if initial_states is None:
-        state = chunk_states.new_zeros(m, *chunk_states.shape[1:])
-    else:
-        state = initial_states.to(chunk_states)
-        state = state if rank is None else torch.zeros_like(state).index_copy(0, rank, state)
-    before, finals = [], []
-    for own, decay, going_on in zip(chunk_states.split(steps), decays.split(steps), (*steps[1:], 0), strict=True):
-        before.append(state)
-        state = torch.addcmul(own, state, decay[..., None, None])
-        state, finished = state.split((going_on, len(state) - going_on))
-        finals.append(finished)
-    finals = torch.cat(finals[::-1])
-    return torch.cat(before), finals if rank is None else finals[rank]
+    pieces: list[list[slice]] = []
+    room = 0
+    for count in steps:
+        first = 0
+        while first < count:
+            if not room or (first == 0 and count > room):
+                pieces.append([])
+                room = most
+            taken = min(count - first, room)
+            pieces[-1].append(slice(first, first + taken))
+            first, room = first + taken, room - taken
+    return pieces
 
 
-def ssd_streaming(x, dt, A, B, C, segments, initial_states=None, piece: int = 1024):
-    """Chunked pieces of every segment one after the other, carrying the states: constant memory."""
-    if initial_states is None:
-        shape = (len(segments), dt.shape[-1], x.shape[-1], B.shape[-1])
-        initial_states = x.new_zeros(shape, dtype=_compute_dtype(x))
-    outputs, finals, start = [], [], 0
-    for state, length in zip(initial_states, segments.lengths, strict=True):
-        state = state[None]
-        for begin in range(start, start + length, piece):
-            rows = slice(begin, min(begin + piece, start + length))
-            part = type(segments).build([rows.stop - rows.start], x.device)
-            y, state = ssd_chunked(x[rows], dt[rows], A, B[rows], C[rows], part, state)
-            outputs.append(y)
-        finals.append(state)
-        start += length
-    return torch.cat(outputs), torch.cat(finals)
+class _Decays(NamedTuple):
+    """
+    Decays of every chunk, token and state head, [c, s, l]; powers of two, which are faster than powers of e.
+
+    Args:
+        a (`torch.Tensor`): Running sum of dt A log2(e) within the chunk.
+        written (`torch.Tensor`): a_r - log2(dt_r), so that 2^(a_l - written_r) = exp(dt A ...) dt_r.
+        start, end (`torch.Tensor`): Decay from the start of the chunk to the token, and from the token to the end.
+        dt (`torch.Tensor`): Step sizes.
+    """
+
+    a: torch.Tensor
+    written: torch.Tensor
+    start: torch.Tensor
+    end: torch.Tensor
+    dt: torch.Tensor
+
+    @classmethod
+    def build(cls, dt, A) -> "_Decays":
+        dt = dt.transpose(1, 2).contiguous()
+        a = torch.cumsum(dt * (A * math.log2(math.e))[:, None], dim=-1)
+        return cls(a, a - dt.log2(), a.exp2(), (a[..., -1:] - a).exp2_(), dt)
+
+    def of(self, chunks: slice) -> "_Decays":
+        return _Decays(*(tensor[chunks] for tensor in self))
+
+
+def _between(a, written):
+    """2^(a_l - written_r), [c, s, 1, l, r], zero for r > l; there it would be as large as it likes."""
+    return (a[:, :, None, :, None] - written[:, :, None, None, :]).exp2_().tril_()
+
+
+def _weighted(x, weights, groups: int):
+    """x [c g, l, p] times [c, s, l] -> [c g, l, r p]"""
+    size = weights.shape[-1]
+    weights = weights.view(groups, -1, size).transpose(1, 2).contiguous()
+    return (x[:, :, None] * weights[..., None]).view(groups, size, -1)
+
+
+def _by_head(tensor, groups: int):
+    """[c, l, heads, d] -> [c g, (heads / g) l, d]"""
+    return tensor.transpose(1, 2).reshape(groups, -1, tensor.shape[-1])
+
+
+class _Scan(torch.autograd.Function):
+    """
+    Chunks [c, l, ...] in the order of `Segments` -> y [c, l, h, p] and final states [m, s, p, k].
+
+    In a piece of c chunks, with s = g r state heads and h = s q query heads: x [c g, l, p], B [c g, l, k],
+    C and y [c g, r q l, k or p].
+    """
+
+    @staticmethod
+    def forward(ctx, x, dt, B, C, A, initial, m, pieces):
+        (c, size, g, p), s, (h, k) = x.shape, dt.shape[-1], C.shape[2:]
+        states = x.new_zeros(m, s, p, k) if initial is None else initial.clone()
+        y = x.new_empty(c, size, h, p)
+        all_decays, befores, start = _Decays.build(dt, A), [], 0
+        for piece in pieces:
+            now = slice(start, start + sum(step.stop - step.start for step in piece))
+            start, count = now.stop, now.stop - now.start
+            decays = all_decays.of(now)
+            x_now, B_now, C_now = (_by_head(tensor[now], count * g) for tensor in (x, B, C))
+            # 2. state of the chunk
+            own = torch.bmm(_weighted(x_now, decays.end * decays.dt, count * g).transpose(1, 2), B_now)
+            # 3. from chunk to chunk
+            own, at = own.view(count, s, p, k), 0
+            before = torch.empty_like(own)
+            for step in piece:
+                chunks = slice(at, at + step.stop - step.start)
+                at = chunks.stop
+                before[chunks] = states[step]
+                torch.addcmul(own[chunks], before[chunks], decays.start[chunks, :, -1:, None], out=states[step])
+            # 1. within the chunk
+            scores = torch.bmm(C_now, B_now.transpose(1, 2))
+            scores.view(count, s, -1, size, size).mul_(_between(decays.a, decays.written))
+            # 4. from before; nothing was before the first chunks
+            fresh = min(max(m - now.start, 0), count) if initial is None else 0
+            out = x.new_empty(count * s, h // s * size, p)
+            out[: fresh * s] = 0
+            read = C_now.view(count * s, -1, k)[fresh * s :], before.view(-1, p, k)[fresh * s :].transpose(1, 2)
+            torch.bmm(*read, out=out[fresh * s :])
+            out.view(count, s, -1, size, p).mul_(decays.start[:, :, None, :, None])
+            out = out.view(count * g, -1, p).baddbmm_(scores, x_now)
+            y[now] = out.view(count, h, size, p).transpose(1, 2)
+            if any(ctx.needs_input_grad):
+                befores.append(before)
+        ctx.save_for_backward(x, dt, B, C, A, *befores)
+        ctx.pieces, ctx.from_zero = pieces, initial is None
+        return y, states
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y, grad_states):
+        x, dt, B, C, A, *befores = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            d_states = grad_states.clone()  # carried from the last chunks to the first
+            all_decays = _Decays.build(dt, A)
+            dx, dB, dC = (torch.empty_like(tensor) for tensor in (x, B, C))
+            ddt, d_logs = (torch.empty_like(all_decays.dt) for _ in range(2))
+            stop = len(x)
+            for piece, before in zip(reversed(ctx.pieces), reversed(befores), strict=True):
+                now = slice(stop - len(before), stop)
+                stop = now.start
+                dx[now], ddt[now], dB[now], dC[now], d_logs[now] = _backward_piece(
+                    x[now], all_decays.of(now), B[now], C[now], grad_y[now], before, d_states, piece
+                )
+            dA = (d_logs * all_decays.dt).sum((0, 2))
+            ddt += d_logs * A[:, None]
+        return dx, ddt.transpose(1, 2), dB, dC, dA, None if ctx.from_zero else d_states, None, None
+
+
+def _backward_piece(x, decays, B, C, d_out, before, d_states, piece):
+    """
+    Gradients of one piece: of x, dt [c, s, l], B, C and the log decays dt A [c, s, l]; `d_states` goes on.
+
+    The decay of token j stands between every pair r < j <= l. Its gradient is summed over just these pairs: through
+    the running sum, what token r adds to y_r would be added and taken off again, and its rounding would be left.
+    """
+    (c, size, g, _), (s, p, k) = x.shape, before.shape[1:]
+    x, B, C, d_out = (_by_head(tensor, c * g) for tensor in (x, B, C, d_out))
+    before = before.view(c * s, p, k)
+    by_head = (c, s, -1, size)  # rows of C and y of one state head
+
+    # 4. from before: y += exp(a_l) C_l . h
+    d_read = (d_out.view(*by_head, p) * decays.start[:, :, None, :, None]).view(c * s, -1, p)
+    dC = torch.bmm(d_read, before)
+    read = (dC * C.view_as(dC)).sum(-1).view(by_head).sum(2)
+    d_logs = read.flip(-1).cumsum(-1).flip(-1)
+    d_before = torch.bmm(d_read.transpose(1, 2), C.view_as(dC)).view(c, s, p, k)
+
+    # 3. from chunk to chunk: h' = exp(a_end) h + S
+    d_own, at, ends = torch.empty_like(d_before), c, decays.start[..., -1]
+    for step in reversed(piece):
+        chunks = slice(at - step.stop + step.start, at)
+        at = chunks.start
+        d_own[chunks] = d_states[step]
+        torch.addcmul(d_before[chunks], d_own[chunks], ends[chunks][..., None, None], out=d_states[step])
+    d_logs += (ends * (d_own * before.view_as(d_own)).sum((2, 3)))[..., None]
+    d_own = d_own.view(c * g, -1, k)
+
+    # 1. within the chunk: y_l += sum_r M_lr x_r, with M_lr = (C_l . B_r) exp(a_l - a_r) dt_r
+    between = _between(decays.a, decays.a)
+    d_scores = torch.bmm(d_out, x.transpose(1, 2))
+    d_scores.view(*by_head, size).mul_(between)
+    scores = torch.bmm(C, B.transpose(1, 2))
+    products = (scores * d_scores).view(*by_head, size).sum(2)  # [c, s, l, r]
+    ddt = products.sum(2)
+    upper = torch.ones(size, size, dtype=x.dtype, device=x.device).triu_().expand(c * s, -1, -1)
+    after = torch.bmm(upper, products.mul_(decays.dt[:, :, None]).view(c * s, size, size)).tril_(-1)
+    d_logs += after.sum(-1).view_as(d_logs)
+    dt_r = decays.dt[:, :, None, None, :]
+    d_scores.view(*by_head, size).mul_(dt_r)
+    scores.view(*by_head, size).mul_(between.mul_(dt_r))
+    dx = torch.bmm(scores.transpose(1, 2), d_out)
+    dB = torch.bmm(d_scores.transpose(1, 2), C)
+    dC = dC.view_as(C).baddbmm_(d_scores, B)
+
+    # 2. state of the chunk: S = sum_r exp(a_end - a_r) dt_r x_r B_r^T
+    weights = decays.end * decays.dt
+    dB.baddbmm_(_weighted(x, weights, c * g), d_own)
+    d_written = torch.bmm(B, d_own.transpose(1, 2)).view(c, g, size, -1, p)
+    written = (d_written * x.view(c, g, size, 1, p)).sum(-1).transpose(2, 3).reshape(c, s, size)
+    ddt += written * decays.end
+    d_logs[..., 1:] += (written * weights).cumsum(-1)[..., :-1]
+    weights = weights.view(c, g, -1, size).transpose(2, 3)
+    dx.view(c, g, size, p).add_((d_written * weights[..., None]).sum(3))
+
+    dx, dB, dC = (grad.view(c, -1, size, grad.shape[-1]).transpose(1, 2) for grad in (dx, dB, dC))
+    return dx, ddt, dB, dC, d_logs

@@ -1,0 +1,109 @@
+"""
+Is every backend of the selective scan right on this device? Outputs, final states and gradients in fp32 and bf16
+against the recurrence in float64 on the CPU.
+
+    python benchmarks/correctness.py [--device cuda] [--backends triton chunked] [--json FILE]
+
+Inputs in bf16 are rounded first, so that what is left is the error of the computation. Exits with 1 if a backend that
+runs is wrong; one that cannot run is listed with the reason.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from linmu_hf.evaluation.benchmark_cli import DTYPES, machine, versions
+from linmu_hf.evaluation.loading import default_device, first_line
+from linmu_hf.ops.ssd import Segments, ssd
+from linmu_hf.ops.ssd_torch import ssd_recurrence
+
+
+# query heads, state heads, key/value heads, p, k
+SHAPES = {"heads of 64": (4, 4, 2, 64, 64), "7b heads": (7, 7, 1, 128, 256)}
+LENGTHS = {"one": (130,), "packed": (1, 63, 64, 65), "long": (700,)}
+DECAYS = {"slow": 0.01, "usual": 1.0, "strong": 100.0}
+# error relative to the largest value; TF32 products and bf16 outputs have about three digits
+LIMITS = {"float32": 3e-3, "bfloat16": 2e-2}
+
+
+def make(shape, lengths, decay: float, dtype):
+    """Inputs as the backend gets them, in float64 so that the recurrence sees the same values."""
+    (h, s, g, p, k), n = shape, sum(lengths)
+    generator = torch.Generator().manual_seed(0)
+    random = {
+        name: torch.randn(size, generator=generator).to(dtype).double()
+        for name, size in {"x": (n, g, p), "B": (n, g, k), "C": (n, h, k)}.items()
+    }
+    random["C"] = (random["C"] * k**-0.5).to(dtype).double()
+    steps = (torch.rand(n, s, generator=generator) * 0.1).double()
+    rates = -(torch.rand(s, generator=generator) * decay + 1e-3).double()
+    return {"x": random["x"], "dt": steps, "A": rates, "B": random["B"], "C": random["C"]}
+
+
+def run(form, inputs, segments, gradients=True) -> dict[str, torch.Tensor]:
+    y, states = form(*inputs.values(), segments)
+    results = {"y": y, "states": states}
+    if gradients:
+        generator = torch.Generator().manual_seed(1)
+        loss = sum((t * torch.randn(t.shape, generator=generator).to(t)).sum() for t in (y, states))
+        grads = torch.autograd.grad(loss, list(inputs.values()))
+        results |= {f"d {name}": grad for name, grad in zip(inputs, grads, strict=True)}
+    return {name: value.detach().double().cpu() for name, value in results.items()}
+
+
+def errors(backend: str, truth, inputs, lengths, dtype, device: str) -> dict[str, float]:
+    """Largest error of every result, relative to its largest value."""
+    placed = {
+        name: tensor.detach().to(device, dtype if name in "xBC" else torch.float32).requires_grad_()
+        for name, tensor in inputs.items()
+    }
+    segments = Segments.build(lengths, device)
+    actual = run(lambda *args: ssd(*args, backend=backend), placed, segments)
+    scales = {name: max(value.abs().max().item(), 1e-30) for name, value in truth.items()}
+    return {name: (actual[name] - truth[name]).abs().max().item() / scales[name] for name in truth}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--backends", nargs="+", default=["auto"], metavar="NAME")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    worst: dict[str, dict[str, dict]] = {}
+    for dtype_name, limit in LIMITS.items():
+        dtype = DTYPES[dtype_name]
+        for shape in SHAPES.values():
+            for lengths in LENGTHS.values():
+                for decay in DECAYS.values():
+                    inputs = {key: t.requires_grad_() for key, t in make(shape, lengths, decay, dtype).items()}
+                    truth = run(ssd_recurrence, inputs, Segments.build(lengths))
+                    for backend in arguments.backends:
+                        entry = worst.setdefault(backend, {}).setdefault(dtype_name, {"limit": limit, "errors": {}})
+                        try:
+                            found = errors(backend, truth, inputs, lengths, dtype, arguments.device)
+                        except Exception as error:
+                            entry["failure"] = f"{type(error).__name__}: {first_line(error)}"
+                            continue
+                        for name, value in found.items():
+                            entry["errors"][name] = max(value, entry["errors"].get(name, 0.0))
+    wrong = []
+    for backend, entries in worst.items():
+        for dtype_name, entry in entries.items():
+            largest = max(entry["errors"].values(), default=None)
+            if entry["errors"]:
+                entry["right"] = "failure" not in entry and all(e <= entry["limit"] for e in entry["errors"].values())
+                wrong += [] if entry["right"] else [f"{backend} in {dtype_name}"]
+            shown = "no result" if largest is None else f"largest error {largest:.1e} (limit {entry['limit']:.0e})"
+            print(f"{backend:12s} {dtype_name:9s} {shown} {entry.get('failure', '')}")
+    if arguments.json:
+        result = {"backends": worst, "device": arguments.device, "machine": machine(), "versions": versions()}
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    if wrong:
+        sys.exit(f"wrong: {', '.join(wrong)}")
+
+
+if __name__ == "__main__":
+    main()

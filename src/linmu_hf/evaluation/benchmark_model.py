@@ -1,0 +1,199 @@
+"""What the benchmark runs: presets, prompts, a decoder with random weights, and blocks with a branch switched off."""
+
+import math
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+from ..modeling import flex_ma
+from ..modeling.configuration_linmu import LinMUConfig, LinMUTextConfig
+from ..modeling.decoder import LinMUTextModel
+from ..modeling.generation import chunk_sizes
+from ..modeling.m_mate import MMate
+from ..modeling.token_layout import TextStep
+from .loading import first_line
+
+
+PRESETS = {
+    "qwen2.5-vl-7b": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    },
+    "nvila-8b": {
+        "vocab_size": 151651,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    },
+    "tiny": {
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
+        "state_size": 64,
+    },
+    "tiny-wide": {
+        "vocab_size": 512,
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
+        "state_size": 128,
+    },
+}
+
+
+def text_config(model: str) -> LinMUTextConfig:
+    """
+    The decoder's configuration for the name of a preset, a folder, a `config.json` or a Hub id.
+
+    Raises:
+        `ValueError`: There is no such model, or it is not one that LinMU can be made of.
+    """
+    if model in PRESETS:
+        return LinMUTextConfig(**PRESETS[model])
+    if not Path(model).exists() and model.count("/") != 1:
+        raise ValueError(f"{model} is neither a file, a folder nor one of the presets {', '.join(PRESETS)}")
+    try:
+        config = AutoConfig.from_pretrained(model)
+        if not isinstance(config, LinMUConfig):
+            config = LinMUConfig.from_teacher(config)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{model}: {first_line(error)}") from error
+    return config.text_config
+
+
+def prompt_layout(tokens: int, share: float, grid: tuple[int, int], media="video", span_tokens: int | None = None):
+    """
+    A prompt of text around one video, or of images with text between them.
+
+    Args:
+        tokens (`int`): Length of the prompt.
+        share (`float`): Share of vision tokens, at most: only whole frames or images are taken, and at least one, of
+            fewer tokens where the prompt is too short for one of `grid`.
+        grid (`tuple[int, int]`): Merged tokens of a frame or image, height and width.
+        media (`str`): `"video"` or `"image"`.
+        span_tokens (`int`, *optional*): Longest span of a video, as `max_span_frames` of a model sets it.
+
+    Returns:
+        `torch.LongTensor` of shape `[1, tokens, 4]`, the `vision_layout`, or `None` for text alone.
+    """
+    budget, (height, width) = int(tokens * share), grid
+    if budget < height * width:
+        height = width = math.isqrt(budget)
+    if not height:
+        return None
+    frames = budget // (height * width)
+    if media == "image":
+        frames = min(frames, (tokens + 1) // (height * width + 1))  # a text token between two
+    layout = torch.full((tokens, 4), -1)
+    cells = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+    text = tokens - frames * height * width
+    per_span = max((span_tokens or tokens) // (height * width), 1)
+    for frame in range(frames):
+        before = text // 2 if media == "video" else text * (frame + 1) // (frames + 1)
+        start = before + frame * height * width
+        span, at = (frame // per_span, frame % per_span) if media == "video" else (frame, 0)
+        layout[start : start + height * width, 0] = span
+        layout[start : start + height * width, 1] = at
+        layout[start : start + height * width, 2:] = cells
+    return layout[None]
+
+
+class BenchmarkDecoder(nn.Module):
+    """
+    Text model and output head with random weights, shaped by `config`.
+
+    Args:
+        config (`LinMUTextConfig`): Its shape.
+        dtype (`torch.dtype`), device (`str`): Of the weights.
+        shared (`BenchmarkDecoder`, *optional*): A decoder whose weights outside the mixers are used again.
+    """
+
+    def __init__(self, config, dtype=torch.float32, device="cpu", shared: "BenchmarkDecoder | None" = None):
+        super().__init__()
+        with torch.device("meta" if shared else device):
+            self.text = LinMUTextModel._from_config(config, dtype=dtype)
+            self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+        if shared is not None:
+            self.head, self.text.embed_tokens, self.text.norm = shared.head, shared.text.embed_tokens, shared.text.norm
+            self.text.rotary_emb = shared.text.rotary_emb
+            for layer, other in zip(self.text.layers, shared.text.layers, strict=True):
+                layer.mlp, layer.input_layernorm = other.mlp, other.input_layernorm
+                layer.post_attention_layernorm = other.post_attention_layernorm
+                layer.mixer.to_empty(device=device)
+                for parameter in layer.mixer.parameters():
+                    nn.init.normal_(parameter, std=config.initializer_range)
+        self.eval().requires_grad_(False)
+
+    def prefill(self, embeds, layout, chunk_size: int | None = None):
+        """Logits of the last token `[b, 1, v]` and the cache, for `embeds` `[b, t, d]`."""
+        t, start, cache = embeds.shape[1], 0, None
+        for size in [t] if chunk_size is None else chunk_sizes(layout, t, chunk_size):
+            part = None if layout is None else layout[:, start : start + size]
+            part = part if part is not None and bool((part[..., 0] >= 0).any()) else None
+            output = self.text(
+                inputs_embeds=embeds[:, start : start + size],
+                vision_layout=part,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache, start = output.past_key_values, start + size
+        return self.head(output.last_hidden_state[:, -1:]), cache
+
+    def step(self, ids, cache):
+        """The next ids `[b, 1]`, greedily."""
+        output = self.text(input_ids=ids, past_key_values=cache, use_cache=True)
+        return self.head(output.last_hidden_state).argmax(-1)
+
+
+@contextmanager
+def without_local_swin():
+    """M-MATE blocks of Flex-MA alone (Table 4); for measuring, no model is trained like this."""
+    branches = MMate.branches
+
+    def flex_only(self, hidden_states, rope, layout, cache_layer=None):
+        return branches(self, hidden_states, rope, _TextOnlyWindows(layout), cache_layer)
+
+    with patch.object(MMate, "branches", flex_only):
+        yield
+
+
+class _TextOnlyWindows:
+    """A layout that Local-Swin finds no vision tokens in."""
+
+    vision = None
+
+    def __init__(self, layout):
+        self._layout = layout
+
+    def __getattr__(self, name):
+        return getattr(self._layout, name)
+
+
+@contextmanager
+def without_flex_ma():
+    """M-MATE blocks of Local-Swin alone (Table 4): text tokens are not mixed at all."""
+
+    def swin_only(self, hidden_states, rope, layout, cache_layer=None):
+        y = torch.zeros_like(hidden_states)
+        if not isinstance(layout, TextStep) and layout.vision is not None:
+            rope = tuple(t.flatten(0, 1).index_select(0, layout.vision) for t in rope)
+            swin = self.local_swin(hidden_states.flatten(0, 1).index_select(0, layout.vision), rope, layout)
+            y.view(-1, y.shape[-1]).index_copy_(0, layout.vision, self.local_swin.o_proj(swin))
+        return self.output_norm(y)
+
+    with patch.object(MMate, "forward", swin_only):
+        yield
+
+
+def with_backend(name: str):
+    """The scan by the named backend, as [`~linmu_hf.ops.ssd.ssd`] takes it."""
+    return patch.object(flex_ma, "ssd", partial(flex_ma.ssd, backend=name))

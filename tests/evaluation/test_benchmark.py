@@ -1,0 +1,326 @@
+"""What the benchmark measures and how it adds it up; never how fast this machine is."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from linmu_hf.evaluation import benchmark_cli
+from linmu_hf.evaluation.benchmark import (
+    Clock,
+    Variant,
+    cache_bytes,
+    growth_exponent,
+    in_turns,
+    largest_batch,
+    measure,
+    summarise,
+)
+from linmu_hf.evaluation.benchmark_model import (
+    PRESETS,
+    BenchmarkDecoder,
+    prompt_layout,
+    text_config,
+    with_backend,
+    without_flex_ma,
+    without_local_swin,
+)
+from linmu_hf.modeling.token_layout import TokenLayout
+
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+    "state_size": 8,
+}
+
+
+@pytest.fixture(autouse=True)
+def small_preset(monkeypatch):
+    monkeypatch.setitem(PRESETS, "small", SMALL)
+
+
+@pytest.fixture
+def decoder():
+    torch.manual_seed(0)
+    return BenchmarkDecoder(text_config("small"))
+
+
+def embeddings(decoder, tokens):
+    return torch.randn(1, tokens, decoder.text.config.hidden_size, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("media", ["video", "image"])
+@pytest.mark.parametrize("tokens", [1, 40, 255, 256, 300, 1000, 4096])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.95, 1.0])
+def test_prompts_have_the_tokens_that_were_asked_for(media, tokens, share):
+    layout = prompt_layout(tokens, share, (4, 8), media)
+    if layout is None:
+        assert int(tokens * share) == 0
+        return
+    assert layout.shape == (1, tokens, 4)
+    vision = layout[0][layout[0, :, 0] >= 0]
+    assert 0 < len(vision) <= tokens * share
+    # no more is left out than a frame, or the text between images
+    images = int(vision[:, 0].max()) + 1
+    assert len(vision) > tokens * share - 32 - (images if media == "image" else 0)
+    # every span is a whole grid, each cell once
+    for span in range(images):
+        cells = vision[vision[:, 0] == span, 1:]
+        assert len({tuple(cell) for cell in cells.tolist()}) == len(cells) == (cells.amax(0) + 1).prod()
+    assert images == 1 if media == "video" else (vision[:, 1] == 0).all()
+
+
+def test_images_have_text_between_them():
+    spans = prompt_layout(200, 1.0, (4, 8), "image")[0, :, 0].tolist()
+    assert all(b in (-1, a) or a == -1 for a, b in itertools.pairwise(spans))
+
+
+def test_spans_of_a_video_are_as_long_as_allowed():
+    spans = prompt_layout(1000, 0.9, (4, 4), "video", span_tokens=100)[0, :, 0]
+    assert spans[spans >= 0].bincount().tolist() == [96] * 9 + [32]
+
+
+@pytest.mark.parametrize("preset", ["qwen2.5-vl-7b", "nvila-8b", "tiny", "tiny-wide"])
+def test_presets_have_the_shapes_of_their_models(preset):
+    config = text_config(preset)
+    assert config.layer_types == ["m_mate"] * config.num_hidden_layers
+    sizes = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads)
+    big = (3584, 28, 28, 4)
+    assert sizes == {"tiny": (128, 4, 4, 2), "tiny-wide": (512, 8, 8, 2)}.get(preset, big)
+    assert 2 * sum(config.rope_parameters["mrope_section"]) == config.head_dim
+
+
+def test_a_teacher_folder_is_a_model(teacher_folder):
+    config = text_config(str(teacher_folder))
+    assert config.hidden_size > 0 and set(config.layer_types) == {"m_mate"}
+
+
+def test_the_decoder_is_the_text_model(decoder):
+    """Prefill and steps give what the model gives for all tokens at once."""
+    ids = torch.randint(0, 64, (1, 12))
+    embeds = decoder.text.embed_tokens(ids)
+    logits, cache = decoder.prefill(embeds, None)
+    following = [logits.argmax(-1)]
+    for _ in range(3):
+        following.append(decoder.step(following[-1], cache))
+    for _ in range(4):
+        ids = torch.cat([ids, decoder.head(decoder.text(input_ids=ids).last_hidden_state[:, -1:]).argmax(-1)], 1)
+    assert ids[0, 12:].tolist() == torch.cat(following, 1)[0].tolist()
+
+
+def test_chunks_change_nothing(decoder):
+    layout = prompt_layout(300, 0.8, (4, 4), "video", span_tokens=64)
+    whole, _ = decoder.prefill(embeddings(decoder, 300), layout)
+    chunked, _ = decoder.prefill(embeddings(decoder, 300), layout, chunk_size=64)
+    torch.testing.assert_close(chunked, whole, atol=1e-4, rtol=1e-4)
+
+
+def test_the_teacher_attends_and_shares_the_rest(decoder):
+    arguments = benchmark_cli.parse_arguments(["--model", "small", "--device", "cpu"])
+    variants = benchmark_cli.build_variants(arguments, text_config("small"))
+    student, teacher = variants["student"].decoder, variants["teacher"].decoder
+    assert list(variants) == ["student", "teacher"]
+    assert all(not layer.is_m_mate for layer in teacher.text.layers)
+    assert teacher.text.layers[1].mlp is student.text.layers[1].mlp
+    logits, cache = teacher.prefill(embeddings(teacher, 20), None)
+    assert logits.isfinite().all()
+    per_token = 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, head_dim, bytes
+    assert cache_bytes(cache) == 20 * per_token
+    assert cache_bytes(student.prefill(embeddings(student, 20), None)[1]) == cache_bytes(
+        student.prefill(embeddings(student, 40), None)[1]
+    )
+
+
+def spread(decoder, changed: int, layout):
+    """Which of the outputs move when one token of the prompt changes."""
+    embeds = embeddings(decoder, layout.shape[1])
+    other = embeds.clone()
+    other[:, changed] += 1
+    outputs = [decoder.text(inputs_embeds=e, vision_layout=layout).last_hidden_state for e in (embeds, other)]
+    return (outputs[0] - outputs[1]).abs().amax(-1)[0] > 1e-7
+
+
+def test_branches_are_really_off(decoder):
+    layout = prompt_layout(80, 0.85, (8, 8), "image")  # 8 text, 64 vision, 8 text
+    decoder.text.config.image_window_size[:] = [1, 4, 4]
+    first_vision, last_text = 8, 79
+    assert spread(decoder, 2, layout)[last_text]
+    with without_flex_ma():  # a text token stays by itself, a vision token in the windows around it
+        moved = spread(decoder, 2, layout)
+        assert moved.nonzero().flatten().tolist() == [2]
+        moved = spread(decoder, first_vision, layout)
+        assert 16 <= moved.sum() < 64
+    called = []
+    hooks = [
+        layer.mixer.local_swin.register_forward_hook(lambda *_: called.append(1)) for layer in decoder.text.layers
+    ]
+    with without_local_swin():
+        assert spread(decoder, first_vision, layout).sum() >= 64 + 8
+        assert not called
+    spread(decoder, first_vision, layout)
+    assert called  # and on again
+    for hook in hooks:
+        hook.remove()
+
+
+def test_without_flex_ma_nothing_is_scanned_or_cached(decoder, monkeypatch):
+    from linmu_hf.modeling import flex_ma
+
+    def fail(*args, **kwargs):
+        raise AssertionError("scanned")
+
+    with without_flex_ma():
+        monkeypatch.setattr(flex_ma, "ssd", fail)
+        monkeypatch.setattr(flex_ma, "ssd_step", fail)
+        _, cache = decoder.prefill(embeddings(decoder, 80), prompt_layout(80, 0.8, (8, 8)))
+        decoder.step(torch.zeros(1, 1, dtype=torch.long), cache)
+        assert cache_bytes(cache) == 0
+
+
+def test_without_local_swin_is_flex_ma_with_the_fusion_left_out(decoder):
+    """The block is then the output projection of its scan, put back into the order of the tokens."""
+    block, layout = decoder.text.layers[0].mixer, prompt_layout(80, 0.8, (8, 8))
+    built = TokenLayout.build(decoder.text.config, 1, 80, "cpu", None, layout)
+    hidden = embeddings(decoder, 80)
+    rope = decoder.text.rotary_emb(hidden, torch.arange(80).expand(3, 1, -1))
+    flex, _ = block.branches(hidden, rope, built)
+    order = built.orders[block.config.scan_order(0)]
+    with without_local_swin():
+        y = block(hidden, rope, built)
+    torch.testing.assert_close(y[0, order], block.flex_ma.o_proj(flex))
+
+
+def test_named_backends_are_the_ones_that_run(decoder):
+    embeds = embeddings(decoder, 20)
+    expected, _ = decoder.prefill(embeds, None)
+    with with_backend("recurrence"):
+        actual, _ = decoder.prefill(embeds, None)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    with with_backend("abacus"), pytest.raises(ValueError, match="abacus"):
+        decoder.prefill(embeds, None)
+    decoder.prefill(embeds, None)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.0, 1.7, 2.0])
+def test_growth_exponents_of_known_curves(exponent):
+    lengths = [1000, 2000, 8000, 64000]
+    assert growth_exponent(lengths, [3e-6 * n**exponent for n in lengths]) == pytest.approx(exponent, abs=1e-9)
+
+
+def test_one_point_has_no_slope():
+    assert growth_exponent([1024], [1.0]) is None
+    assert growth_exponent([], []) is None
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, 3, 17, 100, 1000, 70000])
+def test_the_largest_batch_is_found(most):
+    tried = []
+    found = largest_batch(lambda batch: tried.append(batch) or batch <= most, limit=4096)
+    expected = min(most, 4096)
+    assert found <= expected and found >= expected * 15 / 16 - 1
+    assert max(tried) <= 4096 and len(tried) < 30
+
+
+def test_a_variant_that_runs_out_of_memory_leaves_the_others_alone(decoder):
+    variants = {"a": Variant(decoder), "b": Variant(decoder)}
+    calls = []
+
+    def call(name):
+        calls.append(name)
+        if name == "b" and calls.count("b") == 2:
+            raise torch.OutOfMemoryError("no")
+        return (len(calls),)
+
+    results = in_turns(variants, call, 3)
+    assert calls == ["a", "b", "a", "b", "a"]
+    assert len(results["a"]) == 3 and results["b"] == []
+    assert variants["b"].failure == "out of memory" and variants["a"].failure is None
+    with pytest.raises(RuntimeError, match="a fault"):
+        variants["a"].run(lambda: (_ for _ in ()).throw(RuntimeError("a fault")))
+
+
+def test_the_fastest_of_the_measurements_counts(decoder, monkeypatch):
+    now = iter([0, 5, 0, 2, 0, 9, *[0, 16, 0, 4, 0, 8]])
+    monkeypatch.setattr(Clock, "_peak", lambda self: 7)
+    monkeypatch.setattr("linmu_hf.evaluation.benchmark.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("linmu_hf.evaluation.benchmark.time.process_time", lambda: next(now))
+    variants = {"student": Variant(decoder)}
+    [row] = measure(variants, [30], layout_of=lambda n: None, batches=[2], steps=4, repeats=3, report=lambda _: None)
+    assert (row["ttft_s"], row["peak_bytes"], row["decode"]["2"]) == (2, 7, {"step_s": 1, "tokens_per_s": 2})
+    assert row["cache_bytes"] > 0
+
+
+def test_speedups_are_teacher_over_student():
+    def row(model, tokens, ttft, step):
+        return {
+            "model": model,
+            "tokens": tokens,
+            "ttft_s": ttft,
+            "decode": {"1": {"step_s": step, "tokens_per_s": 1 / step}},
+        }
+
+    rows = [row("student", 100, 1.0, 0.5), row("teacher", 100, 4.0, 1.0), row("student", 200, 2.0, 0.5)]
+    rows.append({"model": "teacher", "tokens": 200, "error": "out of memory"})
+    summary = summarise(rows)
+    assert summary["speedups"] == [{"model": "student", "tokens": 100, "ttft": 4.0, "throughput": {"1": 2.0}}]
+    assert summary["growth_exponents"]["student"] == pytest.approx({"ttft": 1.0, "decode": 0.0})
+    assert summary["growth_exponents"]["teacher"] == {"ttft": None, "decode": None}
+
+
+def test_one_run_end_to_end(tmp_path, capsys):
+    file, picture = tmp_path / "new" / "bench.json", tmp_path / "new" / "bench.png"
+    arguments = ["--model", "small", "--lengths", "80", "40", "--grid", "4x4", "--device", "cpu", "--repeats", "1"]
+    arguments += ["--steps", "2", "--batch-sizes", "1", "3", "--ablate", "--backends", "streaming", "--vision-encoder"]
+    arguments += ["--teacher-max-tokens", "40", "--prefill-chunk", "32"]
+    benchmark_cli.main([*arguments, "--json", str(file), "--png", str(picture)])
+    results = json.loads(file.read_text())
+    assert set(results) == {"setting", "machine", "versions", "rows", "growth_exponents", "speedups"}
+    names = ["student", "teacher", "student, streaming", "student without Local-Swin", "student without Flex-MA"]
+    assert [(row["model"], row["tokens"]) for row in results["rows"]] == [
+        (name, tokens) for tokens in (40, 80) for name in names if (name, tokens) != ("teacher", 80)
+    ]
+    for row in results["rows"]:
+        assert row["ttft_s"] > 0 and row["vision_encoder_s"] > 0 and row["peak_bytes"] > 0
+        assert row["vision_tokens"] == {40: 32, 80: 64}[row["tokens"]]
+        assert set(row["decode"]) == {"1", "3"} and all(entry["step_s"] > 0 for entry in row["decode"].values())
+    assert results["machine"]["cores"] and results["versions"]["torch"]
+    assert results["setting"]["text_config"]["hidden_size"] == 32
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert not list(file.parent.glob(".*"))
+    assert "student against teacher, 40 tokens" in capsys.readouterr().out
+
+
+BAD = {
+    "--lengths 0": "--lengths 0 must be at least 1",
+    "--batch-sizes 0": "--batch-sizes 0 must be at least 1",
+    "--repeats 0": "--repeats 0 must be at least 1",
+    "--grid 16": "--grid 16 must be height x width",
+    "--grid 0x4": "--grid 0x4 must be height x width",
+    "--vision-share 1.5": "--vision-share 1.5 must be between 0 and 1",
+    "--device tpu9x": "--device tpu9x is unknown",
+    "--device cuda": "needs a CUDA GPU",
+    "--device cpu --largest-batch": "--largest-batch needs a GPU",
+    "--json .": "is a folder",
+    "--model nowhere": "nowhere is neither a file, a folder nor one of the presets",
+    "--device cpu --backends abacus --lengths 8": "abacus",
+    "--device cpu --vision-encoder --model nvila-8b": "Qwen2.5-VL's encoder only",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_bad_arguments_give_one_clear_error(arguments, capsys):
+    if arguments == "--device cuda" and torch.cuda.is_available():
+        arguments = "--device cuda --lengths 0"
+        BAD[arguments] = BAD["--lengths 0"]
+    with pytest.raises(SystemExit) as stopped:
+        benchmark_cli.main(arguments.split())
+    text = stopped.value.code if isinstance(stopped.value.code, str) else capsys.readouterr().err.splitlines()[-1]
+    assert len(text.splitlines()) == 1 and text.startswith("linmu-bench: error: ")
+    assert BAD[arguments] in text
