@@ -61,7 +61,12 @@ def missing(package: str, x: torch.Tensor) -> str | None:
 
 def kernels_serve(x: torch.Tensor) -> bool:
     """Whether the kernels around the scan take over: on a GPU with Triton, unless another backend is named."""
-    return x.is_cuda and os.environ.get(ENVIRONMENT, "auto") in ("auto", "triton") and missing("triton", x) is None
+    from .trial import failed_trial
+
+    wanted = os.environ.get(ENVIRONMENT, "auto")
+    if not x.is_cuda or wanted not in ("auto", "triton") or missing("triton", x) is not None:
+        return False
+    return wanted == "triton" or failed_trial(x.device) is None
 
 
 @torch.compiler.assume_constant_result

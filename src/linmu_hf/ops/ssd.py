@@ -25,6 +25,7 @@ import torch
 
 from .backends import ENVIRONMENT, kernels_serve, missing, say_once
 from .ssd_torch import ssd_chunked, ssd_recurrence, ssd_streaming
+from .trial import failed_trial
 
 
 # Tokens of the longest segment above which the streaming form is used: its memory does not grow with the length.
@@ -162,7 +163,7 @@ def choose_backend(x, segments: Segments, backend: str = "auto") -> str:
     if x.is_cuda:
         reasons = {}
         for name in GPU_BACKENDS:
-            reasons[name] = missing(name, x)
+            reasons[name] = missing(name, x) or (failed_trial(x.device) if name == "triton" else None)
             if reasons[name] is None:
                 say_once(f"selective scan: backend {name}")
                 return name
