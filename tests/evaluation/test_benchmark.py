@@ -297,6 +297,20 @@ def test_one_run_end_to_end(tmp_path, capsys):
     assert "student against teacher, 40 tokens" in capsys.readouterr().out
 
 
+def test_an_interrupted_run_leaves_the_lengths_it_finished(tmp_path, monkeypatch):
+    def interrupted(variants, lengths, **options):
+        if lengths == [20]:
+            raise KeyboardInterrupt
+        return measure(variants, lengths, **options)
+
+    monkeypatch.setattr(benchmark_cli, "measure", interrupted)
+    file = tmp_path / "bench.json"
+    arguments = ["--model", "small", "--lengths", "10", "20", "--device", "cpu", "--repeats", "1", "--steps", "1"]
+    with pytest.raises(KeyboardInterrupt):
+        benchmark_cli.main([*arguments, "--json", str(file)])
+    assert {row["tokens"] for row in json.loads(file.read_text())["rows"]} == {10}
+
+
 BAD = {
     "--lengths 0": "--lengths 0 must be at least 1",
     "--batch-sizes 0": "--batch-sizes 0 must be at least 1",

@@ -123,7 +123,7 @@ def build_variants(arguments: argparse.Namespace, config) -> dict[str, Variant]:
 
 
 def benchmark(arguments: argparse.Namespace) -> dict:
-    """Everything that was asked for, as it goes to the JSON file."""
+    """Everything that was asked for, as it goes to the JSON file; that is written anew after every length."""
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -134,6 +134,8 @@ def benchmark(arguments: argparse.Namespace) -> dict:
     }
     variants = build_variants(arguments, config)
     limit = arguments.teacher_max_tokens or arguments.lengths[-1]
+    setting = {key: value for key, value in vars(arguments).items() if key not in ("json", "png")}
+    setting |= {"clock": Clock(arguments.device).name, "text_config": config.to_dict()}
     rows: list[dict] = []
     for length in arguments.lengths:
         rows += measure(
@@ -152,9 +154,10 @@ def benchmark(arguments: argparse.Namespace) -> dict:
             for row in rows:
                 if row["tokens"] == length:
                     row["vision_encoder_s"] = seconds
-    setting = {key: value for key, value in vars(arguments).items() if key not in ("json", "png")}
-    setting |= {"clock": Clock(arguments.device).name, "text_config": config.to_dict()}
-    return {"setting": setting, "machine": machine(), "versions": versions(), "rows": rows, **summarise(rows)}
+        results = {"setting": setting, "machine": machine(), "versions": versions(), "rows": rows, **summarise(rows)}
+        if arguments.json:
+            write_json(results, arguments.json)
+    return results
 
 
 def machine() -> dict:
@@ -243,8 +246,6 @@ def main(argv: list[str] | None = None) -> None:
     except (ImportError, OSError, ValueError) as error:
         sys.exit(f"linmu-bench: error: {error}")
     print(format_summary(results))
-    if arguments.json:
-        write_json(results, arguments.json)
     if arguments.png:
         plot(results, arguments.png)
 

@@ -76,8 +76,10 @@ def ssd_chunked(x, dt, A, B, C, segments, initial_states=None, piece: int | None
     return y.to(out_dtype), finals if rank is None else finals.index_select(0, rank)
 
 
-def ssd_streaming(x, dt, A, B, C, segments, initial_states=None, piece: int = 1024):
-    """The chunked form in pieces of at most about `piece` tokens: memory beside inputs and y does not grow."""
+def ssd_streaming(x, dt, A, B, C, segments, initial_states=None, piece: int | None = None):
+    """The chunked form in small pieces on every device, of 1024 tokens by default where [`ssd_chunked`] takes all."""
+    if piece is None and x.device.type != "cpu":
+        piece = 1024
     return ssd_chunked(x, dt, A, B, C, segments, initial_states, piece)
 
 
