@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import linmu_hf
 from linmu_hf.distillation import PAPER_STAGES, runner
@@ -111,7 +113,12 @@ def test_the_example_runs_as_written(folder, tmp_path):
         [sys.executable, "-c", blocks[0]], cwd=folder, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip()
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    question = [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
+    inputs = processor(text=[prompt], images=[Image.new("RGB", (256, 256), "white")], return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]
+    assert done.stdout == processor.decode(ids, skip_special_tokens=True) + "\n"
 
 
 def test_the_example_of_an_uploaded_model_runs_as_written(hub, folder, tmp_path):

@@ -98,7 +98,7 @@ def test_made_on_meta(saved):
 def test_pickled_weights_are_neither_written_nor_read(saved, tmp_path):
     model = saved[1]
     model.save_pretrained(tmp_path)
-    assert {file.suffix for file in tmp_path.iterdir()} == {".json", ".safetensors"}
+    assert {file.suffix for file in tmp_path.iterdir()} == {".json", ".py", ".safetensors"}  # the remote code
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     for cls in (AutoModelForImageTextToText, LinMUForConditionalGeneration):

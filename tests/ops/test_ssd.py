@@ -369,15 +369,26 @@ def test_kernels_refuse_what_they_cannot_take(monkeypatch):
 @pytest.mark.parametrize("works", [("triton", "mamba_ssm"), ("mamba_ssm",), ()], ids=str)
 def test_auto_takes_the_first_that_runs_and_says_so_once(monkeypatch, caplog, works):
     class OnGPU:
-        is_cuda = True
+        is_cuda, device = True, "cuda:0"
 
     monkeypatch.setattr(backends, "_said", set())
     monkeypatch.setattr(ssd_module, "missing", lambda name, x: None if name in works else "not here")
+    monkeypatch.setattr(ssd_module, "failed_trial", lambda device: None)
     expected = (*works, "chunked")[0]
     with caplog.at_level("INFO"):
         assert {choose_backend(OnGPU(), Segments.build((5,))) for _ in range(3)} == {expected}
     assert len(caplog.records) == 1
     assert expected in caplog.text or "triton: not here; mamba_ssm: not here" in caplog.text
+
+
+def test_auto_passes_over_kernels_that_failed_their_trial(monkeypatch):
+    class OnGPU:
+        is_cuda, device = True, "cuda:0"
+
+    monkeypatch.setattr(ssd_module, "missing", lambda name, x: None)
+    monkeypatch.setattr(ssd_module, "failed_trial", lambda device: f"wrong on {device}")
+    assert choose_backend(OnGPU(), Segments.build((5,))) == "mamba_ssm"
+    assert choose_backend(OnGPU(), Segments.build((5,)), "triton") == "triton"  # a named one is not second-guessed
 
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
