@@ -118,10 +118,17 @@ def _paint(
     return np.clip(pixels, 0, 255).astype(np.uint8), sources
 
 
-def compose(rng: np.random.Generator, kind: str, split: str, grid: tuple[int, int, int] | None = None) -> Scene:
+def compose(
+    rng: np.random.Generator,
+    kind: str,
+    split: str,
+    grid: tuple[int, int, int] | None = None,
+    filled: int | None = None,
+) -> Scene:
     """Compose one scene: `"mosaic"` (4x4), `"large"` (5x5 to 8x8) or `"clip"` (4 to 8 moments of 3x3 cells).
 
-    `grid` = (moments, rows, columns) fixes the size; the test split always has the largest.
+    `grid` = (moments, rows, columns) fixes the size; the test split always has the largest. Of a mosaic, `filled` cells
+    hold a digit, by default all of them.
     """
     if kind not in SCENES:
         raise ValueError(f"kind={kind!r} must be one of {SCENES}")
@@ -135,6 +142,8 @@ def compose(rng: np.random.Generator, kind: str, split: str, grid: tuple[int, in
     else:
         digits = rng.integers(0, 10, grid)
         colours = rng.integers(0, len(COLOURS), grid)
+        if filled is not None:
+            digits.reshape(-1)[rng.permutation(digits.size)[filled:]] = -1
     pixels, sources = _paint(rng, split, digits, colours)
     frames = pixels.repeat(FRAMES_PER_MOMENT, axis=0) if kind == "clip" else pixels
     return Scene(kind, frames, digits, colours, sources)
@@ -155,10 +164,11 @@ def ask(rng: np.random.Generator, scene: Scene, task: str) -> tuple[str, str]:
     """Draw one question of `task` about `scene`: `(question, answer)`, rows, columns and moments counted from 1."""
     moments, rows, columns = scene.grid
     if task in ("cell", "large", "below"):
-        r, c = int(rng.integers(0, rows - (task == "below"))), int(rng.integers(0, columns))
-        if task == "below":
-            return f"below row {r + 1} column {c + 1}?", str(scene.digits[0, r + 1, c])
-        return f"row {r + 1} column {c + 1}?", str(scene.digits[0, r, c])
+        below = task == "below"
+        while True:
+            r, c = int(rng.integers(0, rows - below)), int(rng.integers(0, columns))
+            if (digit := int(scene.digits[0, r + below, c])) >= 0:
+                return f"{'below ' if below else ''}row {r + 1} column {c + 1}?", str(digit)
     shown = scene.digits.reshape(moments, -1).max(axis=1)  # the digit of each moment
     if task == "when":
         moment = int(rng.integers(0, moments))
@@ -171,9 +181,8 @@ def ask(rng: np.random.Generator, scene: Scene, task: str) -> tuple[str, str]:
 
 def converse(rng: np.random.Generator, scene: Scene, questions: int = QUESTIONS_PER_ROW) -> list[tuple[str, str]]:
     """Draw a training conversation: different questions of the tasks that suit the scene, fewer if it has too few."""
-    moments, rows, _ = scene.grid
     tasks = [task for task, kind in SCENE_OF_TASK.items() if kind == scene.kind]
-    impossible = {"below": rows == 1, "first": moments == 1}
+    impossible = {"below": (scene.digits[0, 1:] < 0).all(), "first": len(scene.digits) == 1}
     tasks = [task for task in tasks if not impossible.get(task)]
     drawn = {}
     for _ in range(20 * questions):

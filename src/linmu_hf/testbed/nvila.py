@@ -1,0 +1,144 @@
+"""The testbed's NVILA: its shape, its processor, and its checkpoint in the folders in which NVILA is released."""
+
+import json
+from pathlib import Path
+
+from safetensors.torch import save_file
+from transformers import Qwen2Config, SiglipImageProcessor, SiglipVisionConfig
+
+from ..modeling.configuration_linmu import LinMUConfig
+from ..modeling.configuration_nvila import NVILAConfig, NVILAVisionConfig
+from ..modeling.modeling_linmu import LinMUForConditionalGeneration
+from ..modeling.processing_nvila import NVILAProcessor
+from ..modeling.processing_nvila import build_processor as build_nvila_processor
+from .data import FRAMES_PER_MOMENT
+from .processor import IMAGE_MEAN, IMAGE_STD, PATCH_SIZE, build_tokenizer
+
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "[BOS]", "[PAD]")
+TILE = 64
+SCALES = (TILE, 2 * TILE)
+MAX_TILES = 4  # every image becomes 2x2 tiles: 8x8 tokens, one for each cell of the largest mosaic
+POOL_SIZES = ((FRAMES_PER_MOMENT, 1, 1),)
+MAX_MOMENTS = 8
+
+
+def vision_config() -> NVILAVisionConfig:
+    """dynamic_s2 with two scales, TSP that makes two frames one."""
+    return NVILAVisionConfig(
+        tower_config=SiglipVisionConfig(
+            hidden_size=96,
+            intermediate_size=256,
+            num_hidden_layers=4,  # three of them are used: features come from before the last, as in NVILA
+            num_attention_heads=4,
+            image_size=TILE,
+            patch_size=PATCH_SIZE,
+        ),
+        projector_type="mlp_downsample_2x2_fix",
+        image_aspect_ratio="dynamic_s2",
+        s2_scales=list(SCALES),
+        max_tiles=MAX_TILES,
+        video_encoder="tsp",
+        pool_sizes=[list(size) for size in POOL_SIZES],
+        out_hidden_size=128,
+    )
+
+
+def build_processor() -> NVILAProcessor:
+    """NVILA's processor and chat template around the testbed's tokenizer."""
+    return build_nvila_processor(
+        vision_config(),
+        build_tokenizer(SPECIAL_TOKENS, pad_token="[PAD]"),
+        num_video_frames=FRAMES_PER_MOMENT * MAX_MOMENTS,
+        image_mean=IMAGE_MEAN,
+        image_std=IMAGE_STD,
+    )
+
+
+def teacher_config(processor: NVILAProcessor) -> LinMUConfig:
+    """The teacher as LinMU with full attention everywhere; the added tokens lie outside its vocabulary, as NVILA's do."""
+    ids = processor.tokenizer.convert_tokens_to_ids
+    teacher = NVILAConfig(
+        text_config=Qwen2Config(
+            vocab_size=ids(SPECIAL_TOKENS[-1]) + 1,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=4096,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            rms_norm_eps=1e-6,
+            initializer_range=0.05,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=ids("<|im_end|>"),
+            pad_token_id=ids("[PAD]"),
+        ),
+        vision_config=vision_config(),
+        image_token_id=processor.image_token_id,
+        video_token_id=processor.video_token_id,
+        num_video_frames=FRAMES_PER_MOMENT * MAX_MOMENTS,
+    )
+    return LinMUConfig.from_teacher(teacher, keep_attention="all")
+
+
+def save_checkpoint(model: LinMUForConditionalGeneration, processor: NVILAProcessor, folder: Path) -> None:
+    """Write `config.json` and the sub-folders `llm`, `vision_tower` and `mm_projector`, each with its own weights."""
+    vision, text = model.config.vision_config, model.config.get_text_config()
+    tower = vision.tower_config
+    names = {
+        "model.language_model.": ("llm", "model."),
+        "lm_head.": ("llm", "lm_head."),
+        "model.visual.vision_tower.": ("vision_tower", "vision_model."),
+        "model.visual.mm_projector.": ("mm_projector", ""),
+    }
+    tensors: dict[str, dict] = {part: {} for part, _ in names.values()}
+    for name, tensor in model.state_dict().items():
+        ours, (part, theirs) = next(item for item in names.items() if name.startswith(item[0]))
+        tensors[part][theirs + name.removeprefix(ours)] = tensor.detach().contiguous()
+    configs = {
+        "llm": text_parts(text),
+        "vision_tower": {"architectures": ["SiglipVisionModel"], **tower.to_diff_dict()},
+        "mm_projector": {
+            "architectures": ["MultimodalProjector"],
+            "model_type": "v2l_projector",
+            "mm_projector_type": vision.projector_type,
+        },
+    }
+    for part, config in configs.items():
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        save_file(tensors[part], folder / part / "model.safetensors", metadata={"format": "pt"})
+        _write(folder / part / "config.json", config)
+    _write(
+        folder / "config.json",
+        {
+            "architectures": ["LlavaLlamaModel"],
+            "model_type": "llava_llama",
+            "llm_cfg": configs["llm"],
+            "vision_tower_cfg": configs["vision_tower"],
+            "mm_projector_cfg": configs["mm_projector"],
+            "hidden_size": text.hidden_size,
+            "mm_hidden_size": vision.mm_hidden_size,
+            "mm_projector": vision.projector_type,
+            "mm_vision_select_feature": "cls_patch",
+            "mm_vision_select_layer": vision.feature_layer,
+            "image_aspect_ratio": vision.image_aspect_ratio,
+            "s2_scales": ",".join(map(str, vision.s2_scales)),
+            "s2_max_split_size": tower.image_size,
+            "s2_resize_output_to_scale_idx": -1,
+            "max_tiles": vision.max_tiles,
+            "num_video_frames": processor.video_processor.num_frames,
+            "fps": 0.0,
+            "num_time_tokens": 0,
+            "image_encoder": {"_target_": "llava.model.encoders.BasicImageEncoder"},
+            "video_encoder": {"_target_": "llava.model.encoders.TSPVideoEncoder", "pool_sizes": vision.pool_sizes},
+        },
+    )
+    processor.tokenizer.save_pretrained(folder / "llm")
+    SiglipImageProcessor(
+        size={"height": tower.image_size, "width": tower.image_size},
+        image_mean=processor.image_processor.image_mean,
+        image_std=processor.image_processor.image_std,
+        resample=3,
+    ).save_pretrained(folder / "vision_tower")
