@@ -189,7 +189,7 @@ def _vision_config(
         pool_sizes=pool_sizes,
         out_hidden_size=llm["hidden_size"],
     )
-    for name, found in (("mm_hidden_size", top.get("mm_hidden_size", channels)), ("the projector", channels)):
+    for name, found in (("the projector", channels), ("mm_hidden_size", top.get("mm_hidden_size", channels))):
         if found != config.mm_hidden_size:
             raise ValueError(
                 f"{name} has {found} channels, but {config.n_scales} scale(s) of hidden_size="
