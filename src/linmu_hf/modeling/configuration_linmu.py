@@ -232,8 +232,8 @@ class LinMUConfig(RemoteCodeConfig, PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     image_token_id: int = 151655
     video_token_id: int = 151656
-    vision_start_token_id: int = 151652
-    vision_end_token_id: int = 151653
+    vision_start_token_id: int | None = 151652
+    vision_end_token_id: int | None = 151653
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):

@@ -1,0 +1,157 @@
+"""NVILA's image processor: images to tiles and grids, with PIL, as the released checkpoints were trained."""
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers import BatchFeature
+from transformers.image_processing_backends import PilBackend
+from transformers.image_transforms import normalize, rescale, to_pil_image
+from transformers.image_utils import (
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    ChannelDimension,
+    PILImageResampling,
+    infer_channel_dimension_format,
+)
+from transformers.processing_utils import ImagesKwargs
+
+from .remote_code import InstalledCode
+from .tiling_nvila import Mosaic, cut, dynamic_mosaics, s2_mosaics
+
+
+class NVILAImageProcessorKwargs(ImagesKwargs, total=False):
+    r"""
+    image_aspect_ratio (`str`, *optional*, defaults to `"dynamic_s2"`):
+        How a sample's only image is tiled: `"dynamic_s2"` (at every scale), `"dynamic"` (once, with a thumbnail) or
+        `"resize"` (one tile). Of several images, each is always one tile.
+    s2_scales (`list[int]`, *optional*, defaults to `[448, 896, 1344]`):
+        Scales of `"dynamic_s2"` in pixels, the first one the size of a tile.
+    min_tiles (`int`, *optional*, defaults to 1):
+        Fewest tiles of `"dynamic"`.
+    max_tiles (`int`, *optional*, defaults to 12):
+        Most tiles, not counting thumbnail and smaller scales.
+    tile_tokens (`int`, *optional*, defaults to 16):
+        Tokens per edge of a tile after the projector.
+    """
+
+    image_aspect_ratio: str
+    s2_scales: list[int] | None
+    min_tiles: int
+    max_tiles: int
+    tile_tokens: int
+
+
+class NVILAImageProcessor(InstalledCode, PilBackend):
+    """
+    Cuts images into tiles as NVILA does.
+
+    A list of images stands for one image per sample; a list of lists gives each sample's images. A sample's only image
+    is tiled by `image_aspect_ratio`; the images of a sample that has several are one tile each.
+
+    Returns `pixel_values` of shape [tiles, 3, size, size], all images' tiles in order (`"dynamic_s2"`: scale by scale,
+    small to large; `"dynamic"`: the thumbnail last), and `image_grid_thw` of shape [images, 3]: the grid of tokens of
+    each image, which for `"dynamic"` leaves out the thumbnail's. Transparency is dropped, not blended.
+    """
+
+    resample = PILImageResampling.BICUBIC
+    image_mean = IMAGENET_STANDARD_MEAN
+    image_std = IMAGENET_STANDARD_STD
+    size = {"height": 448, "width": 448}
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+    image_aspect_ratio = "dynamic_s2"
+    s2_scales = [448, 896, 1344]
+    min_tiles = 1
+    max_tiles = 12
+    tile_tokens = 16
+    valid_kwargs = NVILAImageProcessorKwargs
+    model_input_names = ["pixel_values", "image_grid_thw"]
+
+    def preprocess(self, images: Any, **kwargs) -> BatchFeature:
+        """Preprocesses one image, a list of images, or a list with a list of images per sample."""
+        if isinstance(images, (list, tuple)) and any(isinstance(sample, (list, tuple)) for sample in images):
+            counts = [len(sample) if isinstance(sample, (list, tuple)) else 1 for sample in images]
+            images = [
+                image for sample in images for image in (sample if isinstance(sample, (list, tuple)) else [sample])
+            ]
+            alone = [count == 1 for count in counts for _ in range(count)]
+        else:
+            alone = None
+        return super().preprocess(images, alone, **kwargs)
+
+    def process_image(self, image: Any, input_data_format: Any = None, **kwargs) -> Image.Image:
+        """One image of any kind as an RGB picture of PIL."""
+        return as_rgb(image, input_data_format)
+
+    def mosaics(self, width: int, height: int, *, alone: bool = True, **kwargs) -> list[Mosaic]:
+        """The mosaics (columns, rows) of tiles that an image of this size is cut into; `alone` in its sample or not."""
+        options = {name: kwargs.get(name, getattr(self, name)) for name in NVILAImageProcessorKwargs.__annotations__}
+        kind = options["image_aspect_ratio"] if alone else "resize"
+        if kind == "resize":
+            return [(1, 1)]
+        if kind == "dynamic":
+            return dynamic_mosaics(
+                width,
+                height,
+                tile_size=options["size"]["height"],
+                min_tiles=options["min_tiles"],
+                max_tiles=options["max_tiles"],
+            )
+        if kind == "dynamic_s2":
+            return s2_mosaics(width, height, scales=options["s2_scales"], max_tiles=options["max_tiles"])
+        raise ValueError(f'image_aspect_ratio={kind!r} must be "dynamic_s2", "dynamic" or "resize"')
+
+    def _preprocess(
+        self,
+        images: list[Image.Image],
+        alone: list[bool] | None = None,
+        *,
+        resample: Any,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: Any,
+        image_std: Any,
+        return_tensors: Any = None,
+        **kwargs,
+    ) -> BatchFeature:
+        size, tile_tokens = kwargs["size"]["height"], kwargs["tile_tokens"]
+        tiles, grids = [], []
+        for i, image in enumerate(images):
+            parts = self.mosaics(*image.size, alone=alone is None or alone[i], **kwargs)
+            for part in parts:
+                tiles += cut(image, part, tile_size=size, resample=resample)
+            columns, rows = parts[0] if kwargs["image_aspect_ratio"] == "dynamic" else parts[-1]
+            grids.append([1, rows * tile_tokens, columns * tile_tokens])
+        pixels = to_pixels(
+            tiles, rescale_factor if do_rescale else None, (image_mean, image_std) if do_normalize else None
+        )
+        return BatchFeature(
+            {"pixel_values": pixels, "image_grid_thw": np.array(grids, dtype=np.int64)}, tensor_type=return_tensors
+        )
+
+
+def as_rgb(image: Any, input_data_format: Any = None) -> Image.Image:
+    """An image, an array or a tensor ([h, w], [h, w, c] or [c, h, w]) as an RGB picture, transparency dropped."""
+    if not isinstance(image, Image.Image):
+        image = np.asarray(image)
+        image = image[None] if image.ndim == 2 else image
+        layout = input_data_format or infer_channel_dimension_format(image, num_channels=(1, 3, 4))
+        image = to_pil_image(image, input_data_format=ChannelDimension(layout))
+    return image.convert("RGB")
+
+
+def to_pixels(tiles: list[Image.Image], rescale_factor: float | None, mean_std: tuple | None) -> np.ndarray:
+    """RGB tiles of one size to float32 pixels of shape [tiles, 3, size, size], rescaled and normalized."""
+    pixels = []
+    for tile in tiles:
+        array = np.asarray(tile).transpose(2, 0, 1)
+        if rescale_factor is not None:
+            array = rescale(array, rescale_factor)
+        if mean_std is not None:
+            array = normalize(array, *mean_std, input_data_format=ChannelDimension.FIRST)
+        pixels.append(array)
+    return np.stack(pixels).astype(np.float32)

@@ -1,0 +1,111 @@
+"""NVILA's video processor: a fixed number of frames, one tile each, and the grids of their pooled tokens."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers import BatchFeature
+from transformers.image_utils import (
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    ChannelDimension,
+    PILImageResampling,
+)
+from transformers.processing_utils import VideosKwargs
+from transformers.video_processing_utils import BaseVideoProcessor
+
+from .image_processing_nvila import as_rgb, to_pixels
+from .remote_code import InstalledCode
+from .tiling_nvila import cut
+
+
+class NVILAVideoProcessorKwargs(VideosKwargs, total=False):
+    r"""
+    pool_sizes (`list[list[int]]`, *optional*, defaults to `[[1, 1, 1]]`):
+        Frames, rows and columns of tokens that are averaged into one; each entry gives the video's tokens once.
+    tile_tokens (`int`, *optional*, defaults to 16):
+        Tokens per edge of a frame after the projector, before pooling.
+    """
+
+    pool_sizes: list[list[int]]
+    tile_tokens: int
+
+
+class NVILAVideoProcessor(InstalledCode, BaseVideoProcessor):
+    """
+    Samples frames evenly, the first and the last one included, and resizes each to one tile.
+
+    `num_frames` are sampled from every video, with repeats from one that has fewer; `fps` is not used. With
+    `do_sample_frames=False` a video keeps the frames it has.
+
+    Returns `pixel_values_videos` of shape [frames, 3, size, size], all videos' frames in order, and `video_grid_thw` of
+    shape [videos * len(pool_sizes), 3]: the grid of tokens of each video and pool size.
+    """
+
+    resample = PILImageResampling.BICUBIC
+    image_mean = IMAGENET_STANDARD_MEAN
+    image_std = IMAGENET_STANDARD_STD
+    size = {"height": 448, "width": 448}
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_sample_frames = True
+    num_frames = 8
+    pool_sizes = [[1, 1, 1]]
+    tile_tokens = 16
+    valid_kwargs = NVILAVideoProcessorKwargs
+    model_input_names = ["pixel_values_videos", "video_grid_thw"]
+
+    def sample_frames(self, metadata: Any, num_frames: int | None = None, **kwargs) -> np.ndarray:
+        """Indices of the frames to keep: `num_frames` evenly from the first to the last."""
+        count = num_frames or self.num_frames
+        return np.round(np.linspace(0, metadata.total_num_frames - 1, count)).astype(int)
+
+    def _preprocess(
+        self,
+        videos: list[Any],
+        size: Any,
+        resample: Any,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: Any,
+        image_std: Any,
+        pool_sizes: list[list[int]],
+        tile_tokens: int,
+        return_tensors: Any = None,
+        **kwargs,
+    ) -> BatchFeature:
+        grids = [grid for video in videos for grid in pooled_grids(len(video), tile_tokens, pool_sizes)]
+        frames = [as_rgb(frame, ChannelDimension.FIRST) for video in videos for frame in video]
+        tiles = [cut(frame, (1, 1), tile_size=size["height"], resample=resample)[0] for frame in frames]
+        pixels = to_pixels(
+            tiles, rescale_factor if do_rescale else None, (image_mean, image_std) if do_normalize else None
+        )
+        return BatchFeature(
+            {"pixel_values_videos": pixels, "video_grid_thw": np.array(grids, dtype=np.int64)},
+            tensor_type=return_tensors,
+        )
+
+
+def pooled_grids(frames: int, tile_tokens: int, pool_sizes: Sequence[Sequence[int]]) -> list[list[int]]:
+    """
+    The grid (frames, rows, columns) of a video's tokens after each pooling.
+
+    Raises:
+        `ValueError`: if a pool size does not divide the frames, or the tokens of a frame.
+    """
+    grids = []
+    for t, h, w in pool_sizes:
+        if frames % t:
+            raise ValueError(
+                f"a video has {frames} frames, which pool_sizes={[list(pool) for pool in pool_sizes]} does not divide: "
+                f"give a multiple of {t} (`num_frames`, or the frames themselves with `do_sample_frames=False`)"
+            )
+        if tile_tokens % h or tile_tokens % w:
+            raise ValueError(
+                f"pool_sizes={[list(pool) for pool in pool_sizes]} must divide the {tile_tokens}x{tile_tokens} tokens "
+                "of a frame"
+            )
+        grids.append([frames // t, tile_tokens // h, tile_tokens // w])
+    return grids
