@@ -38,7 +38,8 @@ SPECIAL_TOKENS = [
 HUB_NAMES = {"model.visual.": "visual.", "model.language_model.": "model."}
 
 
-def make_processor() -> Qwen2_5_VLProcessor:
+def train_bpe() -> dict:
+    """Vocabulary and merges of a small byte-level BPE."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -48,9 +49,13 @@ def make_processor() -> Qwen2_5_VLProcessor:
         trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False),
     )
     state = json.loads(backend.to_str())["model"]
+    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split()) for merge in state["merges"]]
+    return {"vocab": state["vocab"], "merges": merges}
+
+
+def make_processor() -> Qwen2_5_VLProcessor:
     tokenizer = Qwen2TokenizerFast(
-        vocab=state["vocab"],
-        merges=[tuple(merge) if isinstance(merge, list) else tuple(merge.split()) for merge in state["merges"]],
+        **train_bpe(),
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
         additional_special_tokens=SPECIAL_TOKENS[1:],

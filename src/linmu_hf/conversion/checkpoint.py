@@ -105,6 +105,24 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def read_config(file: Path) -> dict:
+    """
+    A JSON configuration.
+
+    Raises:
+        `FileNotFoundError`, `ValueError`: It is not there, or broken.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.parent} has no {file.name}: download or copy it too")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no valid JSON ({error}): download or copy it again") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds no JSON object: download or copy it again")
+    return config
+
+
 def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     """
     The tensors of a checkpoint folder, one file or sharded, with every header checked.

@@ -1,4 +1,4 @@
-"""`linmu-convert`: a Qwen2.5-VL checkpoint in, a LinMU checkpoint out."""
+"""`linmu-convert`: a Qwen2.5-VL or NVILA checkpoint in, a LinMU checkpoint out."""
 
 import argparse
 import json
@@ -9,14 +9,13 @@ from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
 
-from transformers import AutoProcessor
-
 from ..data import check_dataset, encode_rows, load_rows
 from ..hub import find_origin, prepare_repo, push_folder, write_model_card
 from ..modeling.configuration_linmu import MIXER_FIELDS, PRESETS, LinMUTextConfig
 from .checkpoint import write_text
 from .convert import check_output, convert
 from .plan import FLOAT_DTYPES
+from .teacher import load_processor
 
 
 # Left in the output with --push-to-hub: which command wrote it, and its report. It is not uploaded.
@@ -33,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="linmu-convert",
-        description="Replaces the self-attention of a Qwen2.5-VL checkpoint by M-MATE blocks that reuse its weights.",
+        description="Replaces the self-attention of Qwen2.5-VL or NVILA by M-MATE blocks that reuse its weights.",
     )
     parser.add_argument("--teacher", required=True, help="folder, or model on the Hub")
     parser.add_argument("--output", required=True, help="folder to be written")
@@ -152,7 +151,7 @@ def load_batches(args: argparse.Namespace) -> list:
     dataset = load_rows(args.calibrate, args.calibrate_split)
     rows = dataset.select(range(min(args.calibrate_samples, len(dataset))))
     check_dataset(rows)
-    processor = AutoProcessor.from_pretrained(args.teacher, revision=args.revision)
+    processor = load_processor(args.teacher, revision=args.revision)
     size = max(1, min(8, len(rows) // 2))
     return [
         encode_rows(processor, [rows[i] for i in range(first, min(first + size, len(rows)))])

@@ -29,7 +29,7 @@ from .checkpoint import (
     write_text,
 )
 from .plan import Plan, parse_dtype
-from .source import PROCESSOR_FILES, open_source
+from .source import open_source
 from .teacher import build_model, load_teacher
 from .weight_map import decoder_config
 
@@ -98,7 +98,7 @@ def convert(
     finish_folder: Callable[[Path], object] | None = None,
 ) -> ConversionReport:
     """
-    Converts a Qwen2.5-VL checkpoint into a LinMU checkpoint by weight reuse (Eq. 4 and 5).
+    Converts a Qwen2.5-VL or NVILA checkpoint into a LinMU checkpoint by weight reuse (Eq. 4 and 5).
 
     Tensors are streamed in chunks, so memory does not grow with the model. Work goes into `<output>.incomplete`, which
     a later run with the same arguments takes up again, and becomes `output` only when complete and verified.
@@ -130,6 +130,7 @@ def convert(
     dtype = parse_dtype(dtype)
     source = open_source(teacher, revision)
     kept = keep_attention if isinstance(keep_attention, str) else tuple(keep_attention)
+    assert source.config is not None
     try:
         config = LinMUConfig.from_teacher(source.config, keep_attention=kept, preset=preset, **(mixer_options or {}))
     except StrictDataclassError as error:  # a value of the wrong type
@@ -263,9 +264,7 @@ def _verify(work: Path, plan: Plan, hashes: dict[str, dict[str, str]]) -> None:
 
 def _finish(work: Path, target: Path, plan: Plan, finish_folder: Callable[[Path], object] | None) -> None:
     """Adds processor and configuration, config.json last, and gives the folder its name."""
-    for name in PROCESSOR_FILES:
-        if (plan.source.folder / name).is_file():
-            shutil.copyfile(plan.source.folder / name, work / name)
+    plan.source.write_processor(work)
     add_remote_code(plan.config, work)
     write_text(work / "config.json", plan.config.to_json_string())
     if finish_folder is not None:

@@ -89,7 +89,8 @@ class Plan:
 
     def fingerprint(self, shards: dict[str, list[OutputTensor]]) -> str:
         """Changes with whatever changes the output: the teacher's files, the configuration, the files to write."""
-        files = {tensor.file.name: tensor.file.stat() for tensor in self.source.tensors.values()}
+        folder = self.source.folder
+        files = {str(tensor.file.relative_to(folder)): tensor.file.stat() for tensor in self.source.tensors.values()}
         content = {
             "teacher": {name: (stat.st_size, stat.st_mtime_ns) for name, stat in sorted(files.items())},
             "tensors": [(name, t.begin, t.end, str(t.dtype)) for name, t in sorted(self.source.tensors.items())],

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
+from transformers import ProcessorMixin
 from transformers.initialization import no_init_weights
 
 from ..modeling.configuration_linmu import LinMUConfig
@@ -22,9 +22,9 @@ def load_teacher(
     device: str | torch.device | None = None,
 ) -> LinMUForConditionalGeneration:
     """
-    Loads a Qwen2.5-VL checkpoint as LinMU with full attention everywhere, frozen and in eval mode.
+    Loads a Qwen2.5-VL or NVILA checkpoint as LinMU with full attention everywhere, frozen and in eval mode.
 
-    Its logits are those of `Qwen2_5_VLForConditionalGeneration`. A folder that is a LinMU model loads as it is.
+    Its logits are those of the model it comes from. A folder that is a LinMU model loads as it is.
 
     Args:
         path (`str` or `Path`): Folder, or model on the Hub.
@@ -41,12 +41,18 @@ def load_teacher(
         model = LinMUForConditionalGeneration.from_pretrained(source.folder, dtype=dtype or "auto")
         return model.to(device or "cpu").eval().requires_grad_(False)
 
+    assert source.config is not None
     config = LinMUConfig.from_teacher(source.config, keep_attention="all")
     plan = Plan(source, config, dtype)
     model = build_model(config, plan.dtype, {tensor.name: tensor for tensor in plan.tensors}, device)
-    if (source.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    if source.generation_config is not None:
+        model.generation_config = source.generation_config
     return model.eval().requires_grad_(False)
+
+
+def load_processor(path: str | Path, *, revision: str | None = None) -> ProcessorMixin:
+    """The processor of a teacher, in the form that Transformers uses; arguments and errors as in [`load_teacher`]."""
+    return open_source(path, revision, allow_linmu=True).load_processor()
 
 
 def build_model(

@@ -1,26 +1,74 @@
-"""Teacher tensor names to student tensor names: a table, and the one function that reads it.
+"""Teacher tensor names to student tensor names: a table for each family, and the one function that reads them.
 
-The table holds Eq. 4 (Flex-MA: C <- Q, B <- K, X <- V, O <- O) and Eq. 5 (Local-Swin: the teacher's own projections),
+The tables hold Eq. 4 (Flex-MA: C <- Q, B <- K, X <- V, O <- O) and Eq. 5 (Local-Swin: the teacher's own projections),
 so one teacher tensor becomes several student tensors in an `m_mate` layer. Biases go where their weights go.
 """
 
 import re
+from dataclasses import dataclass
 
 from ..modeling.configuration_linmu import LinMUConfig, LinMUTextConfig
 
 
-# Hub names and Transformers' in-memory names, onto the student's; the first matching prefix counts.
-PREFIXES = {
-    "model.visual.": "model.visual.",
-    "visual.": "model.visual.",
-    "model.language_model.": "model.language_model.",
-    "model.": "model.language_model.",
-    "lm_head.": "lm_head.",
+@dataclass(frozen=True)
+class WeightMap:
+    """
+    The table of one family.
+
+    Args:
+        family (`str`): What a message calls it.
+        prefixes (`dict[str, str]`): Beginnings of teacher names, onto the student's; the first that matches counts.
+        vision (`tuple[str, ...]`): Patterns of the student's names on the vision side, which stays as it is.
+        dropped (`dict[str, str]`): Patterns of teacher names that the student does without, and why.
+    """
+
+    family: str
+    prefixes: dict[str, str]
+    vision: tuple[str, ...]
+    dropped: dict[str, str]
+
+
+# By the `model_type` of the vision side, which tells the families apart.
+WEIGHT_MAPS = {
+    "qwen2_5_vl_vision": WeightMap(
+        family="Qwen2.5-VL",
+        prefixes={  # Hub names and Transformers' in-memory names
+            "model.visual.": "model.visual.",
+            "visual.": "model.visual.",
+            "model.language_model.": "model.language_model.",
+            "model.": "model.language_model.",
+            "lm_head.": "lm_head.",
+        },
+        vision=(r"model\.visual\..+",),
+        dropped={r".*\.rotary_(pos_)?emb\.inv_freq": "recomputed from the configuration"},
+    ),
+    "nvila_vision": WeightMap(
+        family="NVILA",
+        prefixes={  # SigLIP's names with its inner module, as published, and without
+            "llm.model.": "model.language_model.",
+            "llm.lm_head.": "lm_head.",
+            "vision_tower.vision_model.": "model.visual.vision_tower.",
+            "vision_tower.": "model.visual.vision_tower.",
+            "mm_projector.": "model.visual.mm_projector.",
+        },
+        vision=(
+            r"model\.visual\.vision_tower\.embeddings\.(patch_embedding\.(weight|bias)|position_embedding\.weight)",
+            r"model\.visual\.vision_tower\.encoder\.layers\.\d+\.layer_norm[12]\.(weight|bias)",
+            r"model\.visual\.vision_tower\.encoder\.layers\.\d+\.self_attn\.(q|k|v|out)_proj\.(weight|bias)",
+            r"model\.visual\.vision_tower\.encoder\.layers\.\d+\.mlp\.fc[12]\.(weight|bias)",
+            r"model\.visual\.vision_tower\.post_layernorm\.(weight|bias)",
+            r"model\.visual\.mm_projector\.layers\.\d+\.(weight|bias)",
+        ),
+        dropped={
+            r".*\.rotary_emb\.inv_freq": "recomputed from the configuration",
+            r"vision_tower\.(vision_model\.)?embeddings\.position_ids": "recomputed from the configuration",
+            r"vision_tower\.(vision_model\.)?head\..+": "pools the last layer; features are read before it",
+        },
+    ),
 }
 
-# What the student's decoder keeps under the teacher's name, besides the attention.
+# What every decoder keeps under the teacher's name, besides the attention.
 KEPT = (
-    r"model\.visual\..+",
     r"model\.language_model\.(embed_tokens|norm)\.weight",
     r"model\.language_model\.layers\.\d+\.(input_layernorm|post_attention_layernorm)\.weight",
     r"model\.language_model\.layers\.\d+\.mlp\.(gate_proj|up_proj|down_proj)\.weight",
@@ -43,11 +91,6 @@ MIXERS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 
-# Teacher tensors that the student does without, and why.
-DROPPED = {
-    r".*\.rotary_(pos_)?emb\.inv_freq": "recomputed from the configuration",
-}
-
 _PROJECTION = re.compile(r"(model\.language_model\.layers\.(\d+)\.)self_attn\.([qkvo]_proj)\.(weight|bias)")
 _MIXER_PARAMETER = re.compile(r"model\.language_model\.layers\.(\d+)\.mixer\.(.+)\.(?:weight|bias)")
 
@@ -58,7 +101,8 @@ def map_teacher_key(key: str, config: LinMUConfig) -> list[str] | None:
 
     Args:
         key (`str`): A name in the teacher's checkpoint, as on the Hub or as in memory.
-        config (`LinMUConfig`): The student, whose `layer_types` decide where attention weights go.
+        config (`LinMUConfig`): The student: its vision side picks the table, its `layer_types` decide where attention
+            weights go.
 
     Returns:
         `list[str]` or `None`: Student names, or `None` for a tensor that is dropped by name.
@@ -66,10 +110,11 @@ def map_teacher_key(key: str, config: LinMUConfig) -> list[str] | None:
     Raises:
         `ValueError`: The table does not know the key.
     """
-    if any(re.fullmatch(pattern, key) for pattern in DROPPED):
+    table = WEIGHT_MAPS[config.vision_config.model_type]  # type: ignore[union-attr]
+    if any(re.fullmatch(pattern, key) for pattern in table.dropped):
         return None
-    prefix = next((prefix for prefix in PREFIXES if key.startswith(prefix)), None)
-    name = PREFIXES[prefix] + key.removeprefix(prefix) if prefix else key
+    prefix = next((prefix for prefix in table.prefixes if key.startswith(prefix)), None)
+    name = table.prefixes[prefix] + key.removeprefix(prefix) if prefix else key
     if name == "lm_head.weight" and config.tie_word_embeddings:
         return None
     if projection := _PROJECTION.fullmatch(name):
@@ -78,9 +123,9 @@ def map_teacher_key(key: str, config: LinMUConfig) -> list[str] | None:
         if int(layer) < len(layer_types):
             targets = MIXERS[layer_types[int(layer)]][projection_name]
             return [f"{layer_prefix}mixer.{target}.{kind}" for target in targets]
-    if any(re.fullmatch(pattern, name) for pattern in KEPT):
+    if prefix and any(re.fullmatch(pattern, name) for pattern in (*KEPT, *table.vision)):
         return [name]
-    raise ValueError(f"teacher tensor {key!r} is unknown to the weight map: is the checkpoint a plain Qwen2.5-VL?")
+    raise ValueError(f"teacher tensor {key!r} is unknown to the weight map: is the checkpoint a plain {table.family}?")
 
 
 def is_new(name: str, config: LinMUConfig) -> bool:
