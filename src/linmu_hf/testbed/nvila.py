@@ -9,7 +9,7 @@ from transformers import Qwen2Config, SiglipImageProcessor, SiglipVisionConfig
 from ..modeling.configuration_linmu import LinMUConfig
 from ..modeling.configuration_nvila import NVILAConfig, NVILAVisionConfig
 from ..modeling.modeling_linmu import LinMUForConditionalGeneration
-from ..modeling.processing_nvila import NVILAProcessor
+from ..modeling.processing_nvila import SENTINEL_TOKEN, NVILAProcessor
 from ..modeling.processing_nvila import build_processor as build_nvila_processor
 from .data import FRAMES_PER_MOMENT
 from .processor import IMAGE_MEAN, IMAGE_STD, PATCH_SIZE, build_tokenizer
@@ -50,8 +50,8 @@ def build_processor() -> NVILAProcessor:
         vision_config(),
         build_tokenizer(SPECIAL_TOKENS, pad_token="[PAD]"),
         num_video_frames=FRAMES_PER_MOMENT * MAX_MOMENTS,
-        image_mean=IMAGE_MEAN,
-        image_std=IMAGE_STD,
+        image_mean=list(IMAGE_MEAN),
+        image_std=list(IMAGE_STD),
     )
 
 
@@ -60,7 +60,7 @@ def teacher_config(processor: NVILAProcessor) -> LinMUConfig:
     ids = processor.tokenizer.convert_tokens_to_ids
     teacher = NVILAConfig(
         text_config=Qwen2Config(
-            vocab_size=ids(SPECIAL_TOKENS[-1]) + 1,
+            vocab_size=ids(SENTINEL_TOKEN),
             hidden_size=128,
             intermediate_size=384,
             num_hidden_layers=4,
@@ -96,9 +96,10 @@ def save_checkpoint(model: LinMUForConditionalGeneration, processor: NVILAProces
     tensors: dict[str, dict] = {part: {} for part, _ in names.values()}
     for name, tensor in model.state_dict().items():
         ours, (part, theirs) = next(item for item in names.items() if name.startswith(item[0]))
-        tensors[part][theirs + name.removeprefix(ours)] = tensor.detach().contiguous()
+        released = theirs + name.removeprefix(ours).replace(".mixer.", ".self_attn.")
+        tensors[part][released] = tensor.detach().contiguous()
     configs = {
-        "llm": text_parts(text),
+        "llm": _text_config(text),
         "vision_tower": {"architectures": ["SiglipVisionModel"], **tower.to_diff_dict()},
         "mm_projector": {
             "architectures": ["MultimodalProjector"],
@@ -142,3 +143,14 @@ def save_checkpoint(model: LinMUForConditionalGeneration, processor: NVILAProces
         image_std=processor.image_processor.image_std,
         resample=3,
     ).save_pretrained(folder / "vision_tower")
+
+
+def _text_config(text) -> dict:
+    """The decoder's configuration as one of Qwen2, which is what its weights are."""
+    known = Qwen2Config().to_dict()
+    config = Qwen2Config(**{name: value for name, value in text.to_dict().items() if name in known})
+    return {"architectures": ["Qwen2ForCausalLM"], **config.to_diff_dict()}
+
+
+def _write(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")
