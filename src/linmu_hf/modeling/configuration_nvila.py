@@ -121,7 +121,9 @@ class NVILAVisionConfig(PreTrainedConfig):
         if self.video_encoder not in VIDEO_ENCODERS:
             raise ValueError(f"video_encoder={self.video_encoder!r}; choose one of {list(VIDEO_ENCODERS)}")
         if self.video_encoder == "basic" and self.pool_sizes != [[1, 1, 1]]:
-            raise ValueError(f"pool_sizes={self.pool_sizes} belong to video_encoder='tsp'; set that, or leave them out")
+            raise ValueError(
+                f"pool_sizes={self.pool_sizes} belong to video_encoder='tsp'; set that, or leave them out"
+            )
         for sizes in self.pool_sizes or [[]]:
             if len(sizes) != 3 or not all(isinstance(size, int) and size >= 1 for size in sizes):
                 raise ValueError(
