@@ -84,7 +84,7 @@ class LinMUPreTrainedModel(InstalledCode, PreTrainedModel):
     base_model_prefix = "model"
     input_modalities: tuple[str, ...] = ("image", "video", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LinMUDecoderLayer", "Qwen2_5_VLVisionBlock"]
+    _no_split_modules = ["LinMUDecoderLayer", "Qwen2_5_VLVisionBlock", "SiglipVisionEmbeddings", "SiglipEncoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = set(FP32_PARAMETERS)
     # float32 in a float16 model, and never quantised: small maps that steer decays and gates
@@ -123,6 +123,8 @@ class LinMUTextModel(LinMUPreTrainedModel):
         self.layers = nn.ModuleList([LinMUDecoderLayer(config, idx) for idx in range(config.num_hidden_layers)])
         self.norm = Qwen2_5_VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen2_5_VLRotaryEmbedding(config=config)
+        if "mrope_section" not in config.rope_parameters:
+            self.rotary_emb.mrope_section = [config.head_dim // 2]  # plain positions: the first row serves all
         self.gradient_checkpointing = False
         self.post_init()
 

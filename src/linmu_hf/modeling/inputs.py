@@ -27,7 +27,7 @@ def check_forward(
     if torch.compiler.is_compiling():
         return
     text = model.config.text_config
-    check_tokens(input_ids, inputs_embeds, text, model.get_input_embeddings(), past_key_values)
+    check_tokens(model, input_ids, inputs_embeds, past_key_values)
     tokens = input_ids if inputs_embeds is None else inputs_embeds
     check_decoder_inputs(tokens, attention_mask, position_ids, past_key_values, vision_layout, text.layer_types)
     if not _reads_prompt(tokens, past_key_values):
@@ -35,7 +35,7 @@ def check_forward(
     types = media.get("mm_token_type_ids")
     if input_ids is None:
         if types is not None:
-            _expect("mm_token_type_ids", types, tuple(tokens.shape[:2]), "[batch, tokens]")
+            expect("mm_token_type_ids", types, tuple(tokens.shape[:2]), "[batch, tokens]")
         return
     given = {
         kind: media.get(pixels) is not None or (mm_encoder_outputs or {}).get(kind) is not None
@@ -53,7 +53,7 @@ def check_forward(
     if vision_layout is not None:
         check_spans(vision_layout, model.token_types(input_ids), mask, complete=any(given.values()))
     if (vision_layout is not None and has_grids) or (vision_layout is None and unseen):
-        check_media(model.token_types(input_ids), mask, model.config.vision_config.spatial_merge_size, **grids)
+        check_media(model.token_types(input_ids), mask, model.vision, **grids)
 
 
 def check_prompt(model, input_ids, attention_mask=None, past_key_values=None):
@@ -65,7 +65,7 @@ def check_prompt(model, input_ids, attention_mask=None, past_key_values=None):
     """
     if torch.compiler.is_compiling():
         return
-    check_tokens(input_ids, None, model.config.text_config, model.get_input_embeddings())
+    check_tokens(model, input_ids)
     b, t = input_ids.shape
     if attention_mask is not None:
         seen = 0 if past_key_values is None else int(past_key_values.get_seq_length())
@@ -73,11 +73,11 @@ def check_prompt(model, input_ids, attention_mask=None, past_key_values=None):
         _check_mask(attention_mask, b, t, 0 if all_given else seen, True)
 
 
-def check_tokens(input_ids, inputs_embeds, config, embedding, past_key_values=None):
+def check_tokens(model, input_ids, inputs_embeds=None, past_key_values=None):
     """
     Args:
+        model (`LinMUModel`): Whose placeholders may lie outside the vocabulary.
         input_ids (`torch.LongTensor` of shape `[b, t]`) or inputs_embeds (`torch.Tensor` of shape `[b, t, d]`).
-        config (`LinMUTextConfig`), embedding (`nn.Embedding`): Of the decoder.
         past_key_values (`Cache`, *optional*): With one, the values of single tokens are not looked at.
 
     Raises:
@@ -85,25 +85,26 @@ def check_tokens(input_ids, inputs_embeds, config, embedding, past_key_values=No
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("pass exactly one of input_ids and inputs_embeds")
+    embedding = model.get_input_embeddings()
     if inputs_embeds is not None:
-        _expect("inputs_embeds", inputs_embeds, (None, None, config.hidden_size), "[batch, tokens, hidden_size]", True)
+        width = model.config.text_config.hidden_size
+        expect("inputs_embeds", inputs_embeds, (None, None, width), "[batch, tokens, hidden_size]", True)
         weight = getattr(embedding, "weight", inputs_embeds)
         if inputs_embeds.dtype != weight.dtype and not torch.is_autocast_enabled(inputs_embeds.device.type):
             raise ValueError(
                 f"inputs_embeds are {inputs_embeds.dtype} and the model is {weight.dtype}; cast one like the other"
             )
     else:
-        _expect("input_ids", input_ids, (None, None), "[batch, tokens]")
+        expect("input_ids", input_ids, (None, None), "[batch, tokens]")
     name, tokens = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
     if not tokens.shape[0] or not tokens.shape[1]:
         raise ValueError(f"{name} of shape {tuple(tokens.shape)} hold no token; pass at least one row and one token")
     if input_ids is not None and _reads_prompt(input_ids, past_key_values):
-        known = getattr(embedding, "num_embeddings", config.vocab_size)
-        lowest, highest = (int(one) for one in input_ids.aminmax())
-        if lowest < 0 or highest >= known:
+        lowest, highest = (int(one) for one in model.embeddable(input_ids).aminmax())
+        if lowest < 0 or highest >= model.n_embeddings:
             raise ValueError(
-                f"input_ids hold {lowest if lowest < 0 else highest}, outside the vocabulary of {known}; use the "
-                "tokenizer of this model, and a padding id that it knows"
+                f"input_ids hold {lowest if lowest < 0 else highest}, outside the vocabulary of "
+                f"{model.n_embeddings}; use the tokenizer of this model, and a padding id that it knows"
             )
 
 
@@ -133,7 +134,7 @@ def check_decoder_inputs(
     if attention_mask is not None and not isinstance(attention_mask, dict) and not pattern:
         _check_mask(attention_mask, b, t, past, reads_prompt)
     if position_ids is not None:
-        _expect("position_ids", position_ids, None, "")
+        expect("position_ids", position_ids, None, "")
         axes, rows = position_ids.shape[:-2], position_ids.shape[-2:]
         if axes not in ((), (3,), (4,)) or rows not in ((b, t), (1, t)):
             raise ValueError(
@@ -141,16 +142,15 @@ def check_decoder_inputs(
                 "[batch, tokens], or 3 (M-RoPE) or 4 (text positions and M-RoPE) of these, or leave them out"
             )
     if vision_layout is not None:
-        _expect("vision_layout", vision_layout, (b, t, 4), "[batch, tokens, 4]")
+        expect("vision_layout", vision_layout, (b, t, 4), "[batch, tokens, 4]")
         if reads_prompt:
             _check_layout(vision_layout)
 
 
-def check_media(
-    types, attention_mask, merge_size: int, image_grid_thw=None, video_grid_thw=None, second_per_grid_ts=None
-):
+def check_media(types, attention_mask, vision, image_grid_thw=None, video_grid_thw=None, second_per_grid_ts=None):
     """
-    Placeholders against grids: every run of image (1) or video (2) tokens of `types` `[b, t]` is one medium.
+    Placeholders against grids: the runs of image (1) and video (2) tokens of `types` `[b, t]` are those that the
+    vision side expects for the grids.
 
     Raises:
         `ValueError`, `TypeError`: Grids are no grids, or describe other media than the placeholders.
@@ -162,11 +162,12 @@ def check_media(
     for kind, name in _KINDS.items():
         found = [count for own, count in runs if own == kind]
         grids = {1: image_grid_thw, 2: video_grid_thw}[kind]
-        sizes = [] if grids is None else check_grid(f"{name}_grid_thw", grids, merge_size)
+        sizes = [] if grids is None else vision.runs(name, grids)
         if sizes != found:
+            media = 0 if grids is None else len(grids)
             raise ValueError(
                 f"the prompt has {sum(found)} {name} tokens{_in_runs(found)} but {name}_grid_thw describes "
-                f"{sum(sizes)} ({len(sizes)} {name}s{_in_runs(sizes)}); pass the grids that the processor returned "
+                f"{sum(sizes)} ({media} {name}s{_in_runs(sizes)}); pass the grids that the processor returned "
                 "with these input_ids"
             )
     videos = 0 if video_grid_thw is None else len(video_grid_thw)
@@ -180,39 +181,15 @@ def check_media(
             raise ValueError(f"second_per_grid_ts={second_per_grid_ts} must be seconds, none negative")
 
 
-def check_grid(name: str, grids, merge_size: int) -> list[int]:
-    """Tokens of each medium of a patch grid `[media, 3]` after merging."""
-    _expect(name, grids, (None, 3), "[media, 3]")
-    sizes = grids.tolist()
-    for frames, height, width in sizes:
-        if frames < 1 or height < 1 or width < 1 or height % merge_size or width % merge_size:
-            raise ValueError(
-                f"{name} has the entry {[frames, height, width]}; frames, height and width in patches must be "
-                f"positive, height and width multiples of {merge_size}: pass what the processor returned"
-            )
-    return [frames * height * width // merge_size**2 for frames, height, width in sizes]
-
-
-def check_pixels(name: str, pixels, grid_name: str, grids, vision_config):
-    """
-    Pixels `[patches, channels * frames * height * width]` of a medium against their grid.
-
-    Raises:
-        `ValueError`, `TypeError`: No grid, another number of patches or of pixels, or values that are not finite.
-    """
-    if grids is None:
-        raise ValueError(f"{name} came without {grid_name}; pass both as the processor returned them")
-    patches = sum(check_grid(grid_name, grids, vision_config.spatial_merge_size)) * vision_config.spatial_merge_size**2
-    channels = getattr(vision_config, "in_channels", None) or getattr(vision_config, "in_chans", 3)
-    width = channels * vision_config.temporal_patch_size * vision_config.patch_size**2
-    _expect(name, pixels, (patches, width), f"[patches, pixels], as {grid_name} says", True)
+def check_values(name: str, pixels):
+    """Raises a `ValueError` if pixels are not finite."""
     if not bool(pixels.isfinite().all()):
         raise ValueError(f"{name} hold NaN or infinite values; look at the images, or at their normalisation")
 
 
 def check_types(types, expected, attention_mask=None):
     """`mm_token_type_ids` `[b, t]` against what the placeholders of the prompt say."""
-    _expect("mm_token_type_ids", types, tuple(expected.shape), "[batch, tokens]")
+    expect("mm_token_type_ids", types, tuple(expected.shape), "[batch, tokens]")
     wrong = types != expected
     if attention_mask is not None:
         wrong = wrong & attention_mask.bool()
@@ -248,7 +225,7 @@ def check_head_inputs(input_ids, inputs_embeds, vocabulary: int, labels=None, lo
         return  # such tokens are refused where they are read
     b, t = tokens.shape[:2]
     if isinstance(logits_to_keep, torch.Tensor):
-        _expect("logits_to_keep", logits_to_keep, (None,), "[positions]")
+        expect("logits_to_keep", logits_to_keep, (None,), "[positions]")
         if logits_to_keep.numel() and not -t <= int(logits_to_keep.min()) <= int(logits_to_keep.max()) < t:
             raise ValueError(f"logits_to_keep={logits_to_keep.tolist()} must lie within the {t} tokens")
         everything = len(logits_to_keep) == t
@@ -259,7 +236,7 @@ def check_head_inputs(input_ids, inputs_embeds, vocabulary: int, labels=None, lo
     else:
         everything = logits_to_keep in (0, t) or logits_to_keep > t
     if labels is not None:
-        _expect("labels", labels, (b, t), "[batch, tokens], as input_ids")
+        expect("labels", labels, (b, t), "[batch, tokens], as input_ids")
         if not everything:
             raise ValueError(f"labels need the logits of all tokens: leave logits_to_keep={logits_to_keep} out")
         lowest, highest = (int(one) for one in labels.masked_fill(labels == -100, 0).aminmax())
@@ -293,22 +270,33 @@ def _check_mask(mask, b: int, t: int, past: int, reads_prompt: bool):
 
 
 def _check_layout(layout):
-    """Each span of each row is a whole grid, every cell of it once."""
+    """Each frame of each span of each row is a whole grid, every cell of it once, and no frame is missing."""
     inside = layout[..., 0] >= 0
     if bool(((layout < 0) == inside[..., None]).any()):
         raise ValueError("vision_layout must be -1 in all four entries of text and nowhere negative at vision tokens")
     if not bool(inside.any()):
         return
     cells = torch.cat([inside.nonzero()[:, :1], layout[inside].long()], dim=1)  # row, span, T, H, W
-    spans, member, counts = cells[:, :2].unique(dim=0, return_inverse=True, return_counts=True)
-    extent = torch.zeros(len(spans), 3, dtype=torch.long, device=layout.device)
-    extent = extent.scatter_reduce(0, member[:, None].expand(-1, 3), cells[:, 2:] + 1, "amax")
-    whole = len(cells.unique(dim=0)) == len(cells) and torch.equal(extent.prod(1), counts)
+    frames, member, counts = cells[:, :3].unique(dim=0, return_inverse=True, return_counts=True)
+    extent = _extents(member, cells[:, 3:] + 1, len(frames))
+    spans, member, present = frames[:, :2].unique(dim=0, return_inverse=True, return_counts=True)
+    last = _extents(member, frames[:, 2:] + 1, len(spans))
+    whole = (
+        len(cells.unique(dim=0)) == len(cells)
+        and torch.equal(extent.prod(1), counts)
+        and torch.equal(last[:, 0], present)
+    )
     if not whole:
         raise ValueError(
             "vision_layout has a span that is no whole grid: an image or video must be read together, each of its "
             "cells once; pass what `get_positions` returns"
         )
+
+
+def _extents(member, values, n: int):
+    """Largest values `[n, ...]` of each of n groups."""
+    extent = torch.zeros(n, values.shape[1], dtype=torch.long, device=values.device)
+    return extent.scatter_reduce(0, member[:, None].expand_as(values), values, "amax")
 
 
 def _cached_rows(cache) -> int | None:
@@ -320,7 +308,7 @@ def _cached_rows(cache) -> int | None:
     return None
 
 
-def _expect(name: str, value, shape, meaning: str, floating: bool = False):
+def expect(name: str, value, shape, meaning: str, floating: bool = False):
     """A tensor of integers (or of floating-point numbers) of this shape; `None` is any size, or any shape."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; pass a tensor (return_tensors='pt' in the processor)")

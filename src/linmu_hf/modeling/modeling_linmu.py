@@ -1,4 +1,4 @@
-"""LinMU: Qwen2.5-VL's vision side and the decoder in which every layer names its mixer."""
+"""LinMU: a vision side, as its teacher has it, and the decoder in which every layer names its mixer."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,12 @@ from .decoder import LinMUModelOutput, LinMUPreTrainedModel, LinMUTextModel
 from .generation import VisionLayoutGeneration, next_positions, remember_positions
 from .inputs import check_forward, check_head_inputs, check_media, check_types
 from .packing import lengths_to_bounds, packed_lengths, unpack
-from .vision_qwen2_5_vl import Qwen2_5_VLVision, merged_grid_layout
+from .vision_nvila import NVILAVision
+from .vision_qwen2_5_vl import Qwen2_5_VLVision
+from .vision_side import KINDS, VisionSide, text_positions
+
+
+VISION_SIDES: dict[str, type[VisionSide]] = {"qwen2_5_vl_vision": Qwen2_5_VLVision, "nvila_vision": NVILAVision}
 
 
 @dataclass
@@ -31,14 +36,14 @@ class LinMUCausalLMOutput(ModelOutput):
     mixer_outputs: tuple[torch.Tensor, ...] | None = None
 
 
-class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
+class LinMUModel(LinMUPreTrainedModel):
     """Vision tower and decoder, without the language-model head."""
 
     accepts_loss_kwargs = False
 
     def __init__(self, config: LinMUConfig):
         super().__init__(config)
-        self.visual = self.tower_class._from_config(config.vision_config)
+        self.visual = VISION_SIDES[config.vision_config.model_type].tower_class._from_config(config.vision_config)
         self.language_model = LinMUTextModel._from_config(config.text_config)
         self.post_init()
 
@@ -48,11 +53,43 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
     def set_input_embeddings(self, value):
         self.language_model.embed_tokens = value
 
+    @property
+    def vision(self) -> VisionSide:
+        """The vision side: the tower, and what placeholders and grids mean to it."""
+        return VISION_SIDES[self.config.vision_config.model_type](self.config, self.visual)
+
+    @property
+    def n_embeddings(self) -> int:
+        """Ids that have an embedding."""
+        return getattr(self.get_input_embeddings(), "num_embeddings", self.config.text_config.vocab_size)
+
+    @property
+    def placeholders(self) -> dict[str, int]:
+        """The placeholder of an image and of a video; it may lie outside the vocabulary."""
+        return {"image": self.config.image_token_id, "video": self.config.video_token_id}
+
+    def embeddable(self, input_ids):
+        """The ids, 0 in place of placeholders without an embedding, which vision features replace anyway."""
+        for token in self.placeholders.values():
+            if token >= self.n_embeddings:
+                input_ids = input_ids.masked_fill(input_ids == token, 0)
+        return input_ids
+
+    def embed(self, input_ids):
+        """Embeddings `[b, t, d]` of ids `[b, t]`."""
+        return self.get_input_embeddings()(self.embeddable(input_ids))
+
+    def get_image_features(self, pixel_values, image_grid_thw=None, **kwargs):
+        return self.vision.features("image", pixel_values, image_grid_thw, **kwargs)
+
+    def get_video_features(self, pixel_values_videos, video_grid_thw=None, **kwargs):
+        return self.vision.features("video", pixel_values_videos, video_grid_thw, **kwargs)
+
     def token_types(self, input_ids):
         """0 for text, 1 for image and 2 for video placeholders, like the processor's `mm_token_type_ids`."""
         types = torch.zeros_like(input_ids)
-        types[input_ids == self.config.image_token_id] = 1
-        types[input_ids == self.config.video_token_id] = 2
+        for kind, token in self.placeholders.items():
+            types[input_ids == token] = KINDS[kind]
         return types
 
     @torch.no_grad()
@@ -67,7 +104,7 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
         **kwargs,
     ):
         """
-        Where every token lies, in M-RoPE and in its image or video.
+        Where every token lies, in rotary positions and in its image or video.
 
         Args:
             input_ids (`torch.LongTensor` of shape `[b, t]`): With placeholders for vision tokens.
@@ -86,26 +123,20 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
             check_types(mm_token_type_ids, types, attention_mask)
         if attention_mask is not None:
             mm_token_type_ids = mm_token_type_ids * attention_mask.to(mm_token_type_ids.dtype)
-        merge = self.config.vision_config.spatial_merge_size
         if image_grid_thw is None and video_grid_thw is None and not bool(mm_token_type_ids.any()):
-            if attention_mask is None:
-                text = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-            else:
-                text = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
-            return text.expand(3, -1, -1), None
-        check_media(mm_token_type_ids, attention_mask, merge, image_grid_thw, video_grid_thw, second_per_grid_ts)
-        max_frames = self.config.text_config.max_span_frames
-        layout = merged_grid_layout(mm_token_type_ids, image_grid_thw, video_grid_thw, merge, max_frames)
+            return text_positions(input_ids, attention_mask), None
+        vision, grids = self.vision, {"image": image_grid_thw, "video": video_grid_thw}
+        check_media(mm_token_type_ids, attention_mask, vision, image_grid_thw, video_grid_thw, second_per_grid_ts)
+        layout = vision.layout(mm_token_type_ids, grids)
         # in a chunk of a longer prompt a row may be padding alone
         rows = slice(None) if attention_mask is None else attention_mask.bool().any(1)
         positions = input_ids.new_zeros(3, *input_ids.shape)
-        positions[:, rows], _ = self.get_rope_index(
+        positions[:, rows] = vision.positions(
             input_ids[rows],
-            mm_token_type_ids=mm_token_type_ids[rows],
-            image_grid_thw=image_grid_thw,
-            video_grid_thw=video_grid_thw,
-            second_per_grid_ts=second_per_grid_ts,
-            attention_mask=None if attention_mask is None else attention_mask[rows],
+            mm_token_type_ids[rows],
+            None if attention_mask is None else attention_mask[rows],
+            grids,
+            second_per_grid_ts,
         )
         return positions, layout
 
@@ -140,16 +171,16 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
             image_grid_thw=image_grid_thw, video_grid_thw=video_grid_thw, mm_token_type_ids=mm_token_type_ids,
         )  # fmt: skip
         if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+            inputs_embeds = self.embed(input_ids)
         packed = packed_lengths(inputs_embeds, attention_mask, position_ids, past_key_values, cu_seq_lens_q)
         use_cache = self.config.text_config.use_cache if use_cache is None else use_cache
         if use_cache and packed is None:
             past_key_values = fitting_cache(past_key_values, self.config.text_config)
         has_grids = image_grid_thw is not None or video_grid_thw is not None
+        ids = input_ids
+        if ids is None:
+            ids = self._placeholder_ids(inputs_embeds, mm_token_type_ids, has_grids or bool(mm_encoder_outputs))
         if vision_layout is None and (position_ids is None or has_grids):
-            ids = input_ids
-            if ids is None:
-                ids = self._placeholder_ids(inputs_embeds, mm_token_type_ids, has_grids)
             derived, vision_layout = self._new_positions(
                 ids, attention_mask, past_key_values, packed,
                 image_grid_thw=image_grid_thw, video_grid_thw=video_grid_thw,
@@ -175,7 +206,7 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            inputs_embeds=self._scatter_vision(input_ids, inputs_embeds, features),
+            inputs_embeds=self._scatter_vision(ids, inputs_embeds, features),
             vision_layout=vision_layout,
             use_cache=use_cache,
             cu_seq_lens_q=cu_seq_lens_q if packed is None else lengths_to_bounds(packed, inputs_embeds.device),
@@ -183,16 +214,32 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
             **kwargs,
         )
 
-    def _placeholder_ids(self, inputs_embeds, mm_token_type_ids, has_grids):
+    def _placeholder_ids(self, inputs_embeds, mm_token_type_ids, has_media):
         """Ids `[b, t]` that are right at the placeholders, known by their types or embeddings; 0 elsewhere."""
         ids = inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long)
-        if mm_token_type_ids is None and not has_grids:
+        if mm_token_type_ids is None and not has_media:
             return ids
-        if mm_token_type_ids is None:
-            image, video = (places[..., 0] for places in self.get_placeholder_mask(None, inputs_embeds))
-        else:
-            image, video = mm_token_type_ids == 1, mm_token_type_ids == 2
-        return ids.masked_fill(image, self.config.image_token_id).masked_fill(video, self.config.video_token_id)
+        for kind, token in self.placeholders.items():
+            if mm_token_type_ids is not None:
+                places = mm_token_type_ids == KINDS[kind]
+            else:
+                places = (inputs_embeds == self.embed_placeholder(token, inputs_embeds.device)).all(-1)
+            ids = ids.masked_fill(places, token)
+        return ids
+
+    def embed_placeholder(self, token: int, device):
+        """
+        The embedding `[d]` of a placeholder.
+
+        Raises:
+            `ValueError`: It lies outside the vocabulary, so that embeddings do not tell where placeholders are.
+        """
+        if token >= self.n_embeddings:
+            raise ValueError(
+                f"placeholder {token} lies outside the vocabulary of {self.n_embeddings}, and so cannot be found "
+                "among inputs_embeds; pass mm_token_type_ids, or input_ids instead"
+            )
+        return self.get_input_embeddings()(torch.tensor(token, device=device))
 
     def _new_positions(self, input_ids, attention_mask, past_key_values, packed=None, **vision):
         """`get_positions` of the new tokens, behind what the cache has seen."""
@@ -245,7 +292,7 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
 
     def chunk_embedder(self, input_ids, features):
         """A function `(start, end)` that embeds these tokens of `input_ids` [b, t], each with its vision feature."""
-        rows, tokens = {}, {"image": self.config.image_token_id, "video": self.config.video_token_id}
+        rows, tokens = {}, self.placeholders
         for kind, own in features.items():
             places = input_ids == tokens[kind]
             if int(places.sum()) != len(own):
@@ -254,7 +301,7 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
 
         def embed(start, end):
             ids = input_ids[:, start:end]
-            embeds = self.get_input_embeddings()(ids)
+            embeds = self.embed(ids)
             for kind, own in features.items():
                 places = ids == tokens[kind]
                 chosen = own[rows[kind][:, start:end][places]].to(embeds.device, embeds.dtype)
@@ -263,13 +310,17 @@ class LinMUModel(Qwen2_5_VLVision, LinMUPreTrainedModel):
 
         return embed
 
-    def _scatter_vision(self, input_ids, embeds, features):
+    def _scatter_vision(self, ids, embeds, features):
         """Puts vision features in place of their placeholders."""
-        for index, kind in enumerate(("image", "video")):
-            if kind in features:
-                own = features[kind].to(embeds.device, embeds.dtype)
-                mask = self.get_placeholder_mask(input_ids, inputs_embeds=embeds, **{f"{kind}_features": own})
-                embeds = embeds.masked_scatter(mask[index], own)
+        for kind, own in features.items():
+            places = ids == self.placeholders[kind]
+            if not torch.compiler.is_compiling() and int(places.sum()) != len(own):
+                raise ValueError(
+                    f"the prompt has {int(places.sum())} {kind} tokens for {len(own)} {kind} features; pass pixels "
+                    "and grids as the processor returned them with these input_ids"
+                )
+            own = own.to(embeds.device, embeds.dtype)
+            embeds = embeds.masked_scatter(places[..., None].to(embeds.device).expand_as(embeds), own)
         return embeds
 
 

@@ -152,6 +152,36 @@ class TokenLayout:
         )  # fmt: skip
 
 
+def span_layout(types, media: dict[int, list[torch.Tensor]], max_span_frames: int | None = None) -> torch.Tensor:
+    """
+    Span and (T, H, W) coordinate of every token.
+
+    Args:
+        types (`torch.Tensor` of shape `[b, t]`): 0 text and padding, 1 image, 2 video.
+        media (`dict[int, list[torch.LongTensor]]`): For either kind the coordinates `[n, 3]` of the tokens of every
+            image or video of the batch, in their order.
+        max_span_frames (`int`, *optional*): Longest span of a video in frames; longer videos are several spans.
+
+    Returns:
+        `torch.LongTensor` of shape `[b, t, 4]`, -1 for text and padding.
+    """
+    layout = torch.full((*types.shape, 4), -1, dtype=torch.long, device=types.device)
+    first_span = 0
+    for kind, coordinates in media.items():
+        if not coordinates:
+            continue
+        cells = torch.cat(coordinates)
+        sizes = torch.tensor([len(own) for own in coordinates], device=types.device)
+        span = torch.arange(len(sizes), device=types.device).repeat_interleave(sizes)
+        if max_span_frames is not None and kind == 2:
+            part = cells[:, 0] // max_span_frames
+            span = _relabel(span, part)
+            cells = torch.cat([cells[:, :1] % max_span_frames, cells[:, 1:]], dim=1)
+        layout[types == kind] = torch.cat([span[:, None] + first_span, cells], dim=1)
+        first_span += int(span.max()) + 1
+    return layout
+
+
 def _moved(value, device, kwargs):
     """What lies in a layout, on another device."""
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The Qwen2.5-VL vision side: tower, placeholders, M-RoPE positions (Transformers' own) and the merged token grid."""
+"""The Qwen2.5-VL vision side: Transformers' own tower and M-RoPE positions; grids count patches."""
 
 import torch
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
@@ -6,71 +6,61 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLModel,
 )
 
-from .inputs import check_pixels
+from .inputs import check_values, expect
+from .vision_side import VisionSide, grid_coordinates
 
 
-class Qwen2_5_VLVision:
-    """The vision methods of [`LinMUModel`], taken over from Transformers' model as they are."""
+class Qwen2_5_VLVision(VisionSide):
+    """Patches are merged into tokens; a medium is one run of placeholders."""
 
     tower_class = Qwen2_5_VisionTransformerPretrainedModel
 
     get_rope_index = Qwen2_5_VLModel.get_rope_index
     get_vision_position_ids = Qwen2_5_VLModel.get_vision_position_ids
-    get_placeholder_mask = Qwen2_5_VLModel.get_placeholder_mask
 
-    def get_image_features(self, pixel_values, image_grid_thw=None, **kwargs):
+    @property
+    def merge(self) -> int:
+        return self.config.vision_config.spatial_merge_size
+
+    def features(self, kind, pixels, grids, **kwargs):
         if not torch.compiler.is_compiling():
-            check_pixels("pixel_values", pixel_values, "image_grid_thw", image_grid_thw, self.config.vision_config)
-        return Qwen2_5_VLModel.get_image_features(self, pixel_values, image_grid_thw, **kwargs)
+            self._check_pixels(kind, pixels, grids)
+        encode = Qwen2_5_VLModel.get_image_features if kind == "image" else Qwen2_5_VLModel.get_video_features
+        return encode(self, pixels, grids, **kwargs)
 
-    def get_video_features(self, pixel_values_videos, video_grid_thw=None, **kwargs):
-        if not torch.compiler.is_compiling():
-            vision = self.config.vision_config
-            check_pixels("pixel_values_videos", pixel_values_videos, "video_grid_thw", video_grid_thw, vision)
-        return Qwen2_5_VLModel.get_video_features(self, pixel_values_videos, video_grid_thw, **kwargs)
+    def runs(self, kind, grids):
+        name, merge = f"{kind}_grid_thw", self.merge
+        expect(name, grids, (None, 3), "[media, 3]")
+        sizes = grids.tolist()
+        for frames, height, width in sizes:
+            if frames < 1 or height < 1 or width < 1 or height % merge or width % merge:
+                raise ValueError(
+                    f"{name} has the entry {[frames, height, width]}; frames, height and width in patches must be "
+                    f"positive, height and width multiples of {merge}: pass what the processor returned"
+                )
+        return [frames * height * width // merge**2 for frames, height, width in sizes]
 
+    def coordinates(self, kind, grids):
+        return [grid_coordinates(t, h // self.merge, w // self.merge, grids.device) for t, h, w in grids.tolist()]
 
-def merged_grid_layout(
-    mm_token_type_ids, image_grid_thw, video_grid_thw, merge_size: int, max_span_frames: int | None = None
-) -> torch.Tensor:
-    """
-    Span and (T, H, W) coordinate of every token after the 2x2 merge.
+    def positions(self, input_ids, types, attention_mask, grids, second_per_grid_ts=None):
+        return self.get_rope_index(
+            input_ids,
+            mm_token_type_ids=types,
+            image_grid_thw=grids["image"],
+            video_grid_thw=grids["video"],
+            second_per_grid_ts=second_per_grid_ts,
+            attention_mask=attention_mask,
+        )[0]
 
-    Args:
-        mm_token_type_ids (`torch.Tensor` of shape `[b, t]`): 0 text, 1 image, 2 video.
-        image_grid_thw, video_grid_thw (`torch.LongTensor` of shape `[media, 3]`, *optional*): Patch grids, in
-            the order in which the media occur in the batch.
-        merge_size (`int`): Patches per token along height and width.
-        max_span_frames (`int`, *optional*): Longest span of a video in merged frames; longer videos are several spans.
-
-    Returns:
-        `torch.LongTensor` of shape `[b, t, 4]`, -1 for text and padding.
-
-    Raises:
-        `ValueError`: The placeholders do not match the grids.
-    """
-    layout = torch.full((*mm_token_type_ids.shape, 4), -1, dtype=torch.long, device=mm_token_type_ids.device)
-    first_span = 0
-    for kind, name, grids in ((1, "image", image_grid_thw), (2, "video", video_grid_thw)):
-        places = mm_token_type_ids == kind
-        n_tokens = int(places.sum())
-        grids = layout.new_zeros(0, 3) if grids is None else grids.to(layout.device).long()
-        grids = torch.stack([grids[:, 0], grids[:, 1] // merge_size, grids[:, 2] // merge_size], dim=1)
-        sizes = grids.prod(1)
-        if n_tokens != int(sizes.sum()):
-            raise ValueError(
-                f"the prompt has {n_tokens} {name} tokens but {name}_grid_thw describes {int(sizes.sum())} "
-                f"({len(grids)} {name}s); pass the grids that the processor returned with these input_ids"
-            )
-        if not n_tokens:
-            continue
-        medium = torch.arange(len(grids), device=layout.device).repeat_interleave(sizes)
-        rank = torch.arange(n_tokens, device=layout.device) - (sizes.cumsum(0) - sizes)[medium]
-        _, height, width = grids[medium].unbind(1)
-        frame = rank // (height * width)
-        part = torch.zeros_like(frame) if max_span_frames is None else frame // max_span_frames
-        frame = frame if max_span_frames is None else frame % max_span_frames
-        span = (medium * (part.max() + 1) + part).unique(return_inverse=True)[1] + first_span
-        layout[places] = torch.stack([span, frame, rank // width % height, rank % width], dim=1)
-        first_span = int(span.max()) + 1
-    return layout
+    def _check_pixels(self, kind, pixels, grids):
+        """Pixels are `[patches, channels * frames * height * width]` of a patch."""
+        name = "pixel_values" if kind == "image" else "pixel_values_videos"
+        if grids is None:
+            raise ValueError(f"{name} came without {kind}_grid_thw; pass both as the processor returned them")
+        vision = self.config.vision_config
+        patches = sum(self.runs(kind, grids)) * self.merge**2
+        channels = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", 3)
+        width = channels * vision.temporal_patch_size * vision.patch_size**2
+        expect(name, pixels, (patches, width), f"[patches, pixels], as {kind}_grid_thw says", True)
+        check_values(name, pixels)

@@ -1,0 +1,88 @@
+"""What the model asks of its vision side: one set of methods, whichever tower and projector do the work."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from .token_layout import span_layout
+
+
+KINDS = {"image": 1, "video": 2}  # values of mm_token_type_ids
+
+
+class VisionSide:
+    """
+    A view of a model's vision tower together with what its placeholders and grids mean. It holds no weights.
+
+    Args:
+        config (`LinMUConfig`): Of the model.
+        visual (`nn.Module`): The tower, of `tower_class`.
+    """
+
+    tower_class: ClassVar[Any]
+
+    def __init__(self, config, visual: nn.Module):
+        self.config, self.visual = config, visual
+
+    def features(self, kind: str, pixels, grids, **kwargs):
+        """
+        Encodes the images or videos of a batch.
+
+        Args:
+            kind (`str`): `"image"` or `"video"`.
+            pixels (`torch.Tensor`), grids (`torch.LongTensor` of shape `[media, 3]`): As the processor returns them.
+
+        Returns:
+            `ModelOutput`: Its `pooler_output` holds for every row of the grids `[n, d]`, in the order of its tokens.
+
+        Raises:
+            `ValueError`, `TypeError`: Pixels are no pixels, or do not fit the grids.
+        """
+        raise NotImplementedError
+
+    def runs(self, kind: str, grids) -> list[int]:
+        """
+        Lengths of the runs of placeholders that the grids `[media, 3]` stand for, in their order.
+
+        Raises:
+            `ValueError`, `TypeError`: These are no grids.
+        """
+        raise NotImplementedError
+
+    def coordinates(self, kind: str, grids) -> list[torch.Tensor]:
+        """For every row of the grids the (T, H, W) coordinate of each of its tokens, `[n, 3]`."""
+        raise NotImplementedError
+
+    def positions(self, input_ids, types, attention_mask, grids: dict, second_per_grid_ts=None) -> torch.Tensor:
+        """Rotary positions `[3, b, t]` of a prompt with images or videos; no row is padding alone."""
+        raise NotImplementedError
+
+    def layout(self, types, grids: dict) -> torch.Tensor:
+        """
+        Span and coordinate of every token.
+
+        Args:
+            types (`torch.Tensor` of shape `[b, t]`): 0 text and padding, 1 image, 2 video.
+            grids (`dict[str, torch.LongTensor]`): For `"image"` and `"video"` the grids `[media, 3]`, or `None`.
+        """
+        media = {
+            code: [] if grids.get(kind) is None else self.coordinates(kind, grids[kind].to(types.device))
+            for kind, code in KINDS.items()
+        }
+        return span_layout(types, media, self.config.text_config.max_span_frames)
+
+
+def grid_coordinates(frames: int, height: int, width: int, device=None) -> torch.Tensor:
+    """(T, H, W) of every cell of a grid, frame by frame and row by row, `[n, 3]`."""
+    axes = (torch.arange(size, device=device) for size in (frames, height, width))
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
+
+
+def text_positions(tokens, attention_mask=None) -> torch.Tensor:
+    """Number of each token `[b, t]` among the real ones of its row, three times: `[3, b, t]`."""
+    if attention_mask is None:
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    else:
+        positions = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+    return positions.expand(3, -1, -1)
