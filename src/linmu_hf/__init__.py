@@ -1,12 +1,23 @@
 """linmu-hf: linear-complexity vision-language models (LinMU) for Hugging Face Transformers."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoVideoProcessor,
+)
 from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
+from transformers.utils import is_torchvision_available
 
 from .modeling.adapters import lora_targets
 from .modeling.configuration_linmu import PRESETS, LinMUConfig, LinMUTextConfig
 from .modeling.configuration_nvila import NVILAVisionConfig
+from .modeling.image_processing_nvila import NVILAImageProcessor
 from .modeling.modeling_linmu import LinMUForConditionalGeneration, LinMUModel, LinMUTextModel
+from .modeling.processing_nvila import NVILAProcessor
+from .modeling.video_processing_nvila import NVILAVideoProcessor
 
 
 __version__ = "0.1.0.dev0"
@@ -17,7 +28,12 @@ AutoConfig.register("nvila_vision", NVILAVisionConfig)
 AutoModel.register(LinMUConfig, LinMUModel)
 AutoModel.register(LinMUTextConfig, LinMUTextModel)
 AutoModelForImageTextToText.register(LinMUConfig, LinMUForConditionalGeneration)
+# A saved folder names its processor; LinMUConfig's own is that of a folder which names none.
 AutoProcessor.register(LinMUConfig, Qwen2_5_VLProcessor)
+AutoProcessor.register(NVILAVisionConfig, NVILAProcessor)
+AutoImageProcessor.register(NVILAVisionConfig, image_processor_classes={"pil": NVILAImageProcessor})
+if is_torchvision_available():  # without it AutoVideoProcessor does not exist, and NVILAProcessor does not need it
+    AutoVideoProcessor.register(NVILAVisionConfig, NVILAVideoProcessor)
 
 __all__ = [
     "PRESETS",
@@ -26,6 +42,9 @@ __all__ = [
     "LinMUModel",
     "LinMUTextConfig",
     "LinMUTextModel",
+    "NVILAImageProcessor",
+    "NVILAProcessor",
+    "NVILAVideoProcessor",
     "NVILAVisionConfig",
     "lora_targets",
 ]

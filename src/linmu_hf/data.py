@@ -29,7 +29,7 @@ def encode_rows(processor, rows: Sequence[Row]) -> BatchFeature:
 
     Args:
         processor (`ProcessorMixin`):
-            A processor with a chat template, such as `Qwen2_5_VLProcessor`.
+            A processor with a chat template: a `Qwen2_5_VLProcessor` or an `NVILAProcessor`.
         rows (`Sequence[Mapping]`):
             Rows with `messages` and, where the messages ask for them, `images` and `videos`.
 
@@ -42,28 +42,29 @@ def encode_rows(processor, rows: Sequence[Row]) -> BatchFeature:
     """
     rows = [_checked(row, index) for index, row in enumerate(rows)]
     turns = [_render_with_spans(processor, row["messages"]) for row in rows]
-    batch = _call_processor(processor, [text for text, _ in turns], rows, padding_side="right")
-    vision_ids = torch.tensor([processor.image_token_id, processor.video_token_id])
+    batch = _call_processor(
+        processor,
+        [text for text, _ in turns],
+        rows,
+        padding_side="right",
+        return_offsets_mapping=True,
+        return_text_replacement_offsets=True,
+    )
+    offsets = batch.pop("offset_mapping")  # [b, t, 2]: characters of the text with its placeholders expanded
+    replacements = batch.pop("text_replacement_offsets", None) or [[] for _ in rows]
 
     labels = torch.full_like(batch["input_ids"], IGNORE_INDEX)
-    for index, (text, spans) in enumerate(turns):
-        encoded = processor.tokenizer(text, return_offsets_mapping=True)
-        ids = torch.tensor(encoded["input_ids"])
-        trained = torch.tensor(
-            [
-                any(start < end and first <= start < last for first, last in spans)
-                for start, end in encoded["offset_mapping"]
-            ]
-        )
-        # The processor repeats each vision placeholder; all other tokens keep their order.
-        is_text = ~torch.isin(ids, vision_ids)
-        row_ids = batch["input_ids"][index]
-        slots = (batch["attention_mask"][index].bool() & ~torch.isin(row_ids, vision_ids)).nonzero().squeeze(-1)
-        assert torch.equal(row_ids[slots], ids[is_text])
-        slots = slots[trained[is_text]]
-        if slots.numel() == 0:
+    is_vision = torch.isin(batch["input_ids"], torch.tensor([processor.image_token_id, processor.video_token_id]))
+    for index, (_, spans) in enumerate(turns):
+        start, end = offsets[index].unbind(-1)
+        trained = torch.zeros_like(is_vision[index])
+        for span in spans:
+            first, last = (_expanded(position, replacements[index]) for position in span)
+            trained |= (start < end) & (first <= start) & (start < last)
+        trained &= ~is_vision[index]
+        if not trained.any():
             raise ValueError(f"{_name(rows[index], index)} has no token to learn from: its assistant turns are empty")
-        labels[index, slots] = row_ids[slots]
+        labels[index, trained] = batch["input_ids"][index, trained]
     batch["labels"] = labels
     return batch
 
@@ -167,7 +168,7 @@ def _name(row: Row, index: int) -> str:
     return f"row {index} ({text[:60]!r})"
 
 
-def _call_processor(processor, texts: list[str], rows: Sequence[Row], padding_side: str) -> BatchFeature:
+def _call_processor(processor, texts: list[str], rows: Sequence[Row], **kwargs) -> BatchFeature:
     images = [image for row in rows for image in row["images"]]
     videos = [_frames(video) for row in rows for video in row["videos"]]
     media: dict[str, Any] = {}
@@ -180,7 +181,13 @@ def _call_processor(processor, texts: list[str], rows: Sequence[Row], padding_si
             VideoMetadata(total_num_frames=len(video), fps=VIDEO_FPS, frames_indices=list(range(len(video))))
             for video in videos
         ]
-    return processor(text=texts, padding=True, padding_side=padding_side, return_tensors="pt", **media)
+    return processor(text=texts, padding=True, return_tensors="pt", **media, **kwargs)
+
+
+def _expanded(position: int, replacements: Sequence[Mapping[str, Any]]) -> int:
+    """Where a character of the text is once the processor has expanded the placeholders before it."""
+    before = [item["new_span"][1] - item["span"][1] for item in replacements if item["span"][1] <= position]
+    return position + before[-1] if before else position
 
 
 def _frames(video: Sequence[Any]) -> np.ndarray:

@@ -92,11 +92,11 @@ def read_nvila(folder: Path, top: dict) -> NVILACheckpoint:
                 raise FileNotFoundError(f"{folder} lacks its sub-folder {part}: download or copy it too")
         llm, tower, projector = (read_config(folder / part / "config.json") for part in PARTS)
         tensors = {f"{part}.{name}": t for part in PARTS for name, t in read_checkpoint(folder / part).items()}
-        tokenizer_folders, pixels = [folder / "llm", folder], folder / "vision_tower"
+        tokenizer_folders, pixels = [folder / "llm", folder], folder / "vision_tower" / "preprocessor_config.json"
     elif isinstance(top.get("text_config"), dict) and isinstance(top.get("vision_config"), dict):
         llm, tower, projector = top["text_config"], top["vision_config"], {}
         tensors = read_checkpoint(folder)
-        tokenizer_folders, pixels = [folder], folder
+        tokenizer_folders, pixels = [folder], folder / "preprocessor_config.json"
     else:
         raise ValueError(
             f"{folder}: its config.json (model_type={top['model_type']!r}) names neither the parts of an NVILA model "
@@ -113,7 +113,14 @@ def read_nvila(folder: Path, top: dict) -> NVILACheckpoint:
 
     frames = top.get("num_video_frames") or 8
     tokenizer = _read_tokenizer(tokenizer_folders)
-    processor = build_processor(vision_config, tokenizer, num_video_frames=frames, **_normalisation(pixels))
+    statistics = read_config(pixels) if pixels.is_file() else {}
+    processor = build_processor(
+        vision_config,
+        tokenizer,
+        num_video_frames=frames,
+        image_mean=statistics.get("image_mean"),
+        image_std=statistics.get("image_std"),
+    )
     config = NVILAConfig(
         text_config=text_config,
         vision_config=vision_config,
@@ -257,12 +264,6 @@ def _read_tokenizer(folders: list[Path]) -> Qwen2TokenizerFast:
         if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
             return Qwen2TokenizerFast.from_pretrained(folder)
     raise FileNotFoundError(f"{folders[0]} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt): copy it")
-
-
-def _normalisation(folder: Path) -> dict[str, list[float]]:
-    file = folder / "preprocessor_config.json"
-    settings = read_config(file) if file.is_file() else {}
-    return {name: settings[name] for name in ("image_mean", "image_std") if settings.get(name) is not None}
 
 
 def _generation_config(text_config: Qwen2Config, tokenizer) -> GenerationConfig:

@@ -14,11 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig
 
-from ..modeling.configuration_linmu import LinMUConfig
-from ..modeling.modeling_linmu import LinMUModel
-from .benchmark_model import PRESETS, BenchmarkDecoder, text_config
+from .benchmark_model import BenchmarkDecoder
 
 
 @dataclass
@@ -266,22 +263,8 @@ def summarise(rows: list[dict]) -> dict:
     return {"growth_exponents": growth, "speedups": ratios}
 
 
-def encode_seconds(model: str, layout, dtype: torch.dtype, device: str) -> float:
-    """Seconds of Qwen2.5-VL's vision tower for the images or the video of a prompt, patches to merged tokens."""
-    text = text_config(model)
-    if model in PRESETS:
-        size = {} if model == "qwen2.5-vl-7b" else {"depth": 2, "hidden_size": 96, "num_heads": 4}
-        vision = LinMUConfig(text_config=text.to_dict()).vision_config
-        vision = type(vision)(**vision.to_dict() | size | {"out_hidden_size": text.hidden_size})
-    else:
-        vision = AutoConfig.from_pretrained(model).vision_config
-    with torch.device(device):
-        tower = LinMUModel.tower_class._from_config(vision, dtype=dtype).eval()
-    spans = layout[0][layout[0, :, 0] >= 0]
-    grids = torch.stack([spans[spans[:, 0] == span, 1:].amax(0) + 1 for span in spans[:, 0].unique()])
-    grids[:, 1:] *= vision.spatial_merge_size
-    pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    patches = torch.randn(int(grids.prod(1).sum()), pixels, device=device, dtype=dtype)
-    clock, grids = Clock(device), grids.to(device)
+def encode_seconds(encode: Callable[[], object], device: str) -> float:
+    """Seconds of a [`vision_encoder`]: from pixels to vision tokens."""
+    clock = Clock(device)
     with torch.no_grad():
-        return min(clock(lambda: tower(patches, grid_thw=grids))[0] for _ in range(2))
+        return min(clock(encode)[0] for _ in range(2))

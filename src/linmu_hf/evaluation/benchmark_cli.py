@@ -13,9 +13,12 @@ import torch
 from .benchmark import Clock, Variant, encode_seconds, measure, summarise
 from .benchmark_model import (
     PRESETS,
+    PROMPTS,
     BenchmarkDecoder,
     prompt_layout,
     text_config,
+    vision_config,
+    vision_encoder,
     with_backend,
     without_flex_ma,
     without_local_swin,
@@ -45,10 +48,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--teacher-max-tokens", type=int, help="leave full attention out above this length")
     parser.add_argument("--backends", nargs="+", default=[], metavar="NAME", help="also the student with these scans")
     parser.add_argument("--ablate", action="store_true", help="also the student without either branch (Table 4)")
-    parser.add_argument("--media", default="video", choices=["video", "image"])
-    parser.add_argument("--grid", default="16x16", metavar="HxW", help="vision tokens of a frame or image")
+    parser.add_argument("--media", choices=["video", "image"], help="default: video, for nvila-8b image")
+    parser.add_argument(
+        "--grid", metavar="HxW", help="vision tokens of a frame or image (default: 16x16, for nvila-8b 48x64)"
+    )
     parser.add_argument("--vision-share", type=float, default=0.95, help="share of vision tokens in the prompt")
-    parser.add_argument("--vision-encoder", action="store_true", help="also what Qwen2.5-VL's vision encoder takes")
+    parser.add_argument("--vision-encoder", action="store_true", help="also what the vision encoder takes")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1], help="sequences decoded at once")
     parser.add_argument("--largest-batch", action="store_true", help="also the largest batch that fits (CUDA)")
     parser.add_argument("--prefill-chunk", type=int, metavar="N", help="read the prompt in chunks of N tokens")
@@ -76,6 +81,8 @@ def check(arguments: argparse.Namespace) -> None:
         if min(getattr(arguments, name)) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {min(getattr(arguments, name))} must be at least 1")
         setattr(arguments, name, sorted(set(getattr(arguments, name))))
+    media, grid = PROMPTS.get(arguments.model, ("video", "16x16"))
+    arguments.media, arguments.grid = arguments.media or media, arguments.grid or grid
     height, _, width = arguments.grid.partition("x")
     if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
         raise ValueError(f"--grid {arguments.grid} must be height x width of at least 1, such as 16x16")
@@ -89,8 +96,6 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--device {arguments.device} is unknown: give cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {arguments.device} needs a CUDA GPU and a PyTorch built for it; give --device cpu")
-    if arguments.vision_encoder and arguments.model == "nvila-8b":
-        raise ValueError("--vision-encoder knows Qwen2.5-VL's encoder only; leave it out for --model nvila-8b")
     if arguments.largest_batch and device.type != "cuda":
         raise ValueError(f"--largest-batch needs a GPU, and the device is {arguments.device}")
     arguments.dtype = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")
@@ -129,7 +134,14 @@ def benchmark(arguments: argparse.Namespace) -> dict:
     torch.manual_seed(0)
     config = text_config(arguments.model)
     layouts = {
-        tokens: prompt_layout(tokens, arguments.vision_share, arguments.grid, arguments.media, arguments.prefill_chunk)
+        tokens: prompt_layout(
+            tokens,
+            arguments.vision_share,
+            arguments.grid,
+            arguments.media,
+            arguments.prefill_chunk,
+            separators=vision_config(arguments.model).model_type == "nvila_vision",
+        )
         for tokens in arguments.lengths
     }
     variants = build_variants(arguments, config)
@@ -150,7 +162,8 @@ def benchmark(arguments: argparse.Namespace) -> dict:
             largest=arguments.largest_batch,
         )
         if arguments.vision_encoder and layouts[length] is not None:
-            seconds = encode_seconds(arguments.model, layouts[length], DTYPES[arguments.dtype], arguments.device)
+            kind = (arguments.media, DTYPES[arguments.dtype], arguments.device)
+            seconds = encode_seconds(vision_encoder(arguments.model, layouts[length], *kind), arguments.device)
             for row in rows:
                 if row["tokens"] == length:
                     row["vision_encoder_s"] = seconds

@@ -12,10 +12,13 @@ from transformers import AutoConfig
 
 from ..modeling import flex_ma
 from ..modeling.configuration_linmu import LinMUConfig, LinMUTextConfig
+from ..modeling.configuration_nvila import NVILAVisionConfig
 from ..modeling.decoder import LinMUTextModel
 from ..modeling.generation import chunk_sizes
 from ..modeling.m_mate import MMate
+from ..modeling.modeling_linmu import VISION_SIDES
 from ..modeling.token_layout import TextStep
+from ..modeling.vision_nvila import tiles_of
 from .loading import first_line
 
 
@@ -23,10 +26,8 @@ PRESETS = {
     "qwen2.5-vl-7b": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
     },
-    "nvila-8b": {
-        "vocab_size": 151651,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-    },
+    "nvila-8b": {"vocab_size": 151648, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    "nvila-8b-video": {"vocab_size": 151648, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     "tiny": {
         "vocab_size": 512,
         "hidden_size": 128,
@@ -49,6 +50,22 @@ PRESETS = {
     },
 }
 
+# Of the presets that have NVILA's vision side; the others have Qwen2.5-VL's.
+NVILA_VISION = {
+    "nvila-8b": {"image_aspect_ratio": "dynamic_s2", "s2_scales": [448, 896, 1344]},
+    "nvila-8b-video": {"image_aspect_ratio": "resize", "video_encoder": "tsp", "pool_sizes": [[8, 1, 1]]},
+}
+SO400M = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 448,
+    "patch_size": 14,
+}
+# Media and grid of a prompt that the command does not name. NVILA reads an image of 4:3 in 3 x 4 blocks of 16 x 16.
+PROMPTS = {"nvila-8b": ("image", "48x64")}
+
 
 def text_config(model: str) -> LinMUTextConfig:
     """
@@ -70,7 +87,26 @@ def text_config(model: str) -> LinMUTextConfig:
     return config.text_config
 
 
-def prompt_layout(tokens: int, share: float, grid: tuple[int, int], media="video", span_tokens: int | None = None):
+def vision_config(model: str):
+    """The configuration of the vision side, for all that [`text_config`] takes."""
+    if model in NVILA_VISION:
+        width = text_config(model).hidden_size
+        return NVILAVisionConfig(**NVILA_VISION[model], tower_config=SO400M, out_hidden_size=width)
+    if model in PRESETS:
+        size = {} if model == "qwen2.5-vl-7b" else {"depth": 2, "hidden_size": 96, "num_heads": 4}
+        vision = LinMUConfig().vision_config
+        return type(vision)(**vision.to_dict() | size | {"out_hidden_size": text_config(model).hidden_size})
+    return AutoConfig.from_pretrained(model).vision_config
+
+
+def prompt_layout(
+    tokens: int,
+    share: float,
+    grid: tuple[int, int],
+    media: str = "video",
+    span_tokens: int | None = None,
+    separators: bool = False,
+):
     """
     A prompt of text around one video, or of images with text between them.
 
@@ -81,6 +117,7 @@ def prompt_layout(tokens: int, share: float, grid: tuple[int, int], media="video
         grid (`tuple[int, int]`): Merged tokens of a frame or image, height and width.
         media (`str`): `"video"` or `"image"`.
         span_tokens (`int`, *optional*): Longest span of a video, as `max_span_frames` of a model sets it.
+        separators (`bool`, *optional*, defaults to `False`): A text token behind every frame and image, as in NVILA.
 
     Returns:
         `torch.LongTensor` of shape `[1, tokens, 4]`, the `vision_layout`, or `None` for text alone.
@@ -88,23 +125,67 @@ def prompt_layout(tokens: int, share: float, grid: tuple[int, int], media="video
     budget, (height, width) = int(tokens * share), grid
     if budget < height * width:
         height = width = math.isqrt(budget)
-    if not height:
+    if not height or (separators and tokens <= height * width):
         return None
-    frames = budget // (height * width)
-    if media == "image":
-        frames = min(frames, (tokens + 1) // (height * width + 1))  # a text token between two
+    size = height * width
+    frames = budget // size
+    if separators:
+        frames = min(frames, tokens // (size + 1))
+    elif media == "image":
+        frames = min(frames, (tokens + 1) // (size + 1))  # a text token between two
     layout = torch.full((tokens, 4), -1)
     cells = torch.cartesian_prod(torch.arange(height), torch.arange(width))
-    text = tokens - frames * height * width
-    per_span = max((span_tokens or tokens) // (height * width), 1)
+    text = tokens - frames * size
+    per_span = max((span_tokens or tokens) // (size + separators), 1)
     for frame in range(frames):
-        before = text // 2 if media == "video" else text * (frame + 1) // (frames + 1)
-        start = before + frame * height * width
-        span, at = (frame // per_span, frame % per_span) if media == "video" else (frame, 0)
-        layout[start : start + height * width, 0] = span
-        layout[start : start + height * width, 1] = at
-        layout[start : start + height * width, 2:] = cells
+        if media == "image":
+            before, span, at = text * (frame + 1) // (frames + 1), frame, 0
+        else:
+            before, span, at = (
+                (text - frames * separators) // 2 + frame * separators,
+                frame // per_span,
+                frame % per_span,
+            )
+        start = before + frame * size
+        layout[start : start + size, 0] = span
+        layout[start : start + size, 1] = at
+        layout[start : start + size, 2:] = cells
     return layout[None]
+
+
+def vision_encoder(model: str, layout, media: str, dtype: torch.dtype, device: str):
+    """
+    A function without arguments that encodes the images or the video of a prompt, with random weights and pixels.
+
+    Args:
+        model (`str`): As in [`text_config`].
+        layout (`torch.LongTensor` of shape `[1, tokens, 4]`): Of the prompt, see [`prompt_layout`].
+        media (`str`): `"video"` or `"image"`.
+        dtype (`torch.dtype`), device (`str`): Of weights and pixels.
+
+    Raises:
+        `ValueError`: The frames or images of the prompt are no whole tiles of NVILA's.
+    """
+    vision = vision_config(model)
+    with torch.device(device):
+        tower = VISION_SIDES[vision.model_type].tower_class._from_config(vision, dtype=dtype).eval()
+    spans = layout[0][layout[0, :, 0] >= 0]
+    grids = torch.stack([spans[spans[:, 0] == span, 1:].amax(0) + 1 for span in spans[:, 0].unique()])
+    if vision.model_type == "nvila_vision":
+        g, edge = vision.tile_tokens, vision.tower_config.image_size
+        if (grids[:, 1:] % g).any() or (media == "video" and (grids[:, 1:] != g).any()):
+            wanted = f"{g}x{g}" if media == "video" else f"a multiple of {g}x{g}"
+            raise ValueError(f"{model} has a grid of {wanted} tokens, not {grids[0, 1]}x{grids[0, 2]}")
+        if media == "video":
+            tiles = int(grids[:, 0].sum()) * vision.pool_sizes[0][0]
+        else:
+            tiles = sum(tiles_of(vision, height // g, width // g) for _, height, width in grids.tolist())
+        pixels = torch.randn(tiles, 3, edge, edge, device=device, dtype=dtype)
+        return partial(tower, pixels, grids.to(device), media)
+    grids[:, 1:] *= vision.spatial_merge_size
+    pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    patches = torch.randn(int(grids.prod(1).sum()), pixels, device=device, dtype=dtype)
+    return partial(tower, patches, grid_thw=grids.to(device))
 
 
 class BenchmarkDecoder(nn.Module):

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-from .remote_code import RemoteCodeConfig
+from .remote_code import RemoteCode
 
 
 LAYER_TYPES = ("m_mate", "full_attention")
@@ -21,7 +21,7 @@ _CHOICES: dict[str, tuple] = {
 
 
 @strict
-class LinMUTextConfig(RemoteCodeConfig, PreTrainedConfig):
+class LinMUTextConfig(RemoteCode, PreTrainedConfig):
     r"""
     The decoder: the fields of Qwen2.5-VL's text model, the mixer of every layer, and the choices inside M-MATE.
 
@@ -206,7 +206,7 @@ _TEACHER_FIELDS = (
 
 
 @strict
-class LinMUConfig(RemoteCodeConfig, PreTrainedConfig):
+class LinMUConfig(RemoteCode, PreTrainedConfig):
     r"""
     A vision tower, unchanged from the teacher, and the linear decoder.
 

@@ -1,6 +1,6 @@
 """NVILA's image processor: images to tiles and grids, with PIL, as the released checkpoints were trained."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -16,7 +16,7 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
-from .remote_code import InstalledCode
+from .remote_code import RemoteCode
 from .tiling_nvila import Mosaic, cut, dynamic_mosaics, s2_mosaics
 
 
@@ -42,7 +42,7 @@ class NVILAImageProcessorKwargs(ImagesKwargs, total=False):
     tile_tokens: int
 
 
-class NVILAImageProcessor(InstalledCode, PilBackend):
+class NVILAImageProcessor(RemoteCode, PilBackend):
     """
     Cuts images into tiles as NVILA does.
 
@@ -54,6 +54,7 @@ class NVILAImageProcessor(InstalledCode, PilBackend):
     each image, which for `"dynamic"` leaves out the thumbnail's. Transparency is dropped, not blended.
     """
 
+    remote_classes: ClassVar[dict[str, str]] = {"AutoImageProcessor": "NVILAImageProcessor"}
     resample = PILImageResampling.BICUBIC
     image_mean = IMAGENET_STANDARD_MEAN
     image_std = IMAGENET_STANDARD_STD
@@ -86,51 +87,44 @@ class NVILAImageProcessor(InstalledCode, PilBackend):
         """One image of any kind as an RGB picture of PIL."""
         return as_rgb(image, input_data_format)
 
-    def mosaics(self, width: int, height: int, *, alone: bool = True, **kwargs) -> list[Mosaic]:
-        """The mosaics (columns, rows) of tiles that an image of this size is cut into; `alone` in its sample or not."""
-        options = {name: kwargs.get(name, getattr(self, name)) for name in NVILAImageProcessorKwargs.__annotations__}
-        kind = options["image_aspect_ratio"] if alone else "resize"
-        if kind == "resize":
-            return [(1, 1)]
-        if kind == "dynamic":
-            return dynamic_mosaics(
-                width,
-                height,
-                tile_size=options["size"]["height"],
-                min_tiles=options["min_tiles"],
-                max_tiles=options["max_tiles"],
-            )
-        if kind == "dynamic_s2":
-            return s2_mosaics(width, height, scales=options["s2_scales"], max_tiles=options["max_tiles"])
-        raise ValueError(f'image_aspect_ratio={kind!r} must be "dynamic_s2", "dynamic" or "resize"')
+    def settings(self, **kwargs) -> dict[str, Any]:
+        """What each option is: as passed, or else as the processor has it."""
+        return {name: kwargs.get(name, getattr(self, name, None)) for name in self.valid_kwargs.__annotations__}
 
-    def _preprocess(
-        self,
-        images: list[Image.Image],
-        alone: list[bool] | None = None,
-        *,
-        resample: Any,
-        do_rescale: bool,
-        rescale_factor: float,
-        do_normalize: bool,
-        image_mean: Any,
-        image_std: Any,
-        return_tensors: Any = None,
-        **kwargs,
-    ) -> BatchFeature:
-        size, tile_tokens = kwargs["size"]["height"], kwargs["tile_tokens"]
+    def plan(self, width: int, height: int, *, alone: bool = True, **kwargs) -> tuple[list[Mosaic], list[int]]:
+        """
+        Into which mosaics (columns, rows) of tiles an image is cut, and the grid of its tokens.
+
+        Args:
+            width, height (`int`): Pixels of the image.
+            alone (`bool`, *optional*, defaults to `True`): Whether it is its sample's only image.
+        """
+        settings = self.settings(**kwargs)
+        size, tile_tokens = settings["size"]["height"], settings["tile_tokens"]
+        tiling = settings["image_aspect_ratio"] if alone else "resize"
+        if tiling == "resize":
+            mosaics = [(1, 1)]
+        elif tiling == "dynamic":
+            limits = {"min_tiles": settings["min_tiles"], "max_tiles": settings["max_tiles"]}
+            mosaics = dynamic_mosaics(width, height, tile_size=size, **limits)
+        elif tiling == "dynamic_s2":
+            limits = {"scales": settings["s2_scales"], "max_tiles": settings["max_tiles"]}
+            mosaics = s2_mosaics(width, height, tile_size=size, **limits)
+        else:
+            raise ValueError(f'image_aspect_ratio={tiling!r} must be "dynamic_s2", "dynamic" or "resize"')
+        columns, rows = mosaics[-1] if tiling == "dynamic_s2" else mosaics[0]
+        return mosaics, [1, rows * tile_tokens, columns * tile_tokens]
+
+    def _preprocess(self, images: list[Image.Image], alone: list[bool] | None = None, **kwargs) -> BatchFeature:
         tiles, grids = [], []
         for i, image in enumerate(images):
-            parts = self.mosaics(*image.size, alone=alone is None or alone[i], **kwargs)
-            for part in parts:
-                tiles += cut(image, part, tile_size=size, resample=resample)
-            columns, rows = parts[0] if kwargs["image_aspect_ratio"] == "dynamic" else parts[-1]
-            grids.append([1, rows * tile_tokens, columns * tile_tokens])
-        pixels = to_pixels(
-            tiles, rescale_factor if do_rescale else None, (image_mean, image_std) if do_normalize else None
-        )
+            mosaics, grid = self.plan(*image.size, alone=alone is None or alone[i], **kwargs)
+            grids.append(grid)
+            for mosaic in mosaics:
+                tiles += cut(image, mosaic, tile_size=kwargs["size"]["height"], resample=kwargs["resample"])
         return BatchFeature(
-            {"pixel_values": pixels, "image_grid_thw": np.array(grids, dtype=np.int64)}, tensor_type=return_tensors
+            {"pixel_values": to_pixels(tiles, **kwargs), "image_grid_thw": np.array(grids, dtype=np.int64)},
+            tensor_type=kwargs.get("return_tensors"),
         )
 
 
@@ -144,14 +138,23 @@ def as_rgb(image: Any, input_data_format: Any = None) -> Image.Image:
     return image.convert("RGB")
 
 
-def to_pixels(tiles: list[Image.Image], rescale_factor: float | None, mean_std: tuple | None) -> np.ndarray:
+def to_pixels(
+    tiles: list[Image.Image],
+    *,
+    do_rescale: bool,
+    rescale_factor: float,
+    do_normalize: bool,
+    image_mean: Any,
+    image_std: Any,
+    **kwargs,
+) -> np.ndarray:
     """RGB tiles of one size to float32 pixels of shape [tiles, 3, size, size], rescaled and normalized."""
     pixels = []
     for tile in tiles:
         array = np.asarray(tile).transpose(2, 0, 1)
-        if rescale_factor is not None:
+        if do_rescale:
             array = rescale(array, rescale_factor)
-        if mean_std is not None:
-            array = normalize(array, *mean_std, input_data_format=ChannelDimension.FIRST)
+        if do_normalize:
+            array = normalize(array, image_mean, image_std, input_data_format=ChannelDimension.FIRST)
         pixels.append(array)
     return np.stack(pixels).astype(np.float32)

@@ -1,27 +1,31 @@
 """
 NVILA's processor: a conversation with images and videos to the model's inputs.
 
-Every medium is one placeholder in the text and becomes a block in the ids: its placeholder, repeated, with literal line
-breaks as separators. The ids are expanded and not the text, in which a tokenizer would merge two line breaks into one
-token.
+Every medium is one placeholder in the text and becomes a block in the ids: its placeholder, repeated, with literal
+line breaks as separators. The ids are expanded and not the text, in which a tokenizer would merge two line breaks into
+one token.
 """
 
 import itertools
-from typing import Any
+import os
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
+import numpy as np
 from transformers import BatchEncoding, BatchFeature
 from transformers.image_utils import make_flat_list_of_images
-from transformers.processing_utils import ProcessorMixin
+from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .image_processing_nvila import NVILAImageProcessor
-from .remote_code import InstalledCode
+from .remote_code import RemoteCode, add_remote_code
+from .tiling_nvila import Run, image_runs, pooled_grids, video_runs
 from .video_processing_nvila import NVILAVideoProcessor
 
 
 SENTINEL_TOKEN, IMAGE_TOKEN, VIDEO_TOKEN = "<vila/sentinel>", "<image>", "<vila/video>"
 SEPARATOR = "\n"
-# What the processor does itself, after the tokenizer.
-OWN_OPTIONS = (
+# Options of a tokenizer that apply to the expanded ids
+AFTER_EXPANSION = (
     "padding",
     "padding_side",
     "pad_to_multiple_of",
@@ -60,13 +64,22 @@ CHAT_TEMPLATE = """\
 """
 
 
-class NVILAProcessor(InstalledCode, ProcessorMixin):
+class NVILAProcessor(RemoteCode, ProcessorMixin):
     """
     NVILA's tokenizer, image processor and video processor as one.
 
     A text's only image is tiled; the images of a text with several are one tile each. Offsets
-    (`return_offsets_mapping=True`) refer to the text that was given: all tokens of a medium have its placeholder's.
+    (`return_offsets_mapping=True`) refer to the text that was given: placeholders have those of the one they stand
+    for, separators have no width.
+
+    Args:
+        image_processor (`NVILAImageProcessor`): It makes the tiles.
+        tokenizer (`PreTrainedTokenizerBase`): `<image>`, `<vila/video>` and a line break must be one token each.
+        video_processor (`NVILAVideoProcessor`): It samples the frames.
+        chat_template (`str`, *optional*): The conversation's form.
     """
+
+    remote_classes: ClassVar[dict[str, str]] = {"AutoProcessor": "NVILAProcessor"}
 
     def __init__(self, image_processor=None, tokenizer=None, video_processor=None, chat_template=None):
         self.image_token, self.video_token = IMAGE_TOKEN, VIDEO_TOKEN
@@ -102,30 +115,22 @@ class NVILAProcessor(InstalledCode, ProcessorMixin):
         )
         encoded = None
         if text is not None:
-            options = {name: value for name, value in merged["text_kwargs"].items() if name not in OWN_OPTIONS}
+            options = {name: value for name, value in merged["text_kwargs"].items() if name not in AFTER_EXPANSION}
             encoded = self.tokenizer(text, **options)
 
         data: dict[str, Any] = {}
-        image_blocks: list[list[int]] = []
-        video_blocks: list[list[int]] = []
+        media: dict[int, list[list[Run]]] = {self.image_token_id: [], self.video_token_id: []}
         if images is not None:
+            options = merged["images_kwargs"] | {"return_tensors": "np"}
             samples = self._samples(images, encoded)
-            data |= self.image_processor(samples, **merged["images_kwargs"] | {"return_tensors": "np"})
-            tiling = merged["images_kwargs"].get("image_aspect_ratio", self.image_processor.image_aspect_ratio)
-            tilings = [tiling if len(sample) == 1 else "resize" for sample in samples for _ in sample]
-            image_blocks = [
-                self._image_block(grid, tiling) for grid, tiling in zip(data["image_grid_thw"].tolist(), tilings)
-            ]
+            data |= self.image_processor(samples, **options)
+            media[self.image_token_id] = self._image_runs(data["image_grid_thw"], samples, **options)
         if videos is not None:
-            data |= self.video_processor(videos, **merged["videos_kwargs"] | {"return_tensors": "np"})
-            pools = merged["videos_kwargs"].get("pool_sizes", self.video_processor.pool_sizes)
-            video_blocks = [
-                self._video_block(grids) for grids in data["video_grid_thw"].reshape(-1, len(pools), 3).tolist()
-            ]
+            options = merged["videos_kwargs"] | {"return_tensors": "np"}
+            data |= self.video_processor(videos, **options)
+            media[self.video_token_id] = self._video_runs(data["video_grid_thw"], **options)
         if encoded is not None:
-            expanded = self._expand(encoded, image_blocks, video_blocks)
-            return_types = kwargs.get("return_mm_token_type_ids", True)
-            data = self._pad(expanded, return_types, **merged["text_kwargs"]) | data
+            data = self._pad(self._expand(encoded, media), **merged["text_kwargs"]) | data
         if not kwargs.get("return_metadata"):
             data.pop("video_metadata", None)
         return BatchFeature(
@@ -139,6 +144,30 @@ class NVILAProcessor(InstalledCode, ProcessorMixin):
         """Names of all tensors that the model takes."""
         return [*super().model_input_names, "mm_token_type_ids"]
 
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """As in Transformers, with `auto_map` for the processor and its parts, and the remote-code file."""
+        add_remote_code(self.image_processor, save_directory)
+        add_remote_code(self.video_processor, save_directory)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    # The next two go around Transformers' Auto classes, which know no video processor where torchvision is missing.
+
+    def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+        """The class that a part of the processor must have; a `TypeError` if it has another."""
+        if argument_name != "video_processor":
+            return super().check_argument_for_proper_class(argument_name, argument)
+        if not isinstance(argument, NVILAVideoProcessor):
+            raise TypeError(f"video_processor is a {type(argument).__name__}; give an NVILAVideoProcessor")
+        return NVILAVideoProcessor
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs) -> list[Any]:
+        return [
+            NVILAImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
+            cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs),
+            NVILAVideoProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
+        ]
+
     def _samples(self, images: Any, encoded: BatchEncoding | None) -> list[list[Any]]:
         """The images of each text that has any or, without texts, of each sample."""
         if encoded is None:
@@ -146,51 +175,61 @@ class NVILAProcessor(InstalledCode, ProcessorMixin):
             samples = images if nested else make_flat_list_of_images(images)
             return [list(sample) if isinstance(sample, (list, tuple)) else [sample] for sample in samples]
         flat = make_flat_list_of_images(images)
-        counts = [ids.count(self.image_token_id) for ids in encoded["input_ids"]]
+        counts = [row.count(self.image_token_id) for row in encoded["input_ids"]]
         _check_counts(IMAGE_TOKEN, sum(counts), "images", len(flat))
         remaining = iter(flat)
         return [list(itertools.islice(remaining, count)) for count in counts if count]
 
-    def _image_block(self, grid: list[int], tiling: str) -> list[int]:
-        _, h, w = grid
-        if tiling != "dynamic":
-            return [self.image_token_id] * (h * w) + [self.separator_id]
-        tile = self.image_processor.tile_tokens**2
-        tiles = h * w // tile
-        tiles += tiles > 1  # the thumbnail
-        # one separator from the encoder, one from the text
-        return ([self.image_token_id] * tile + [self.separator_id] * 2) * tiles
+    def _image_runs(self, grids: np.ndarray, samples: list[list[Any]], **options) -> list[list[Run]]:
+        settings = self.image_processor.settings(**options)
+        alone = [len(sample) == 1 for sample in samples for _ in sample]
+        return [
+            image_runs(grid, settings["image_aspect_ratio"] if single else "resize", settings["tile_tokens"])
+            for grid, single in zip(grids.tolist(), alone)
+        ]
 
-    def _video_block(self, grids: list[list[int]]) -> list[int]:
-        frames = [h * w for t, h, w in grids for _ in range(t)]
-        return [id for tokens in frames for id in [self.video_token_id] * tokens + [self.separator_id]]
+    def _video_runs(self, grids: np.ndarray, **options) -> list[list[Run]]:
+        pools = len(options.get("pool_sizes", self.video_processor.pool_sizes))
+        return [video_runs(video) for video in grids.reshape(-1, pools, 3).tolist()]
 
-    def _expand(
-        self, encoded: BatchEncoding, image_blocks: list[list[int]], video_blocks: list[list[int]]
-    ) -> dict[str, list[list[Any]]]:
+    def _expand(self, encoded: BatchEncoding, media: dict[int, list[list[Run]]]) -> dict[str, list[list[Any]]]:
         """Puts each medium's block in its placeholder's place; what else the tokenizer returned is repeated along."""
-        ids = encoded["input_ids"]
-        _check_counts(IMAGE_TOKEN, sum(row.count(self.image_token_id) for row in ids), "images", len(image_blocks))
-        _check_counts(VIDEO_TOKEN, sum(row.count(self.video_token_id) for row in ids), "videos", len(video_blocks))
-        blocks = {self.image_token_id: iter(image_blocks), self.video_token_id: iter(video_blocks)}
-        parts = [[next(blocks[id]) if id in blocks else [id] for id in row] for row in ids]
-        expanded = {
-            name: [[value for value, part in zip(row, row_parts) for _ in part] for row, row_parts in zip(rows, parts)]
-            for name, rows in encoded.items()
-        }
-        expanded["input_ids"] = [[id for part in row_parts for id in part] for row_parts in parts]
+        rows = encoded["input_ids"]
+        for token, id, kind in (
+            (IMAGE_TOKEN, self.image_token_id, "images"),
+            (VIDEO_TOKEN, self.video_token_id, "videos"),
+        ):
+            _check_counts(token, sum(row.count(id) for row in rows), kind, len(media[id]))
+        remaining = {id: iter(of_kind) for id, of_kind in media.items()}
+        expanded: dict[str, list[list[Any]]] = {name: [] for name in encoded}
+        for index, row in enumerate(rows):
+            runs = [next(remaining[id]) if id in remaining else [(1, 0)] for id in row]
+            for name in encoded:
+                expanded[name].append(
+                    [
+                        value
+                        for given, block in zip(encoded[name][index], runs)
+                        for repeats, separators in block
+                        for value in [given] * repeats + [self._of_separator(name, given)] * separators
+                    ]
+                )
         return expanded
+
+    def _of_separator(self, name: str, of_placeholder: Any) -> Any:
+        if name == "input_ids":
+            return self.separator_id
+        return (of_placeholder[0],) * 2 if name == "offset_mapping" else of_placeholder
 
     def _pad(
         self,
         expanded: dict[str, list[list[Any]]],
-        return_mm_token_type_ids: bool = True,
         padding: Any = False,
         padding_side: str | None = None,
         pad_to_multiple_of: int | None = None,
         truncation: Any = False,
         max_length: int | None = None,
         return_attention_mask: bool | None = None,
+        return_mm_token_type_ids: bool = True,
         **kwargs,
     ) -> dict[str, list[list[Any]]]:
         """Truncates and pads the expanded rows, and says which of their tokens are placeholders."""
@@ -204,13 +243,12 @@ class NVILAProcessor(InstalledCode, ProcessorMixin):
             padding_side=padding_side,
         )
         data = {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"]}
-        for name, rows in expanded.items():
-            if name not in data:
-                fill = (0, 0) if name == "offset_mapping" else 0
-                values = [iter(row) for row in rows]
-                data[name] = [
-                    [next(row) if real else fill for real in mask] for row, mask in zip(values, data["attention_mask"])
-                ]
+        for name in expanded.keys() - data.keys():
+            fill = (0, 0) if name == "offset_mapping" else 0
+            values = [iter(row) for row in expanded[name]]
+            data[name] = [
+                [next(row) if real else fill for real in mask] for row, mask in zip(values, data["attention_mask"])
+            ]
         if return_mm_token_type_ids:
             kinds = {self.image_token_id: 1, self.video_token_id: 2}
             data["mm_token_type_ids"] = [[kinds.get(id, 0) for id in row] for row in data["input_ids"]]
@@ -222,13 +260,44 @@ class NVILAProcessor(InstalledCode, ProcessorMixin):
         part = slice(-max_length, None) if self.tokenizer.truncation_side == "left" else slice(max_length)
         truncated = {name: [row[part] for row in rows] for name, rows in expanded.items()}
         for whole, row in zip(expanded["input_ids"], truncated["input_ids"]):
-            for id in (self.image_token_id, self.video_token_id):
-                if row.count(id) < whole.count(id):
-                    raise ValueError(
-                        f"a text of {len(whole)} tokens truncated to max_length={max_length} would lose part of an "
-                        "image or video: raise max_length or leave truncation off"
-                    )
+            if any(row.count(id) < whole.count(id) for id in (self.image_token_id, self.video_token_id)):
+                raise ValueError(
+                    f"a text of {len(whole)} tokens, cut to max_length={max_length}, would lose part of an image or "
+                    "video: raise max_length or leave truncation off"
+                )
         return truncated
+
+    def _get_num_multimodal_tokens(
+        self,
+        image_sizes: Sequence[Sequence[int]] | None = None,
+        video_sizes: Sequence[Sequence[int]] | None = None,
+        **kwargs,
+    ) -> MultiModalData:
+        """
+        How many placeholders media of these sizes become, the images each alone in its text.
+
+        Args:
+            image_sizes (`list[list[int]]`, *optional*): Height and width of each image.
+            video_sizes (`list[list[int]]`, *optional*): Frames, height and width of each video, already sampled.
+        """
+        merged = self._merge_kwargs(self.valid_processor_kwargs, **kwargs)
+        counts: dict[str, list[int]] = {}
+        if image_sizes is not None:
+            options = merged["images_kwargs"]
+            plans = [self.image_processor.plan(width, height, **options) for height, width in image_sizes]
+            grids = np.array([grid for _, grid in plans])
+            counts["num_image_patches"] = [sum(columns * rows for columns, rows in mosaics) for mosaics, _ in plans]
+            counts["num_image_tokens"] = [
+                sum(repeats for repeats, _ in runs)
+                for runs in self._image_runs(grids, [[None]] * len(grids), **options)
+            ]
+        if video_sizes is not None:
+            settings = self.video_processor.settings(**merged["videos_kwargs"])
+            counts["num_video_tokens"] = [
+                sum(t * h * w for t, h, w in pooled_grids(frames, settings["tile_tokens"], settings["pool_sizes"]))
+                for frames, _, _ in video_sizes
+            ]
+        return MultiModalData(**counts)
 
 
 def build_processor(

@@ -22,6 +22,9 @@ try:
         LinMUModel,
         LinMUTextConfig,
         LinMUTextModel,
+        NVILAImageProcessor,
+        NVILAProcessor,
+        NVILAVideoProcessor,
     )
 except ModuleNotFoundError as error:
     if error.name != "linmu_hf":
@@ -32,18 +35,18 @@ except ModuleNotFoundError as error:
 '''
 
 
-def add_remote_code(config: Any, folder: str | os.PathLike) -> None:
-    """Writes the remote-code file into `folder` and names its classes in `config.auto_map`, before it is saved."""
+def add_remote_code(part: Any, folder: str | os.PathLike) -> None:
+    """Writes the remote-code file into `folder` and names its classes in `part.auto_map`, before `part` is saved."""
     module = REMOTE_CODE_FILE.removesuffix(".py")
-    earlier = getattr(config, "auto_map", None) or {}
+    earlier = getattr(part, "auto_map", None) or {}
     others = {auto: name for auto, name in earlier.items() if module not in str(name)}  # a subclass registered them
-    config.auto_map = {auto: f"{module}.{name}" for auto, name in config.remote_classes.items()} | others
+    part.auto_map = {auto: f"{module}.{name}" for auto, name in part.remote_classes.items()} | others
     Path(folder).mkdir(parents=True, exist_ok=True)
     (Path(folder) / REMOTE_CODE_FILE).write_text(REMOTE_CODE, encoding="utf-8")
 
 
 class InstalledCode:
-    """For models and configurations: Transformers copies no module files of this package into saved folders."""
+    """For what Transformers saves: it copies no module files of this package into saved folders."""
 
     @classmethod
     def register_for_auto_class(cls, *args, **kwargs):
@@ -52,13 +55,13 @@ class InstalledCode:
             super().register_for_auto_class(*args, **kwargs)
 
 
-class RemoteCodeConfig(InstalledCode):
-    """For configurations: every saved folder gets the remote-code file."""
+class RemoteCode(InstalledCode):
+    """For configurations and processors: every saved folder gets the remote-code file."""
 
     remote_classes: ClassVar[dict[str, str]]  # Auto class -> class of linmu_hf
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
-        """As in Transformers, with `auto_map` and the remote-code file beside `config.json`."""
+        """As in Transformers, with `auto_map` in the saved file and the remote-code file beside it."""
         add_remote_code(self, save_directory)
         super().save_pretrained(save_directory)  # type: ignore[misc]
         if push_to_hub:

@@ -12,6 +12,7 @@ from PIL import Image
 
 
 Mosaic = tuple[int, int]  # columns, rows of tiles
+Run = tuple[int, int]  # placeholders, and the separators behind them
 
 
 def mosaics(min_tiles: int, max_tiles: int) -> list[Mosaic]:
@@ -48,15 +49,15 @@ def dynamic_mosaics(width: int, height: int, *, tile_size: int, min_tiles: int, 
     return [mosaic] if mosaic == (1, 1) else [mosaic, (1, 1)]
 
 
-def s2_mosaics(width: int, height: int, *, scales: Sequence[int], max_tiles: int) -> list[Mosaic]:
+def s2_mosaics(width: int, height: int, *, tile_size: int, scales: Sequence[int], max_tiles: int) -> list[Mosaic]:
     """
     The mosaics of a `dynamic_s2` image, one per scale from small to large.
 
     All but the last are squares of their scale's size; the last has the shape closest to the image's, and at least as
     many tiles as the square of its scale.
     """
-    edges = [scale // scales[0] for scale in scales]
-    last = closest_mosaic(width, height, mosaics(edges[-1] ** 2, max_tiles), scales[0])
+    edges = [scale // tile_size for scale in scales]
+    last = closest_mosaic(width, height, mosaics(edges[-1] ** 2, max_tiles), tile_size)
     return [*((edge, edge) for edge in edges[:-1]), last]
 
 
@@ -69,3 +70,40 @@ def cut(image: Image.Image, mosaic: Mosaic, *, tile_size: int, resample: int) ->
         for row in range(rows)
         for column in range(columns)
     ]
+
+
+def image_runs(grid: Sequence[int], tiling: str, tile_tokens: int) -> list[Run]:
+    """The block of an image with this grid of tokens (1, height, width)."""
+    tokens = grid[1] * grid[2]
+    if tiling != "dynamic":
+        return [(tokens, 1)]
+    tiles = tokens // tile_tokens**2
+    tiles += tiles > 1  # the thumbnail
+    # one separator from the vision side, one from the text
+    return [(tile_tokens**2, 2)] * tiles
+
+
+def video_runs(grids: Sequence[Sequence[int]]) -> list[Run]:
+    """The block of a video with these grids of tokens (frames, height, width), one for each pool size."""
+    return [(h * w, 1) for t, h, w in grids for _ in range(t)]
+
+
+def pooled_grids(frames: int, tile_tokens: int, pool_sizes: Sequence[Sequence[int]]) -> list[list[int]]:
+    """
+    The grid (frames, height, width) of a video's tokens for each pool size.
+
+    Raises:
+        `ValueError`: if a pool size does not divide the frames, or the tokens of a frame.
+    """
+    grids = []
+    for t, h, w in pool_sizes:
+        pools = [list(pool) for pool in pool_sizes]
+        if frames % t:
+            raise ValueError(
+                f"pool_sizes={pools} does not divide a video of {frames} frames: give a multiple of {t}, by "
+                "`num_frames` or, with `do_sample_frames=False`, by the frames themselves"
+            )
+        if tile_tokens % h or tile_tokens % w:
+            raise ValueError(f"pool_sizes={pools} must divide the {tile_tokens}x{tile_tokens} tokens of a frame")
+        grids.append([frames // t, tile_tokens // h, tile_tokens // w])
+    return grids

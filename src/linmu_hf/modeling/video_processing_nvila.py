@@ -1,7 +1,6 @@
 """NVILA's video processor: a fixed number of frames, one tile each, and the grids of their pooled tokens."""
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from transformers import BatchFeature
@@ -15,8 +14,8 @@ from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from .image_processing_nvila import as_rgb, to_pixels
-from .remote_code import InstalledCode
-from .tiling_nvila import cut
+from .remote_code import RemoteCode
+from .tiling_nvila import pooled_grids
 
 
 class NVILAVideoProcessorKwargs(VideosKwargs, total=False):
@@ -31,17 +30,18 @@ class NVILAVideoProcessorKwargs(VideosKwargs, total=False):
     tile_tokens: int
 
 
-class NVILAVideoProcessor(InstalledCode, BaseVideoProcessor):
+class NVILAVideoProcessor(RemoteCode, BaseVideoProcessor):
     """
     Samples frames evenly, the first and the last one included, and resizes each to one tile.
 
     `num_frames` are sampled from every video, with repeats from one that has fewer; `fps` is not used. With
     `do_sample_frames=False` a video keeps the frames it has.
 
-    Returns `pixel_values_videos` of shape [frames, 3, size, size], all videos' frames in order, and `video_grid_thw` of
-    shape [videos * len(pool_sizes), 3]: the grid of tokens of each video and pool size.
+    Returns `pixel_values_videos` of shape [frames, 3, size, size], all videos' frames in order, and `video_grid_thw`
+    of shape [videos * len(pool_sizes), 3]: the grid of tokens of each video and pool size.
     """
 
+    remote_classes: ClassVar[dict[str, str]] = {"AutoVideoProcessor": "NVILAVideoProcessor"}
     resample = PILImageResampling.BICUBIC
     image_mean = IMAGENET_STANDARD_MEAN
     image_std = IMAGENET_STANDARD_STD
@@ -61,51 +61,18 @@ class NVILAVideoProcessor(InstalledCode, BaseVideoProcessor):
         count = num_frames or self.num_frames
         return np.round(np.linspace(0, metadata.total_num_frames - 1, count)).astype(int)
 
-    def _preprocess(
-        self,
-        videos: list[Any],
-        size: Any,
-        resample: Any,
-        do_rescale: bool,
-        rescale_factor: float,
-        do_normalize: bool,
-        image_mean: Any,
-        image_std: Any,
-        pool_sizes: list[list[int]],
-        tile_tokens: int,
-        return_tensors: Any = None,
-        **kwargs,
-    ) -> BatchFeature:
-        grids = [grid for video in videos for grid in pooled_grids(len(video), tile_tokens, pool_sizes)]
+    def settings(self, **kwargs) -> dict[str, Any]:
+        """What each option is: as passed, or else as the processor has it."""
+        return {name: kwargs.get(name, getattr(self, name, None)) for name in self.valid_kwargs.__annotations__}
+
+    def _preprocess(self, videos: list[Any], **kwargs) -> BatchFeature:
+        grids = [
+            grid for video in videos for grid in pooled_grids(len(video), kwargs["tile_tokens"], kwargs["pool_sizes"])
+        ]
         frames = [as_rgb(frame, ChannelDimension.FIRST) for video in videos for frame in video]
-        tiles = [cut(frame, (1, 1), tile_size=size["height"], resample=resample)[0] for frame in frames]
-        pixels = to_pixels(
-            tiles, rescale_factor if do_rescale else None, (image_mean, image_std) if do_normalize else None
-        )
+        edge = kwargs["size"]["height"]
+        tiles = [frame.resize((edge, edge), resample=kwargs["resample"]) for frame in frames]
         return BatchFeature(
-            {"pixel_values_videos": pixels, "video_grid_thw": np.array(grids, dtype=np.int64)},
-            tensor_type=return_tensors,
+            {"pixel_values_videos": to_pixels(tiles, **kwargs), "video_grid_thw": np.array(grids, dtype=np.int64)},
+            tensor_type=kwargs.get("return_tensors"),
         )
-
-
-def pooled_grids(frames: int, tile_tokens: int, pool_sizes: Sequence[Sequence[int]]) -> list[list[int]]:
-    """
-    The grid (frames, rows, columns) of a video's tokens after each pooling.
-
-    Raises:
-        `ValueError`: if a pool size does not divide the frames, or the tokens of a frame.
-    """
-    grids = []
-    for t, h, w in pool_sizes:
-        if frames % t:
-            raise ValueError(
-                f"a video has {frames} frames, which pool_sizes={[list(pool) for pool in pool_sizes]} does not divide: "
-                f"give a multiple of {t} (`num_frames`, or the frames themselves with `do_sample_frames=False`)"
-            )
-        if tile_tokens % h or tile_tokens % w:
-            raise ValueError(
-                f"pool_sizes={[list(pool) for pool in pool_sizes]} must divide the {tile_tokens}x{tile_tokens} tokens "
-                "of a frame"
-            )
-        grids.append([frames // t, tile_tokens // h, tile_tokens // w])
-    return grids

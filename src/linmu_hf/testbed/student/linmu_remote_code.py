@@ -7,6 +7,9 @@ try:
         LinMUModel,
         LinMUTextConfig,
         LinMUTextModel,
+        NVILAImageProcessor,
+        NVILAProcessor,
+        NVILAVideoProcessor,
     )
 except ModuleNotFoundError as error:
     if error.name != "linmu_hf":
