@@ -27,6 +27,7 @@ FRAMES_PER_MOMENT = 2  # the teacher's temporal_patch_size: one moment is one te
 QUESTIONS_PER_ROW = 8
 SCENES = ("mosaic", "large", "clip")
 SCENE_OF_TASK = dict(zip(TASKS, ("mosaic", "mosaic", "large", "clip", "clip")))
+FULL_SIZES = {"mosaic": (1, 4, 4), "large": (1, 8, 8), "clip": (8, 3, 3)}  # moments, rows, columns
 SCENE_SHARES = (0.25, 0.5, 0.25)  # most of what a scan finds hardest: one cell among many
 TEST_DIGITS = 400
 AUGMENTED_VERSIONS = 24
@@ -151,13 +152,11 @@ def compose(
 
 def scene_grid(rng: np.random.Generator, kind: str, split: str) -> tuple[int, int, int]:
     """Draw the (moments, rows, columns) of a scene."""
-    if kind == "mosaic":
-        return 1, 4, 4
+    if kind == "mosaic" or split == "test" or rng.random() < 0.4:
+        return FULL_SIZES[kind]
     if kind == "large":
-        full = split == "test" or rng.random() < 0.4
-        return (1, 8, 8) if full else (1, int(rng.integers(5, 9)), int(rng.integers(5, 9)))
-    full = split == "test" or rng.random() < 0.4
-    return (8 if full else int(rng.integers(4, 9))), 3, 3
+        return 1, int(rng.integers(5, 9)), int(rng.integers(5, 9))
+    return int(rng.integers(4, 9)), 3, 3
 
 
 def ask(rng: np.random.Generator, scene: Scene, task: str) -> tuple[str, str]:

@@ -3,13 +3,27 @@
 from collections.abc import Sequence
 
 import torch
+from PIL import Image
 from transformers import Qwen2_5_VLProcessor
 
+from ..modeling.processing_nvila import NVILAProcessor
 from .data import FRAMES_PER_MOMENT, Scene
 from .processor import FPS, TEMPORAL_PATCH_SIZE
 
 
 IGNORED = -100
+
+
+Sample = tuple[Scene, Sequence[tuple[str, str | None]]]
+
+
+def encode(processor: Qwen2_5_VLProcessor | NVILAProcessor, samples: Sequence[Sample]) -> dict:
+    """Encode scenes of ONE kind with their turns; `labels` cover every answer and its `<|im_end|>`.
+
+    Sequences are right padded.
+    """
+    encoded = (_encode_nvila if isinstance(processor, NVILAProcessor) else _encode_qwen)(processor, samples)
+    return {**encoded, "labels": answer_labels(processor.tokenizer, encoded["input_ids"])}
 
 
 def render(scene: Scene, turns: Sequence[tuple[str, str | None]]) -> str:
@@ -24,15 +38,10 @@ def render(scene: Scene, turns: Sequence[tuple[str, str | None]]) -> str:
     return text
 
 
-def encode(processor: Qwen2_5_VLProcessor, samples: Sequence[tuple[Scene, Sequence[tuple[str, str | None]]]]) -> dict:
-    """Encode scenes of ONE kind with their turns; `labels` cover every answer and its `<|im_end|>`.
-
-    Sequences are right padded.
-    """
-    tokenizer = processor.tokenizer
+def _encode_qwen(processor: Qwen2_5_VLProcessor, samples: Sequence[Sample]) -> dict:
     scenes = [scene for scene, _ in samples]
     texts = [render(scene, turns) for scene, turns in samples]
-    encoded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+    encoded = processor.tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
     input_ids, attention_mask = encoded["input_ids"], encoded["attention_mask"]
 
     frames = [torch.from_numpy(scene.frames).permute(0, 3, 1, 2) for scene in scenes]
@@ -48,9 +57,27 @@ def encode(processor: Qwen2_5_VLProcessor, samples: Sequence[tuple[Scene, Sequen
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "mm_token_type_ids": token_type,
-        "labels": answer_labels(tokenizer, input_ids),
         **vision,
     }
+
+
+def _encode_nvila(processor: NVILAProcessor, samples: Sequence[Sample]) -> dict:
+    """The processor itself is quick; only the chat template is not."""
+    texts = [_render_nvila(scene, turns) for scene, turns in samples]
+    if samples[0][0].kind == "clip":
+        media = {"videos": [scene.frames for scene, _ in samples], "do_sample_frames": False}
+    else:
+        media = {"images": [Image.fromarray(scene.frames[0]) for scene, _ in samples]}
+    return dict(processor(text=texts, padding=True, padding_side="right", return_tensors="pt", **media))
+
+
+def _render_nvila(scene: Scene, turns: Sequence[tuple[str, str | None]]) -> str:
+    text = "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n"
+    placeholder = "<vila/video>" if scene.kind == "clip" else "<image>"
+    for i, (question, answer) in enumerate(turns):
+        text += f"<|im_start|>user\n{'' if i else placeholder}{question}<|im_end|>\n<|im_start|>assistant\n"
+        text += "" if answer is None else f"{answer}<|im_end|>\n"
+    return text
 
 
 def answer_labels(tokenizer, input_ids: torch.Tensor) -> torch.Tensor:

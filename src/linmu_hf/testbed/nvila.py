@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, SiglipImageProcessor, SiglipVisionConfig
 
+from ..conversion import load_teacher
 from ..modeling.configuration_linmu import LinMUConfig
 from ..modeling.configuration_nvila import NVILAConfig, NVILAVisionConfig
 from ..modeling.modeling_linmu import LinMUForConditionalGeneration
@@ -83,8 +85,44 @@ def teacher_config(processor: NVILAProcessor) -> LinMUConfig:
     return LinMUConfig.from_teacher(teacher, keep_attention="all")
 
 
-def save_checkpoint(model: LinMUForConditionalGeneration, processor: NVILAProcessor, folder: Path) -> None:
+def build_model(processor: NVILAProcessor) -> LinMUForConditionalGeneration:
+    """The teacher with random weights."""
+    model = LinMUForConditionalGeneration(teacher_config(processor))
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    return model
+
+
+def load_model(folder: str | Path) -> LinMUForConditionalGeneration:
+    return load_teacher(folder).requires_grad_(True)
+
+
+def train_mode(model: LinMUForConditionalGeneration, training: bool = True) -> None:
+    model.train(training)
+
+
+@torch.no_grad()
+def start_decoder_from_qwen(model: LinMUForConditionalGeneration, processor: NVILAProcessor, folder: Path) -> None:
+    """Start the decoder from that of the testbed's Qwen2.5-VL, as NVILA's starts from a trained Qwen2.
+
+    Rotary positions lose their three parts, and tokens of other names keep their random embeddings.
+    """
+    weights = load_file(folder / "model.safetensors")
+    theirs = json.loads((folder / "tokenizer.json").read_text())
+    ids = theirs["model"]["vocab"] | {token["content"]: token["id"] for token in theirs["added_tokens"]}
+    embeddings = weights.pop("model.embed_tokens.weight")
+    for name, parameter in model.model.language_model.named_parameters():
+        if name != "embed_tokens.weight":
+            parameter.copy_(weights["model." + name.replace(".mixer.", ".self_attn.")])
+    for token, id in processor.tokenizer.get_vocab().items():
+        if id < model.model.n_embeddings and token in ids:
+            for head in (model.get_input_embeddings(), model.get_output_embeddings()):
+                head.weight[id] = embeddings[ids[token]]
+
+
+def save_checkpoint(model: LinMUForConditionalGeneration, processor: NVILAProcessor, folder: str | Path) -> None:
     """Write `config.json` and the sub-folders `llm`, `vision_tower` and `mm_projector`, each with its own weights."""
+    folder = Path(folder)
     vision, text = model.config.vision_config, model.config.get_text_config()
     tower = vision.tower_config
     names = {

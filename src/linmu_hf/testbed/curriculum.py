@@ -1,0 +1,59 @@
+"""Scenes start easy and become harder whenever the model answers their questions.
+
+On a full mosaic a lookup is one cell among many and the model stays at chance for long; on two cells it does not.
+"""
+
+import numpy as np
+
+from .data import FULL_SIZES, SCENES, scene_grid
+
+
+class Curriculum:
+    """Scenes start tiny and grow by a row, column or moment."""
+
+    # mean loss per answer token to grow at; half of these tokens are the certain <|im_end|>
+    THRESHOLDS = {"mosaic": 0.5, "large": 0.3, "clip": 0.35}
+    PATIENCE = 150
+
+    def __init__(self, levels: tuple[int, int, int] = (1, 1, 1)):
+        self.levels = dict(zip(SCENES, levels))
+        self.losses = dict.fromkeys(SCENES, 1.0)
+        self.steps = dict.fromkeys(SCENES, 0)
+
+    def update(self, kind: str, loss: float) -> None:
+        self.steps[kind] += 1
+        self.losses[kind] += 0.2 * (loss - self.losses[kind])
+        if self.losses[kind] < self.THRESHOLDS[kind] or self.steps[kind] == self.PATIENCE:
+            self.levels[kind] += 1
+            self.losses[kind] = 1.0
+            self.steps[kind] = 0
+
+    @staticmethod
+    def draw(rng: np.random.Generator, kind: str, level: int) -> dict:
+        """Draw what `compose` is told of scenes at a level."""
+        full = scene_grid(rng, kind, "train")
+        if kind == "clip":
+            return {"grid": (min(full[0], level + 1), min(3, level), min(3, level))}
+        if level >= (4 if kind == "mosaic" else 8):
+            return {"grid": full}
+        return {"grid": (1, int(rng.integers(level, level + 2)), int(rng.integers(level, level + 2)))}
+
+
+class CanvasCurriculum(Curriculum):
+    """Mosaics have their full size from the start and fill with digits: at level n at most 2^n cells hold one.
+
+    For a model that resizes every image to one canvas, where a cell lies depends on the size of the mosaic: what it
+    learns on a small one says nothing of a large one.
+    """
+
+    THRESHOLDS = {"mosaic": 0.45, "large": 0.4, "clip": 0.35}
+
+    @staticmethod
+    def draw(rng: np.random.Generator, kind: str, level: int) -> dict:
+        full = scene_grid(rng, kind, "train")
+        if kind == "clip":
+            return {"grid": (min(full[0], level + 1), 3, 3)}
+        cells = FULL_SIZES[kind][1] * FULL_SIZES[kind][2]
+        if 2**level >= cells:
+            return {"grid": full}
+        return {"grid": FULL_SIZES[kind], "filled": int(rng.integers(2 ** (level - 1), 2**level, endpoint=True))}
