@@ -204,17 +204,23 @@ def to_row(scene: Scene, turns: list[tuple[str, str]], task: str) -> dict:
     return {"messages": messages, **media, "task": task}
 
 
-def training_scenes(seed: int, n: int) -> Iterator[tuple[Scene, list[tuple[str, str]]]]:
-    """`n` training scenes with their conversations; scene `i` depends on `(seed, i)` alone."""
+def training_scenes(
+    seed: int, n: int, full_mosaics: bool = False
+) -> Iterator[tuple[Scene, list[tuple[str, str]]]]:
+    """`n` training scenes with their conversations; scene `i` depends on `(seed, i)` alone.
+
+    With `full_mosaics` no mosaic is smaller than those of the test split.
+    """
     for i in range(n):
         rng = np.random.default_rng((seed, i))
-        scene = compose(rng, SCENES[rng.choice(len(SCENES), p=SCENE_SHARES)], "train")
+        kind = SCENES[rng.choice(len(SCENES), p=SCENE_SHARES)]
+        scene = compose(rng, kind, "train", FULL_SIZES[kind] if full_mosaics and kind != "clip" else None)
         yield scene, converse(rng, scene)
 
 
-def training_rows(seed: int, n: int) -> Iterator[dict]:
+def training_rows(seed: int, n: int, full_mosaics: bool = False) -> Iterator[dict]:
     """`n` training rows of eight questions each; `task` names the kind of scene."""
-    for scene, turns in training_scenes(seed, n):
+    for scene, turns in training_scenes(seed, n, full_mosaics):
         yield to_row(scene, turns, scene.kind)
 
 

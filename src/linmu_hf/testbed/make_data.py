@@ -1,6 +1,6 @@
 """Write the testbed's data set: `train` with eight questions per row, `test` with one on held-out digits.
 
-python -m linmu_hf.testbed.make_data --output DIR [--train 20000] [--test 200] [--seed 0]
+python -m linmu_hf.testbed.make_data --output DIR [--train 20000] [--test 200] [--full-mosaics] [--seed 0]
 """
 
 import argparse
@@ -28,15 +28,18 @@ FEATURES = Features(
 EXAMPLE_ZOOM = 6
 
 
-def make_data(output: str | Path, train: int, test: int, seed: int = 0) -> DatasetDict:
-    """Compose `train` training rows and `test` rows per task, and save both splits to `output`."""
+def make_data(output: str | Path, train: int, test: int, full_mosaics: bool = False, seed: int = 0) -> DatasetDict:
+    """Compose `train` training rows and `test` rows per task, and save both splits to `output`.
+
+    `full_mosaics` is for models that resize every image to one canvas, to which each size is a task of its own.
+    """
     with tempfile.TemporaryDirectory() as cache:
         splits = {
             name: Dataset.from_generator(
                 _stored_rows,
                 features=FEATURES,
                 cache_dir=cache,
-                gen_kwargs={"split": name, "train": train, "test": test, "seed": seed},
+                gen_kwargs={"split": name, "train": train, "test": test, "full_mosaics": full_mosaics, "seed": seed},
             )
             for name in ("train", "test")
         }
@@ -60,9 +63,9 @@ def write_examples(output: str | Path, seed: int = 0) -> None:
         strip.save(output / f"{task}: {question} {answer}.png".replace(" ", "_").replace("?", "").replace(":", ""))
 
 
-def _stored_rows(split: str, train: int, test: int, seed: int):
+def _stored_rows(split: str, train: int, test: int, full_mosaics: bool, seed: int):
     if split == "train":
-        rows, total = training_rows(seed, train), train
+        rows, total = training_rows(seed, train, full_mosaics), train
     else:
         rows, total = (row for task in TASKS for row in evaluation_rows(task, test, seed)), test * len(TASKS)
     for row in tqdm(rows, desc=split, total=total):
@@ -84,13 +87,14 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="folder for `datasets.load_from_disk`; examples/ has pictures")
     parser.add_argument("--train", type=int, default=20000, help="training rows, eight questions each")
     parser.add_argument("--test", type=int, default=200, help="test rows per task, one question each")
+    parser.add_argument("--full-mosaics", action="store_true", help="no training mosaic smaller than those of the test")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.train < 1 or args.test < 1:
         parser.error(f"--train {args.train} and --test {args.test} must be at least 1")
     disable_progress_bars()  # ours know the number of rows
     started = time.time()
-    dataset = make_data(args.output, args.train, args.test, args.seed)
+    dataset = make_data(args.output, args.train, args.test, args.full_mosaics, args.seed)
     write_examples(Path(args.output) / "examples", args.seed)
     rows = ", ".join(f"{name} {len(split)}" for name, split in dataset.items())
     print(f"wrote {args.output} ({rows} rows) in {time.time() - started:.0f} s; pictures are in examples/")
