@@ -7,7 +7,14 @@ import torch
 from safetensors.torch import load_file
 from synthetic import ask, image, rewrite, say
 from synthetic_nvila import KINDS, LAYOUTS, change_json, make_nvila, make_parts, make_tokenizer
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from linmu_hf import LinMUConfig, LinMUForConditionalGeneration
 from linmu_hf.conversion import convert, load_processor, load_teacher, map_teacher_key
@@ -15,6 +22,7 @@ from linmu_hf.conversion.cli import main
 from linmu_hf.conversion.source import open_source
 from linmu_hf.conversion.weight_map import is_new
 from linmu_hf.data import encode_prompts, encode_rows
+from linmu_hf.modeling.configuration_nvila import NVILAConfig, NVILAVisionConfig
 
 
 convert_module = sys.modules[convert.__module__]  # the package's `convert` is the function
@@ -89,6 +97,18 @@ def test_kept_attention_is_the_teacher(layouts, rows, tmp_path):
         torch.testing.assert_close(model(**batch).logits, expected, atol=1e-5, rtol=0)
     prompts = encode_prompts(processor, rows)
     assert torch.equal(model.generate(**prompts, max_new_tokens=8), teacher.generate(**prompts, max_new_tokens=8))
+
+
+def test_text_is_read_as_qwen2_reads_it(tmp_path):
+    tensors = make_nvila(tmp_path / "teacher")
+    configs, _ = make_parts()
+    theirs = Qwen2ForCausalLM(Qwen2Config.from_dict(configs["llm"])).eval()
+    llm = {name.removeprefix("llm."): t for name, t in tensors.items() if name.startswith("llm.")}
+    theirs.load_state_dict(llm)
+    batch = encode_rows(load_processor(tmp_path / "teacher"), [TEXT])
+    with torch.no_grad():
+        expected = theirs(batch["input_ids"]).logits
+        torch.testing.assert_close(load_teacher(tmp_path / "teacher")(**batch).logits, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("layout", ["llava_llama", "nvila"])
@@ -241,10 +261,6 @@ def louder(head: torch.Tensor) -> torch.Tensor:
 
 def test_released_shapes_map_completely():
     """NVILA-8B by names and shapes: every tensor of the checkpoint has a place in the student, and none is left."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
-
-    from linmu_hf.modeling.configuration_nvila import NVILAConfig, NVILAVisionConfig
-
     llm = Qwen2Config(
         vocab_size=151648, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
         num_key_value_heads=4,
