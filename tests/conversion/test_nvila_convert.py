@@ -7,7 +7,14 @@ import torch
 from safetensors.torch import load_file
 from synthetic import ask, image, rewrite, say
 from synthetic_nvila import KINDS, LAYOUTS, change_json, make_nvila, make_parts, make_tokenizer
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from linmu_hf import LinMUConfig, LinMUForConditionalGeneration
 from linmu_hf.conversion import convert, load_processor, load_teacher, map_teacher_key
@@ -15,6 +22,7 @@ from linmu_hf.conversion.cli import main
 from linmu_hf.conversion.source import open_source
 from linmu_hf.conversion.weight_map import is_new
 from linmu_hf.data import encode_prompts, encode_rows
+from linmu_hf.modeling.configuration_nvila import NVILAConfig, NVILAVisionConfig
 
 
 convert_module = sys.modules[convert.__module__]  # the package's `convert` is the function
@@ -91,6 +99,18 @@ def test_kept_attention_is_the_teacher(layouts, rows, tmp_path):
     assert torch.equal(model.generate(**prompts, max_new_tokens=8), teacher.generate(**prompts, max_new_tokens=8))
 
 
+def test_text_is_read_as_qwen2_reads_it(tmp_path):
+    tensors = make_nvila(tmp_path / "teacher")
+    configs, _ = make_parts()
+    theirs = Qwen2ForCausalLM(Qwen2Config.from_dict(configs["llm"])).eval()
+    llm = {name.removeprefix("llm."): t for name, t in tensors.items() if name.startswith("llm.")}
+    theirs.load_state_dict(llm)
+    batch = encode_rows(load_processor(tmp_path / "teacher"), [TEXT])
+    with torch.no_grad():
+        expected = theirs(batch["input_ids"]).logits
+        torch.testing.assert_close(load_teacher(tmp_path / "teacher")(**batch).logits, expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("layout", ["llava_llama", "nvila"])
 def test_hybrid(layout, tmp_path):
     tensors = make_nvila(tmp_path / "teacher", layout)
@@ -159,7 +179,7 @@ class Killed(BaseException):
     """Passes every `except` that a killed process would not run."""
 
 
-@pytest.mark.parametrize("k", [3, 60, 200])
+@pytest.mark.parametrize("k", [3, 60, 120])
 def test_killed_and_resumed(k, tmp_path, monkeypatch):
     make_nvila(tmp_path / "teacher")
     options = {"max_shard_size": "200KB", "keep_attention": [2]}
@@ -241,10 +261,6 @@ def louder(head: torch.Tensor) -> torch.Tensor:
 
 def test_released_shapes_map_completely():
     """NVILA-8B by names and shapes: every tensor of the checkpoint has a place in the student, and none is left."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
-
-    from linmu_hf.modeling.configuration_nvila import NVILAConfig, NVILAVisionConfig
-
     llm = Qwen2Config(
         vocab_size=151648, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
         num_key_value_heads=4,
@@ -253,7 +269,8 @@ def test_released_shapes_map_completely():
         hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, image_size=448,
         patch_size=14, vision_use_head=False,
     )  # fmt: skip
-    vision = NVILAVisionConfig(tower_config=tower, s2_scales="448,896,1344", out_hidden_size=3584)
+    scales = {"image_aspect_ratio": "dynamic_s2", "s2_scales": [448, 896, 1344]}
+    vision = NVILAVisionConfig(tower_config=tower, **scales, out_hidden_size=3584)
     config = LinMUConfig.from_teacher(NVILAConfig(text_config=llm, vision_config=vision), keep_attention=[3])
     with torch.device("meta"):
         theirs = {f"llm.{name}": t for name, t in Qwen2ForCausalLM(llm).state_dict().items()}

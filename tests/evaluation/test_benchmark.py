@@ -18,10 +18,13 @@ from linmu_hf.evaluation.benchmark import (
     summarise,
 )
 from linmu_hf.evaluation.benchmark_model import (
+    NVILA_VISION,
     PRESETS,
     BenchmarkDecoder,
     prompt_layout,
     text_config,
+    vision_config,
+    vision_encoder,
     with_backend,
     without_flex_ma,
     without_local_swin,
@@ -87,14 +90,71 @@ def test_spans_of_a_video_are_as_long_as_allowed():
     assert spans[spans >= 0].bincount().tolist() == [96] * 9 + [32]
 
 
-@pytest.mark.parametrize("preset", ["qwen2.5-vl-7b", "nvila-8b", "tiny", "tiny-wide"])
+@pytest.mark.parametrize("preset", ["qwen2.5-vl-7b", "nvila-8b", "nvila-8b-video", "tiny", "tiny-wide"])
 def test_presets_have_the_shapes_of_their_models(preset):
     config = text_config(preset)
     assert config.layer_types == ["m_mate"] * config.num_hidden_layers
     sizes = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads)
     big = (3584, 28, 28, 4)
     assert sizes == {"tiny": (128, 4, 4, 2), "tiny-wide": (512, 8, 8, 2)}.get(preset, big)
-    assert 2 * sum(config.rope_parameters["mrope_section"]) == config.head_dim
+    if preset.startswith("nvila"):
+        assert "mrope_section" not in config.rope_parameters
+    else:
+        assert 2 * sum(config.rope_parameters["mrope_section"]) == config.head_dim
+
+
+def test_nvilas_presets_have_its_vision_side():
+    image, video = vision_config("nvila-8b"), vision_config("nvila-8b-video")
+    assert (image.mm_hidden_size, image.tile_tokens, image.out_hidden_size) == (3456, 16, 3584)
+    assert (video.mm_hidden_size, video.tile_tokens, video.pool_sizes) == (1152, 16, [[8, 1, 1]])
+    assert vision_config("tiny").model_type == "qwen2_5_vl_vision"
+
+
+@pytest.mark.parametrize(
+    "preset, media, size, frames", [("nvila-8b", "image", 3072, 10), ("nvila-8b-video", "video", 256, 121)]
+)
+def test_nvilas_prompts(preset, media, size, frames):
+    """Whole images in S2 blocks, or frames of one tile, and a line break behind each."""
+    arguments = benchmark_cli.parse_arguments(["--model", preset, "--device", "cpu"])
+    assert (arguments.media, arguments.grid[0] * arguments.grid[1]) == (media, size)
+    layout = prompt_layout(32768, 0.95, arguments.grid, arguments.media, separators=True)[0]
+    places = (layout[:, 0] >= 0).nonzero().flatten().view(frames, size)
+    assert (places[:, -1] - places[:, 0] == size - 1).all() and (places[1:, 0] > places[:-1, -1] + 1).all()
+    assert places[-1, -1] < 32767
+    if media == "video":
+        assert (places.diff(dim=0) == size + 1).all()  # one line break, and nothing else, between two frames
+        assert layout[places[:, 0], 1].tolist() == list(range(frames)) and set(
+            layout[places].flatten(0, 1)[:, 0].tolist()
+        ) == {0}
+
+
+def test_separators_need_room():
+    assert prompt_layout(64, 1.0, (8, 8), separators=True) is None
+    assert (prompt_layout(65, 1.0, (8, 8), separators=True)[0, :, 0] >= 0).tolist() == [True] * 64 + [False]
+
+
+SMALL_TOWER = {
+    "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1, "image_size": 8,
+    "patch_size": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("media", ["image", "video"])
+def test_nvilas_encoder_is_given_the_tiles_of_the_prompt(media, monkeypatch):
+    scales = {"image_aspect_ratio": "dynamic_s2", "s2_scales": [8, 16, 24]}
+    pools = {"image_aspect_ratio": "resize", "video_encoder": "tsp", "pool_sizes": [[4, 1, 1]]}
+    monkeypatch.setitem(NVILA_VISION, "small", scales if media == "image" else pools)
+    monkeypatch.setattr("linmu_hf.evaluation.benchmark_model.SO400M", SMALL_TOWER)
+    grid = (6, 8) if media == "image" else (2, 2)
+    layout = prompt_layout(200, 0.8, grid, media, separators=True)
+    encode = vision_encoder("small", layout, media, torch.float32, "cpu")
+    tiles = 3 * (1 + 4 + 12) if media == "image" else 4 * 40
+    assert encode.args[0].shape == (tiles, 3, 8, 8)
+    with torch.no_grad():
+        tokens = torch.cat(encode().pooler_output)
+    assert tokens.shape == ((layout[..., 0] >= 0).sum(), 32)
+    with pytest.raises(ValueError, match=r"small has a grid of .*2x2 tokens, not 3x3"):
+        vision_encoder("small", prompt_layout(30, 0.9, (3, 3), media), media, torch.float32, "cpu")
 
 
 def test_a_teacher_folder_is_a_model(teacher_folder):
@@ -324,7 +384,6 @@ BAD = {
     "--json .": "is a folder",
     "--model nowhere": "nowhere is neither a file, a folder nor one of the presets",
     "--device cpu --backends abacus --lengths 8": "abacus",
-    "--device cpu --vision-encoder --model nvila-8b": "Qwen2.5-VL's encoder only",
 }
 
 

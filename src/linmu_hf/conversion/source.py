@@ -90,14 +90,9 @@ def open_source(path: str | Path, revision: str | None = None, allow_linmu: bool
         `FileNotFoundError`: No such folder or model, or something is missing in it.
         `ValueError`: Not a supported vision-language model, or corrupt weights.
     """
-    local = Path(path).expanduser()
-    if local.is_dir():
-        raw_config = _read_config(local / "config.json", path)
-    elif local.exists():
-        raise ValueError(f"{path} is a file: give the folder that holds config.json and the weights")
-    else:
-        raw_config = _read_config(_download(path, revision), path)
+    raw_config = read_raw_config(path, revision)
     _check_model_type(raw_config, path, allow_linmu)
+    local = Path(path).expanduser()
     patterns = NVILA_DOWNLOADS if in_parts(raw_config) else DOWNLOADS
     folder = local if local.is_dir() else _download(path, revision, patterns)
     if raw_config["model_type"] == LinMUConfig.model_type:
@@ -128,7 +123,12 @@ def _download(path: str | Path, revision: str | None, patterns: Sequence[str] | 
         ) from error
 
 
-def _read_config(file: Path, path: str | Path) -> dict:
+def read_raw_config(path: str | Path, revision: str | None = None) -> dict:
+    """The `config.json` of a folder or a model on the Hub; arguments and errors as in [`open_source`]."""
+    local = Path(path).expanduser()
+    if local.exists() and not local.is_dir():
+        raise ValueError(f"{path} is a file: give the folder that holds config.json and the weights")
+    file = local / "config.json" if local.is_dir() else _download(path, revision)
     if not file.is_file():
         raise FileNotFoundError(f"{path} has no config.json: give the folder of a model saved with save_pretrained")
     config = read_config(file)

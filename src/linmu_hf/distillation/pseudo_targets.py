@@ -86,7 +86,9 @@ def _deviating_turns(teacher, processor, rows: list[dict]) -> Iterator[list[int]
     counted = targets != IGNORE_INDEX
     hidden_states = teacher.model(**batch, use_cache=False).last_hidden_state
     wrong = torch.zeros_like(counted)
-    wrong[counted] = teacher.lm_head(hidden_states[counted]).argmax(-1) != targets[counted]
+    logits = teacher.lm_head(hidden_states[counted])
+    logits[:, teacher.generation_config.suppress_tokens or []] = -torch.inf
+    wrong[counted] = logits.argmax(-1) != targets[counted]
     turn = _turn_numbers(counted)
     for index in range(len(rows)):
         yield turn[index][wrong[index]].unique().tolist()
@@ -106,6 +108,7 @@ def _generate(teacher, processor, rows: list[dict], max_new_tokens: int) -> list
         do_sample=False,
         eos_token_id=tokenizer.eos_token_id if eos is None else eos,
         pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=teacher.generation_config.suppress_tokens,
     )
     prompts = encode_prompts(processor, rows).to(teacher.device)
     ids = teacher.generate(**prompts, generation_config=config)[:, prompts["input_ids"].shape[1] :]

@@ -8,6 +8,10 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from ..conversion.nvila import is_nvila
+from ..conversion.source import read_raw_config
+from ..conversion.teacher import load_processor, load_teacher
+
 
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,6 +27,8 @@ def check_model(path: str) -> None:
         )
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{path} has no config.json: give the folder of a saved model")
+    if _is_nvila(path):
+        return
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -39,7 +45,7 @@ def load_model(path: str, *, device: str | None = None, dtype: str = "auto") -> 
 
     Args:
         path (`str`):
-            Folder or Hub id of any image-text-to-text model.
+            Folder or Hub id of any image-text-to-text model, or of NVILA in a layout that Transformers does not know.
         device (`str`, *optional*):
             Where to put it; by default a GPU if there is one.
         dtype (`str`, *optional*, defaults to `"auto"`):
@@ -49,12 +55,21 @@ def load_model(path: str, *, device: str | None = None, dtype: str = "auto") -> 
         `tuple`: the model in evaluation mode and its processor.
     """
     check_model(path)
+    if _is_nvila(path):
+        return load_teacher(path, dtype=dtype, device=device or default_device()), load_processor(path)
     try:
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
         processor = AutoProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {first_line(error)}") from error
     return model.to(device or default_device()).eval(), processor
+
+
+def _is_nvila(path: str) -> bool:
+    try:
+        return is_nvila(read_raw_config(path))
+    except (OSError, ValueError):
+        return False  # what is wrong with it is said where it is opened
 
 
 def library_versions() -> dict[str, str]:

@@ -1,0 +1,114 @@
+"""The whole way with an NVILA teacher: its released layout to a calibrated student to a distilled model."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, Features, Image, List, Value
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "conversion"))
+
+from synthetic import rewrite
+from synthetic_nvila import KINDS, make_nvila, make_tokenizer
+
+from linmu_hf.conversion import load_processor, load_teacher
+from linmu_hf.conversion.cli import main as convert
+from linmu_hf.data import encode_prompts
+from linmu_hf.distillation.cli import main as distill
+from linmu_hf.distillation.collator import DistillCollator, EncodedDataset
+from linmu_hf.distillation.pseudo_targets import decode_pseudo_targets
+from linmu_hf.evaluation.cli import main as evaluate
+
+
+PART = {"type": Value("string"), "text": Value("string")}
+FEATURES = Features(
+    {
+        "messages": List({"role": Value("string"), "content": List(PART)}),
+        "images": List(Image()),
+        "videos": List(List(Image())),
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, rows):
+    folder = tmp_path_factory.mktemp("nvila") / "data"
+    dataset = Dataset.from_list(rows, features=FEATURES)
+    DatasetDict({"train": dataset, "test": dataset}).save_to_disk(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_convert_distil_evaluate(kind, data, rows, tmp_path, capsys):
+    teacher, student, out = tmp_path / "teacher", tmp_path / "student", tmp_path / "out"
+    make_nvila(teacher, "nvila" if kind == "lite" else "llava_llama", kind)
+    report = tmp_path / "report.json"
+    flags = ["--teacher", str(teacher), "--output", str(student), "--json", str(report)]
+    assert convert([*flags, "--calibrate", str(data), "--calibrate-samples", "6", "--keep-attention", "1"]) == 0
+    calibration = json.loads(report.read_text())["calibration"]
+    assert sum(calibration["error_after"]) < sum(calibration["error_before"])
+
+    flags = ["--model", str(student), "--teacher", str(teacher), "--dataset", str(data), "--output_dir", str(out)]
+    flags += ["--stage_steps", "2", "2", "2", "--align_steps", "1", "0", "0", "--per_device_train_batch_size", "2"]
+    flags += ["--max_completion_length", "3", "--use_cpu", "True", "--disable_tqdm", "True", "--json", str(report)]
+    assert distill(flags) == 0, capsys.readouterr().err
+    stages = json.loads(report.read_text())["stages"]
+    assert list(stages) == ["stage-1-align", "stage-1", "stage-2", "stage-3"]
+    assert all(np.isfinite(figures["train_loss"]) for figures in stages.values())
+    assert "loss_hid" in stages["stage-1"] and "loss_tok" in stages["stage-2"] and "loss_seq" in stages["stage-3"]
+
+    model, processor = AutoModelForImageTextToText.from_pretrained(out), AutoProcessor.from_pretrained(out)
+    first = AutoModelForImageTextToText.from_pretrained(student).state_dict()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, first[name])}
+    assert changed and all(".layers." in name and "visual" not in name for name in changed)
+    prompts = encode_prompts(processor, rows[:4])
+    assert model.generate(**prompts, max_new_tokens=3).shape[1] > prompts["input_ids"].shape[1]
+
+    flags = ["--model", str(out), "--teacher", str(teacher), "--dataset", str(data), "--device", "cpu"]
+    evaluate([*flags, "--max-new-tokens", "3", "--json", str(report)])
+    assert set(json.loads(report.read_text())["models"]) == {"teacher", "out"}
+
+
+def test_vision_is_encoded_once_and_shared(tmp_path, rows):
+    """What the trainer gives both models: features, positions and layout instead of pixels."""
+    from linmu_hf.distillation.trainer import _encode_vision
+
+    make_nvila(tmp_path / "teacher", kind="lite")
+    teacher, processor = load_teacher(tmp_path / "teacher"), load_processor(tmp_path / "teacher")
+    dataset = EncodedDataset(processor, rows)
+    batch = DistillCollator(processor.tokenizer.pad_token_id)([dataset[i] for i in range(4)])
+    batch.pop("labels")
+    with torch.no_grad():
+        expected = teacher.model(**batch, use_cache=False).last_hidden_state
+        batch["position_ids"], batch["vision_layout"] = teacher.model.get_positions(**batch)
+        batch["mm_encoder_outputs"] = _encode_vision(teacher.model, batch)
+        assert "pixel_values" not in batch and set(batch["mm_encoder_outputs"]) == {"image", "video"}
+        shared = teacher.model(**batch, use_cache=False).last_hidden_state
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(shared[real], expected[real])
+
+
+def test_teacher_never_answers_with_an_untrained_token(tmp_path, rows):
+    make_nvila(tmp_path / "teacher", new_rows=3, shard=None)
+    n = len(make_tokenizer())
+
+    def shout(tensors):
+        head = tensors["lm_head.weight"].clone()
+        head[n] *= 1000
+        head[n + 1] = -head[n]
+        return tensors | {"lm_head.weight": head}
+
+    rewrite(tmp_path / "teacher" / "llm" / "model.safetensors", shout)
+    teacher, processor = load_teacher(tmp_path / "teacher"), load_processor(tmp_path / "teacher")
+    answers = decode_pseudo_targets(teacher, processor, rows[:2], max_new_tokens=4)
+    assert teacher.generation_config.suppress_tokens == [n, n + 1, n + 2]
+    texts = [message["content"][0]["text"] for messages in answers for message in messages[1::2]]
+    assert all(texts)  # an added token is special: decoded, it is nothing
+    teacher.generation_config.suppress_tokens = None
+    silent = decode_pseudo_targets(teacher, processor, rows[:2], max_new_tokens=4)
+    assert not all(message["content"][0]["text"] for messages in silent for message in messages[1::2])
