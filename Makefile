@@ -3,17 +3,21 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 RUNS ?= runs
+# The testbed's teacher: qwen, nvila, or a folder.
+TEACHER ?= qwen
+ON = $(if $(filter qwen,$(TEACHER)),,-$(notdir $(TEACHER)))
 
 .PHONY: quickstart testbed-full check-teacher bench-cpu test conformance test-matrix kernels-check lint format typecheck clean
 
 quickstart: $(READY)
-	$(BIN)/python -m linmu_hf.testbed.quickstart --output $(RUNS)/quickstart $(ARGS)
+	$(BIN)/python -m linmu_hf.testbed.quickstart --output $(RUNS)/quickstart$(ON) --teacher $(TEACHER) $(ARGS)
 
 testbed-full: $(READY)
-	$(BIN)/python -m linmu_hf.testbed.quickstart --full --output $(RUNS)/testbed-full $(ARGS)
+	$(BIN)/python -m linmu_hf.testbed.quickstart --full --output $(RUNS)/testbed-full$(ON) --teacher $(TEACHER) \
+		$(ARGS)
 
 check-teacher: $(READY)
-	$(BIN)/python -m linmu_hf.testbed.check_teacher $(ARGS)
+	$(BIN)/python -m linmu_hf.testbed.check_teacher --model $(TEACHER) $(ARGS)
 
 # glibc hands large tensors back to the system when they are freed and then pays for every page again: it is told to
 # keep them.

@@ -1,8 +1,9 @@
-"""Check the shipped teacher on held-out digits; exits with 1 if a task falls below 95%.
+"""Check a shipped teacher on held-out digits; exits with 1 if a task falls below 95%.
 
-    python -m linmu_hf.testbed.check_teacher [--samples 200] [--json FILE]
+    python -m linmu_hf.testbed.check_teacher [--model qwen|nvila|FOLDER] [--samples 200] [--json FILE]
 
-The model is a plain Transformers checkpoint: nothing of linmu_hf's models takes part.
+The Qwen2.5-VL is a plain Transformers checkpoint, and nothing of linmu_hf's models takes part. Of NVILA Transformers
+knows no class: it runs as LinMU with full attention everywhere.
 """
 
 import argparse
@@ -15,14 +16,27 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from linmu_hf.conversion import load_processor, load_teacher
 from linmu_hf.data import answer_text, encode_prompts
 
 from .data import TASKS, evaluation_rows
 
 
 TEACHER = Path(__file__).parent / "teacher"
+TEACHERS = {"qwen": TEACHER, "nvila": Path(__file__).parent / "teacher_nvila"}
 REQUIRED = 0.95
 LONGEST_ANSWER = 2  # a digit and <|im_end|>
+
+
+def is_nvila(folder: Path) -> bool:
+    return json.loads((folder / "config.json").read_text()).get("model_type") == "llava_llama"
+
+
+def load(folder: str | Path) -> tuple:
+    """Model and processor of a teacher."""
+    if is_nvila(Path(folder)):
+        return load_teacher(folder), load_processor(folder)
+    return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
 
 
 @torch.no_grad()
@@ -48,8 +62,7 @@ def wilson_interval(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 def check(model_path: str | Path, samples: int, seed: int = 0) -> dict[str, dict]:
     """Accuracy and interval of every task: `{task: {"accuracy", "low", "high", "samples"}}`."""
-    model = AutoModelForImageTextToText.from_pretrained(model_path).eval()
-    processor = AutoProcessor.from_pretrained(model_path)
+    model, processor = load(model_path)
     results = {}
     for task in tqdm(TASKS, desc="tasks", leave=False):
         right = count_right(model, processor, list(evaluation_rows(task, samples, seed)))
@@ -60,17 +73,18 @@ def check(model_path: str | Path, samples: int, seed: int = 0) -> dict[str, dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(TEACHER), help="by default the shipped teacher")
+    parser.add_argument("--model", default="qwen", help=f"{', '.join(TEACHERS)}, or a folder")
     parser.add_argument("--samples", type=int, default=200, help="questions per task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="also write the table to this file")
     args = parser.parse_args()
     if args.samples < 1:
         parser.error(f"--samples {args.samples} must be at least 1")
-    if not (Path(args.model) / "config.json").is_file():
-        parser.error(f"--model {args.model} holds no config.json: name a folder that `save_pretrained` wrote")
+    model = TEACHERS.get(args.model, Path(args.model))
+    if not (model / "config.json").is_file():
+        parser.error(f"--model {args.model} holds no config.json: name a teacher's folder")
 
-    results = check(args.model, args.samples, args.seed)
+    results = check(model, args.samples, args.seed)
     print(f"{'task':8}{'accuracy':>10}   95% interval     questions")
     for task, r in results.items():
         print(f"{task:8}{r['accuracy']:10.1%}   {r['low']:.1%} to {r['high']:.1%}   {r['samples']}")

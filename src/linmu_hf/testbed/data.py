@@ -128,8 +128,8 @@ def compose(
 ) -> Scene:
     """Compose one scene: `"mosaic"` (4x4), `"large"` (5x5 to 8x8) or `"clip"` (4 to 8 moments of 3x3 cells).
 
-    `grid` = (moments, rows, columns) fixes the size; the test split always has the largest. Of a mosaic, `filled` cells
-    hold a digit, by default all of them.
+    `grid` = (moments, rows, columns) fixes the size; the test split always has the largest. `filled` is how many
+    cells of a mosaic hold a digit, by default all of them.
     """
     if kind not in SCENES:
         raise ValueError(f"kind={kind!r} must be one of {SCENES}")
@@ -204,9 +204,7 @@ def to_row(scene: Scene, turns: list[tuple[str, str]], task: str) -> dict:
     return {"messages": messages, **media, "task": task}
 
 
-def training_scenes(
-    seed: int, n: int, full_mosaics: bool = False
-) -> Iterator[tuple[Scene, list[tuple[str, str]]]]:
+def training_scenes(seed: int, n: int, full_mosaics: bool = False) -> Iterator[tuple[Scene, list[tuple[str, str]]]]:
     """`n` training scenes with their conversations; scene `i` depends on `(seed, i)` alone.
 
     With `full_mosaics` no mosaic is smaller than those of the test split.

@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="folder for `datasets.load_from_disk`; examples/ has pictures")
     parser.add_argument("--train", type=int, default=20000, help="training rows, eight questions each")
     parser.add_argument("--test", type=int, default=200, help="test rows per task, one question each")
-    parser.add_argument("--full-mosaics", action="store_true", help="no training mosaic smaller than those of the test")
+    parser.add_argument("--full-mosaics", action="store_true", help="training mosaics of the test's sizes only")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.train < 1 or args.test < 1:

@@ -58,7 +58,7 @@ def build_processor() -> NVILAProcessor:
 
 
 def teacher_config(processor: NVILAProcessor) -> LinMUConfig:
-    """The teacher as LinMU with full attention everywhere; the added tokens lie outside its vocabulary, as NVILA's do."""
+    """The teacher as LinMU with full attention everywhere; added tokens lie outside its vocabulary, as NVILA's."""
     ids = processor.tokenizer.convert_tokens_to_ids
     teacher = NVILAConfig(
         text_config=Qwen2Config(

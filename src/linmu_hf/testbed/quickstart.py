@@ -1,6 +1,6 @@
 """The whole way on a laptop: data, conversion, three stages of distillation, evaluation, pictures.
 
-    python -m linmu_hf.testbed.quickstart --output runs/quickstart [--full] [--teacher FOLDER]
+    python -m linmu_hf.testbed.quickstart --output runs/quickstart [--full] [--teacher qwen|nvila|FOLDER]
 
 Every part runs a command that is there for any other model too, and prints it. Run again after it was killed, it skips
 what is finished and takes up the rest.
@@ -29,10 +29,10 @@ from ..distillation import cli as distillation
 from ..evaluation import cli as evaluation
 from ..evaluation.retention import correct_answers, format_table
 from .ablate import WINDOWS
+from .check_teacher import TEACHERS, is_nvila
 from .make_data import make_data
 
 
-TEACHER = Path(__file__).parent / "teacher"
 STAGES = ("stage-1", "stage-2", "stage-3")
 PICTURED_TASKS = ("cell", "below", "large")
 PICTURES_PER_TASK = 3
@@ -45,6 +45,7 @@ class Schedule:
     """How long each part of the way takes; lists of three hold one value for each stage."""
 
     train_rows: int
+    full_mosaics: bool
     test_rows_per_task: int
     calibration_rows: int
     batch_size: int
@@ -57,6 +58,7 @@ class Schedule:
 
 QUICK = Schedule(
     train_rows=3000,
+    full_mosaics=False,
     test_rows_per_task=100,
     calibration_rows=64,
     batch_size=16,
@@ -76,6 +78,9 @@ FULL = replace(
     stage_learning_rates=(5e-4, 6e-4, 2e-4),
     seq_kd=True,
 )
+# NVILA resizes every image to one canvas, so that each size of mosaic is a task of its own; ours knows two, the test's.
+NVILA_QUICK = replace(QUICK, full_mosaics=True)
+NVILA_FULL = replace(FULL, full_mosaics=True)
 
 
 class Way:
@@ -150,7 +155,7 @@ def walk(output: Path, teacher: str, schedule: Schedule) -> dict[str, Any]:
     """Goes the whole way and returns what `results.json` holds."""
     way = Way(output, {"teacher": teacher, "mixer_options": WINDOWS, **asdict(schedule)})
     data, init, student, scores = (output / name for name in ("data", "init", "student", "retention.json"))
-    way.run("data", lambda: make_data(data, schedule.train_rows, schedule.test_rows_per_task))
+    way.run("data", lambda: make_data(data, schedule.train_rows, schedule.test_rows_per_task, schedule.full_mosaics))
     way.run(
         "convert",
         command(
@@ -233,19 +238,23 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--full", action="store_true", help="the long schedule")
-    parser.add_argument("--teacher", default=str(TEACHER), help="a Qwen2.5-VL that knows the testbed's tasks")
+    parser.add_argument(
+        "--teacher",
+        default="qwen",
+        help=f"{', '.join(TEACHERS)}, or the folder of a model that knows the tasks",
+    )
     parser.add_argument("--overwrite", action="store_true", help="delete an earlier run in --output")
     arguments = parser.parse_args(argv)
-    if not Path(arguments.teacher).is_dir():
-        sys.exit(
-            f"quickstart: error: there is no teacher in {arguments.teacher}; linmu_hf.testbed.train_teacher trains one"
-        )
+    teacher = TEACHERS.get(arguments.teacher, Path(arguments.teacher))
+    if not (teacher / "config.json").is_file():
+        sys.exit(f"quickstart: error: there is no teacher in {teacher}; linmu_hf.testbed.train_teacher trains one")
+    schedules = (NVILA_QUICK, NVILA_FULL) if is_nvila(teacher) else (QUICK, FULL)
     if arguments.overwrite and (arguments.output / "progress.json").exists():
         shutil.rmtree(arguments.output)
     logging.disable_progress_bar()  # those of loading and saving; ours stay
     disable_progress_bars()
     try:
-        results = walk(arguments.output, arguments.teacher, FULL if arguments.full else QUICK)
+        results = walk(arguments.output, str(teacher), schedules[arguments.full])
     except ValueError as error:
         sys.exit(f"quickstart: error: {error}")
     file = arguments.output / "results.json"
