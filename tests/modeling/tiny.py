@@ -161,7 +161,7 @@ def batch(*samples: Sample, padding="right", dtype=torch.float64, length=None) -
         if grids:
             inputs[f"{kind}_grid_thw"] = torch.tensor(grids)
             inputs[pixel_name] = torch.cat([p for sample in samples for p in sample.pixels[kind]]).to(dtype)
-    if "video_grid_thw" in inputs and tokens["video"] == VIDEO:
+    if "video_grid_thw" in inputs:
         inputs["second_per_grid_ts"] = [1.0] * len(inputs["video_grid_thw"])
     return inputs
 
@@ -182,6 +182,6 @@ def cut(sample: Sample, start: int, end: int) -> dict:
         if chosen:
             sliced[f"{kind}_grid_thw"] = torch.tensor([row for i in chosen for row in sample.grids[kind][i]])
             sliced[pixel_name] = torch.cat([sample.pixels[kind][i] for i in chosen]).double()
-            if "second_per_grid_ts" in inputs and kind == "video":
-                sliced["second_per_grid_ts"] = [1.0] * len(chosen)
+            if kind == "video":
+                sliced["second_per_grid_ts"] = [1.0] * len(sliced["video_grid_thw"])
     return sliced

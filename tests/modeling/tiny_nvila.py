@@ -8,7 +8,7 @@ import torch
 from linmu_hf import LinMUConfig, LinMUForConditionalGeneration, NVILAVisionConfig
 
 
-IMAGE, VIDEO, NEWLINE = 65, 66, 10
+IMAGE, VIDEO, NEWLINE = 66, 67, 10
 EDGE, PATCH = 8, 2  # of a tile, in pixels: 4 x 4 patches, 2 x 2 tokens
 TOKENS = 2
 S2 = {"image_aspect_ratio": "dynamic_s2", "s2_scales": [8, 16], "video_encoder": "tsp", "pool_sizes": [[2, 1, 1]]}
