@@ -88,7 +88,7 @@ class NVILAVisionModel(InstalledCode, PreTrainedModel):
             `BaseModelOutputWithPooling`: `last_hidden_state` `[tiles, s, s, c]` of the tower, and in `pooler_output`
             for every row of the grids its tokens `[n, d]`.
         """
-        features = self.tile_features(pixel_values.to(self.dtype))
+        features = self.tile_features(pixel_values)
         encode = self.image_tokens if kind == "image" else self.video_tokens
         return BaseModelOutputWithPooling(
             last_hidden_state=features, pooler_output=encode(features, grid_thw.tolist())
@@ -193,12 +193,13 @@ class NVILAVision(VisionSide):
 
     def runs(self, kind, grids):
         self._check_grids(kind, grids)
-        if kind == "video":
-            return [height * width for frames, height, width in grids.tolist() for _ in range(frames)]
-        runs, tile = [], self.config.vision_config.tile_tokens**2
-        for _, height, width in grids.tolist():
-            runs += [tile] * self._tiles(height, width) if self._in_tiles else [height * width]
-        return runs
+        tile = self.config.vision_config.tile_tokens**2
+        return [
+            [tile] * self._tiles(height, width)
+            if kind == "image" and self._in_tiles
+            else [height * width] * frames  # one, of an image
+            for frames, height, width in grids.tolist()
+        ]
 
     def coordinates(self, kind, grids):
         g = self.config.vision_config.tile_tokens
