@@ -48,13 +48,21 @@ def load_model(path: str, *, device: str | None = None, dtype: str = "auto") -> 
     Returns:
         `tuple`: the model in evaluation mode and its processor.
     """
-    check_model(path)
+    processor = load_processor(path)
     try:
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
-        processor = AutoProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {first_line(error)}") from error
     return model.to(device or default_device()).eval(), processor
+
+
+def load_processor(path: str) -> Any:
+    """The processor of an image-text-to-text model, named as for [`load_model`]."""
+    check_model(path)
+    try:
+        return AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {first_line(error)}") from error
 
 
 def library_versions() -> dict[str, str]:
