@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig
 
 from ..modeling.configuration_linmu import LinMUConfig
-from ..modeling.modeling_linmu import LinMUModel
+from ..modeling.vision_qwen2_5_vl import Qwen2_5_VLVision
 from .benchmark_model import PRESETS, BenchmarkDecoder, text_config
 
 
@@ -276,7 +276,7 @@ def encode_seconds(model: str, layout, dtype: torch.dtype, device: str) -> float
     else:
         vision = AutoConfig.from_pretrained(model).vision_config
     with torch.device(device):
-        tower = LinMUModel.tower_class._from_config(vision, dtype=dtype).eval()
+        tower = Qwen2_5_VLVision.tower_class._from_config(vision, dtype=dtype).eval()
     spans = layout[0][layout[0, :, 0] >= 0]
     grids = torch.stack([spans[spans[:, 0] == span, 1:].amax(0) + 1 for span in spans[:, 0].unique()])
     grids[:, 1:] *= vision.spatial_merge_size

@@ -6,7 +6,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache
+from transformers import (
+    Cache,
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    LogitsProcessor,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+)
 from transformers.masking_utils import create_causal_mask
 
 from .cache import fitting_cache
@@ -75,6 +84,32 @@ def chunk_sizes(vision_layout, length: int, chunk_size: int, reverse_scope: str 
     return [end - start for start, end in pairwise(ends)]
 
 
+class WideScores(LogitsProcessor):
+    """
+    Lends a processor scores for placeholders outside the vocabulary, which it looks up because the prompt has them.
+
+    Args:
+        processor (`LogitsProcessor`): What changes the scores.
+        width (`int`): Ids that the prompt may have.
+    """
+
+    LOOK_UP_PROMPT = (
+        RepetitionPenaltyLogitsProcessor,
+        EncoderRepetitionPenaltyLogitsProcessor,
+        NoRepeatNGramLogitsProcessor,
+        EncoderNoRepeatNGramLogitsProcessor,
+        SequenceBiasLogitsProcessor,  # and bad words
+    )
+
+    def __init__(self, processor: LogitsProcessor, width: int):
+        self.processor, self.width = processor, width
+
+    def __call__(self, input_ids, scores):
+        known = scores.shape[-1]
+        wide = nn.functional.pad(scores, (0, max(0, self.width - known)), value=-torch.inf)
+        return self.processor(input_ids, wide)[:, :known]
+
+
 class VisionLayoutGeneration(MediaGeneration):
     """
     Hooks of `generate`. It encodes images first and then drops pixels and grids; what the decoder needs of them
@@ -113,6 +148,15 @@ class VisionLayoutGeneration(MediaGeneration):
         positions = nn.functional.pad(positions, (past, 0))
         text_positions = text_positions.expand(len(input_ids), -1)[:, -positions.shape[-1] :]
         return torch.cat([text_positions[None], positions])
+
+    def _get_logits_processor(self, *args, **kwargs):
+        processors = super()._get_logits_processor(*args, **kwargs)
+        width = 1 + max(self.model.placeholders.values())
+        if width <= self.model.n_embeddings:
+            return processors
+        return LogitsProcessorList(
+            WideScores(one, width) if isinstance(one, WideScores.LOOK_UP_PROMPT) else one for one in processors
+        )
 
     def prepare_inputs_for_generation(
         self, input_ids, is_first_iteration=False, inputs_embeds=None, vision_layout=None, **kwargs

@@ -43,7 +43,10 @@ class LinMUModel(LinMUPreTrainedModel):
 
     def __init__(self, config: LinMUConfig):
         super().__init__(config)
-        self.visual = VISION_SIDES[config.vision_config.model_type].tower_class._from_config(config.vision_config)
+        kind = config.vision_config.model_type
+        if kind not in VISION_SIDES:
+            raise ValueError(f"vision_config: model_type={kind!r} is unknown; choose one of {list(VISION_SIDES)}")
+        self.visual = VISION_SIDES[kind].tower_class._from_config(config.vision_config)
         self.language_model = LinMUTextModel._from_config(config.text_config)
         self.post_init()
 
@@ -179,7 +182,7 @@ class LinMUModel(LinMUPreTrainedModel):
         has_grids = image_grid_thw is not None or video_grid_thw is not None
         ids = input_ids
         if ids is None:
-            ids = self._placeholder_ids(inputs_embeds, mm_token_type_ids, has_grids or bool(mm_encoder_outputs))
+            ids = self.placeholder_ids(inputs_embeds, mm_token_type_ids, has_grids or bool(mm_encoder_outputs))
         if vision_layout is None and (position_ids is None or has_grids):
             derived, vision_layout = self._new_positions(
                 ids, attention_mask, past_key_values, packed,
@@ -214,7 +217,7 @@ class LinMUModel(LinMUPreTrainedModel):
             **kwargs,
         )
 
-    def _placeholder_ids(self, inputs_embeds, mm_token_type_ids, has_media):
+    def placeholder_ids(self, inputs_embeds, mm_token_type_ids, has_media):
         """Ids `[b, t]` that are right at the placeholders, known by their types or embeddings; 0 elsewhere."""
         ids = inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long)
         if mm_token_type_ids is None and not has_media:

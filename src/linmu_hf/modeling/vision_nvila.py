@@ -88,7 +88,7 @@ class NVILAVisionModel(InstalledCode, PreTrainedModel):
             `BaseModelOutputWithPooling`: `last_hidden_state` `[tiles, s, s, c]` of the tower, and in `pooler_output`
             for every row of the grids its tokens `[n, d]`.
         """
-        features = self.tile_features(pixel_values.to(self.dtype))
+        features = self.tile_features(pixel_values)
         encode = self.image_tokens if kind == "image" else self.video_tokens
         return BaseModelOutputWithPooling(
             last_hidden_state=features, pooler_output=encode(features, grid_thw.tolist())
