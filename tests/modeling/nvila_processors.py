@@ -60,9 +60,7 @@ def _processor(tiling, tower, scales, num_video_frames=8, mean_std=(None, None),
     scales = {"s2_scales": scales} if tiling == "dynamic_s2" else {}
     config = NVILAVisionConfig(tower_config=tower, **TILINGS[tiling], **scales, **options)
     mean, std = mean_std
-    return build_processor(
-        config, make_tokenizer(), num_video_frames=num_video_frames, image_mean=mean, image_std=std
-    )
+    return build_processor(config, make_tokenizer(), num_video_frames=num_video_frames, image_mean=mean, image_std=std)
 
 
 def picture(width: int, height: int, seed: int = 0, mode: str = "RGB") -> Image.Image:

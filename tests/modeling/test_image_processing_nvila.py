@@ -18,7 +18,9 @@ def siglip(tiles, edge):
 def cropped(image, columns, rows, edge):
     resized = image.resize((columns * edge, rows * edge))  # bicubic is PIL's own choice
     return [
-        resized.crop((edge * (i % columns), edge * (i // columns), edge * (i % columns + 1), edge * (i // columns + 1)))
+        resized.crop(
+            (edge * (i % columns), edge * (i // columns), edge * (i % columns + 1), edge * (i // columns + 1))
+        )
         for i in range(columns * rows)
     ]
 
@@ -52,9 +54,7 @@ def test_kinds_of_images_are_one_picture():
     for given in (grey, np.asarray(grey)[None]):
         assert torch.equal(processor(given, return_tensors="pt")["pixel_values"], siglip([grey.convert("RGB")], 16))
     palette = rgb.quantize(16)
-    assert torch.equal(
-        processor(palette, return_tensors="pt")["pixel_values"], siglip([palette.convert("RGB")], 16)
-    )
+    assert torch.equal(processor(palette, return_tensors="pt")["pixel_values"], siglip([palette.convert("RGB")], 16))
 
 
 def test_files_are_opened(tmp_path):
