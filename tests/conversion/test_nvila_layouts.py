@@ -145,6 +145,7 @@ UNSUPPORTED = {
     "max_tiles=4 is less than the 9 tiles": {"max_tiles": 4},
     "is quantized .awq.": {"quantization_config": {"quant_method": "awq"}},
     "image_encoder='CustomImageEncoder' is not supported": {"image_encoder": "CustomImageEncoder"},
+    "video_encoder=5 is not supported": {"video_encoder": 5},
     "video_encoder='TSPVideoEncoder' is not supported": {"video_encoder": "TSPVideoEncoder"},
     "video_encoder=.*end_tokens.* is not supported": {
         "video_encoder": {"_target_": "BasicVideoEncoder", "end_tokens": None}

@@ -248,8 +248,8 @@ def _encoder(value: Any) -> tuple[str, dict]:
         try:
             value = json.loads(value)
         except ValueError:
-            value = {"_target_": value}
-    options = dict(value)
+            pass
+    options = dict(value) if isinstance(value, dict) else {"_target_": value}
     name = str(options.pop("_target_", "")).rpartition(".")[2]
     defaults = {"start_tokens": None, "end_tokens": "\n", "sep_tokens": None}
     return name, {key: option for key, option in options.items() if key not in defaults or option != defaults[key]}
