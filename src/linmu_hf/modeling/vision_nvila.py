@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, SiglipVisionModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import can_return_tuple
 
 from .configuration_nvila import NVILAVisionConfig
 from .inputs import check_values, expect
@@ -186,6 +187,7 @@ class NVILAVision(VisionSide):
 
     tower_class = NVILAVisionModel
 
+    @can_return_tuple
     def features(self, kind, pixels, grids, **kwargs):
         if not torch.compiler.is_compiling():
             self._check_pixels(kind, pixels, grids)
