@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from synthetic import ask, image, rewrite, say
 from synthetic_nvila import KINDS, LAYOUTS, change_json, make_nvila, make_parts, make_tokenizer
@@ -22,6 +23,7 @@ from linmu_hf.conversion.cli import main
 from linmu_hf.conversion.source import open_source
 from linmu_hf.conversion.weight_map import is_new
 from linmu_hf.data import encode_prompts, encode_rows
+from linmu_hf.hub import check_folder
 from linmu_hf.modeling.configuration_nvila import NVILAConfig, NVILAVisionConfig
 
 
@@ -222,6 +224,22 @@ def test_dtype(tmp_path):
     convert(str(tmp_path / "teacher"), str(tmp_path / "student"), dtype="bfloat16", keep_attention="all")
     assert {tensor.dtype for tensor in load_all(tmp_path / "student").values()} == {torch.bfloat16}
     assert {p.dtype for p in load_teacher(tmp_path / "teacher", dtype="bfloat16").parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("license", ["cc-by-nc-4.0", None])
+def test_command_writes_a_whole_folder_with_a_card(license, tmp_path):
+    make_nvila(tmp_path / "NVILA-tiny", kind="lite")
+    if license:
+        (tmp_path / "NVILA-tiny" / "README.md").write_text(f"---\nlicense: {license}\n---\n# NVILA")
+    assert main(["--teacher", str(tmp_path / "NVILA-tiny"), "--output", str(tmp_path / "out")]) == 0
+    check_folder(tmp_path / "out")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert "# NVILA-tiny as LinMU" in card.text and "| family | NVILA |" in card.text
+    text = card.text.partition("## License")[2]
+    assert card.data.to_dict().get("license") == license
+    assert (
+        license or "was not found when this card was written. NVILA's published weights are under CC BY-NC"
+    ) in text
 
 
 def test_dry_run(tmp_path, capsys):

@@ -60,7 +60,7 @@ def test_released_nvila_8b():
     tensors = {
         f"mm_projector.layers.{i}.weight": StoredTensor(None, torch.bfloat16, size, 0, 0) for i, size in sizes.items()
     }
-    config = _vision_config(top, {"hidden_size": 3584}, tower, {"mm_projector_type": "mlp_downsample"}, tensors)
+    config = _vision_config(top, tower, {"mm_projector_type": "mlp_downsample"}, tensors, 3584)
     assert (config.mm_hidden_size, config.tile_tokens, config.n_scales, config.downsample) == (3456, 16, 3, 2)
     assert config.s2_scales == [448, 896, 1344]
     assert "torch_dtype" not in config.tower_config.to_dict()
@@ -145,6 +145,7 @@ UNSUPPORTED = {
     "max_tiles=4 is less than the 9 tiles": {"max_tiles": 4},
     "is quantized .awq.": {"quantization_config": {"quant_method": "awq"}},
     "image_encoder='CustomImageEncoder' is not supported": {"image_encoder": "CustomImageEncoder"},
+    "video_encoder=5 is not supported": {"video_encoder": 5},
     "video_encoder='TSPVideoEncoder' is not supported": {"video_encoder": "TSPVideoEncoder"},
     "video_encoder=.*end_tokens.* is not supported": {
         "video_encoder": {"_target_": "BasicVideoEncoder", "end_tokens": None}
@@ -165,10 +166,9 @@ def test_unsupported_settings(teacher, message):
     [
         ("llm", {"model_type": "llama"}, "its language model is 'llama': only 'qwen2'"),
         ("llm", {"quantization_config": {"quant_method": "awq"}}, "is quantized .awq."),
-        ("llm", {"hidden_size": ...}, "KeyError..hidden_size"),
         ("vision_tower", {"model_type": "radio"}, "its vision tower is 'radio': only SigLIP"),
         ("vision_tower", {"hidden_size": 18}, "its projector takes 48 channels, no multiple of"),
-        ("vision_tower", {"image_size": "large"}, "is incomplete or broken"),
+        ("vision_tower", {"image_size": "large"}, "its configuration is broken"),
         ("mm_projector", {"mm_projector_type": "mlp2x_gelu"}, "mm_projector_type='mlp2x_gelu' is not supported"),
         (
             "mm_projector",
@@ -212,6 +212,28 @@ def test_neither_layout(teacher):
     change_json(teacher / "config.json", llm_cfg=...)
     with pytest.raises(ValueError, match="names neither the parts of an NVILA model"):
         open_source(teacher)
+
+
+def test_unsupported_models_are_not_downloaded(teacher, monkeypatch):
+    change_json(teacher / "config.json", image_aspect_ratio="ps3")
+
+    def fail(*args, **kwargs):
+        raise AssertionError("downloaded")
+
+    monkeypatch.setattr(source_module, "hf_hub_download", lambda *args, **kwargs: str(teacher / "config.json"))
+    monkeypatch.setattr(source_module, "snapshot_download", fail)
+    with pytest.raises(ValueError, match=r"^org/nvila: image_aspect_ratio='ps3' is not supported"):
+        open_source("org/nvila")
+
+
+def test_fields_that_are_left_out_have_their_defaults(teacher):
+    """Configurations are saved without what equals the class's default."""
+    change_json(teacher / "llm" / "config.json", hidden_act=..., rms_norm_eps=..., vocab_size=...)
+    change_json(teacher / "vision_tower" / "config.json", hidden_act=..., layer_norm_eps=..., num_channels=...)
+    config = open_source(teacher).config
+    assert (config.text_config.vocab_size, config.text_config.rms_norm_eps) == (151936, 1e-6)
+    tower = config.vision_config.tower_config
+    assert (tower.hidden_act, tower.layer_norm_eps, tower.num_channels) == ("gelu_pytorch_tanh", 1e-6, 3)
 
 
 def test_ids_of_config_and_tokenizer_disagree(tmp_path):

@@ -23,6 +23,7 @@ from linmu_hf.distillation.cli import main as distill
 from linmu_hf.distillation.collator import DistillCollator, EncodedDataset
 from linmu_hf.distillation.pseudo_targets import decode_pseudo_targets
 from linmu_hf.evaluation.cli import main as evaluate
+from linmu_hf.hub import check_folder
 
 
 PART = {"type": Value("string"), "text": Value("string")}
@@ -53,7 +54,10 @@ def test_convert_distil_evaluate(kind, data, rows, tmp_path, capsys):
     calibration = json.loads(report.read_text())["calibration"]
     assert sum(calibration["error_after"]) < sum(calibration["error_before"])
 
-    flags = ["--model", str(student), "--teacher", str(teacher), "--dataset", str(data), "--output_dir", str(out)]
+    flags = ["--teacher", str(teacher), "--dataset", str(data), "--output_dir", str(out)]
+    assert distill(["--model", str(teacher), *flags]) == 2
+    assert "is no LinMU model: make one of it with `linmu-convert` first" in capsys.readouterr().err
+    flags += ["--model", str(student)]
     flags += ["--stage_steps", "2", "2", "2", "--align_steps", "1", "0", "0", "--per_device_train_batch_size", "2"]
     flags += ["--max_completion_length", "3", "--use_cpu", "True", "--disable_tqdm", "True", "--json", str(report)]
     assert distill(flags) == 0, capsys.readouterr().err
@@ -62,6 +66,7 @@ def test_convert_distil_evaluate(kind, data, rows, tmp_path, capsys):
     assert all(np.isfinite(figures["train_loss"]) for figures in stages.values())
     assert "loss_hid" in stages["stage-1"] and "loss_tok" in stages["stage-2"] and "loss_seq" in stages["stage-3"]
 
+    check_folder(out)
     model, processor = AutoModelForImageTextToText.from_pretrained(out), AutoProcessor.from_pretrained(out)
     first = AutoModelForImageTextToText.from_pretrained(student).state_dict()
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, first[name])}

@@ -6,8 +6,9 @@ import pytest
 import tiny
 import torch
 
+from linmu_hf.modeling.inputs import check_media
 from linmu_hf.modeling.token_layout import TokenLayout
-from linmu_hf.modeling.vision_qwen2_5_vl import merged_grid_layout
+from linmu_hf.modeling.vision_qwen2_5_vl import Qwen2_5_VLVision
 
 
 GRIDS = [(1, 1, 1), (1, 3, 5), (1, 4, 4), (2, 2, 3), (3, 4, 5), (4, 1, 7), (7, 5, 1)]
@@ -183,10 +184,14 @@ def test_rows_without_tokens_have_no_segment():
     assert layout.vision is None and layout.reverse is None
 
 
+QWEN = Qwen2_5_VLVision(tiny.config(), None)
+
+
 def test_merged_grid():
     """Token types and patch grids of a batch, images and videos mixed, to spans and coordinates."""
     types = torch.tensor([[0, 2, 2, 2, 2, 0, 1, 1], [1, 1, 1, 1, 1, 1, 0, 1]])
-    layout = merged_grid_layout(types, torch.tensor([[1, 2, 4], [1, 4, 6], [1, 2, 2]]), torch.tensor([[2, 4, 2]]), 2)
+    grids = {"image": torch.tensor([[1, 2, 4], [1, 4, 6], [1, 2, 2]]), "video": torch.tensor([[2, 4, 2]])}
+    layout = QWEN.layout(types, grids)
     assert torch.equal(layout[..., 0] >= 0, types > 0)
     assert layout[0, 1:5, 1:].tolist() == [[0, 0, 0], [0, 1, 0], [1, 0, 0], [1, 1, 0]]
     assert layout[0, 6:, 1:].tolist() == [[0, 0, 0], [0, 0, 1]]
@@ -198,8 +203,8 @@ def test_merged_grid():
 def test_placeholders_that_do_not_match_the_grids():
     types = torch.tensor([[0, 1, 1, 1]])
     with pytest.raises(ValueError, match=r"the prompt has 3 image tokens but image_grid_thw describes 4 \(1 images\)"):
-        merged_grid_layout(types, torch.tensor([[1, 4, 4]]), None, 2)
+        check_media(types, None, QWEN, torch.tensor([[1, 4, 4]]))
     with pytest.raises(ValueError, match=r"the prompt has 3 image tokens but image_grid_thw describes 0"):
-        merged_grid_layout(types, None, None, 2)
+        check_media(types, None, QWEN)
     with pytest.raises(ValueError, match=r"the prompt has 0 video tokens but video_grid_thw describes 1"):
-        merged_grid_layout(types * 0, None, torch.tensor([[1, 2, 2]]), 2)
+        check_media(types * 0, None, QWEN, None, torch.tensor([[1, 2, 2]]))

@@ -66,7 +66,8 @@ class NVILACheckpoint:
 
 def is_nvila(raw_config: dict) -> bool:
     """Whether a `config.json` is one of VILA's family, supported or not."""
-    return "vila" in raw_config["model_type"] or raw_config["model_type"] == "llava_llama" or in_parts(raw_config)
+    model_type = str(raw_config.get("model_type"))
+    return "vila" in model_type or model_type == "llava_llama" or in_parts(raw_config)
 
 
 def in_parts(raw_config: dict) -> bool:
@@ -80,7 +81,7 @@ def read_nvila(folder: Path, top: dict) -> NVILACheckpoint:
 
     Args:
         folder (`Path`): The checkpoint.
-        top (`dict`): Its `config.json`.
+        top (`dict`): Its `config.json`, which has passed [`check_top`].
 
     Raises:
         `FileNotFoundError`: A part is missing.
@@ -93,21 +94,16 @@ def read_nvila(folder: Path, top: dict) -> NVILACheckpoint:
         llm, tower, projector = (read_config(folder / part / "config.json") for part in PARTS)
         tensors = {f"{part}.{name}": t for part in PARTS for name, t in read_checkpoint(folder / part).items()}
         tokenizer_folders, pixels = [folder / "llm", folder], folder / "vision_tower" / "preprocessor_config.json"
-    elif isinstance(top.get("text_config"), dict) and isinstance(top.get("vision_config"), dict):
+    else:
         llm, tower, projector = top["text_config"], top["vision_config"], {}
         tensors = read_checkpoint(folder)
         tokenizer_folders, pixels = [folder], folder / "preprocessor_config.json"
-    else:
-        raise ValueError(
-            f"{folder}: its config.json (model_type={top['model_type']!r}) names neither the parts of an NVILA model "
-            "(llm_cfg, vision_tower_cfg, mm_projector_cfg) nor text_config and vision_config: give an NVILA checkpoint"
-        )
     try:
-        _check_supported(top, llm, tower)
-        vision_config = _vision_config(top, llm, tower, projector, tensors)
+        _check_parts(llm, tower)
         text_config = Qwen2Config.from_dict(dict(llm))
-    except (KeyError, TypeError, StrictDataclassError) as error:
-        raise ValueError(f"{folder}: its configuration is incomplete or broken ({error!r}): copy it again") from error
+        vision_config = _vision_config(top, tower, projector, tensors, text_config.hidden_size)
+    except (TypeError, StrictDataclassError) as error:
+        raise ValueError(f"{folder}: its configuration is broken ({error!r}): download or copy it again") from error
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
 
@@ -138,17 +134,13 @@ def read_nvila(folder: Path, top: dict) -> NVILACheckpoint:
     return NVILACheckpoint(config, tensors, processor, _generation_config(text_config, processor.tokenizer))
 
 
-def _check_supported(top: dict, llm: dict, tower: dict) -> None:
-    for config in (top, llm, tower):
-        if config.get("quantization_config"):
-            method = config["quantization_config"].get("quant_method")
-            raise ValueError(f"it is quantized ({method}): give the checkpoint it was quantized from")
-    if llm.get("model_type") != "qwen2":
-        raise ValueError(f"its language model is {llm.get('model_type')!r}: only 'qwen2' is supported, as in NVILA")
-    if tower.get("model_type") != "siglip_vision_model":
+def check_top(top: dict) -> None:
+    """Raises a `ValueError` for what the top `config.json` alone tells to be unsupported."""
+    flat = isinstance(top.get("text_config"), dict) and isinstance(top.get("vision_config"), dict)
+    if not flat and not in_parts(top):
         raise ValueError(
-            f"its vision tower is {tower.get('model_type')!r}: only SigLIP ('siglip_vision_model') is supported; "
-            "give an NVILA checkpoint with that tower"
+            f"its config.json (model_type={top.get('model_type')!r}) names neither the parts of an NVILA model "
+            "(llm_cfg, vision_tower_cfg, mm_projector_cfg) nor text_config and vision_config: give an NVILA checkpoint"
         )
     for name, (value, meaning) in FIXED.items():
         if top.get(name, value) not in (value, None):
@@ -163,10 +155,25 @@ def _check_supported(top: dict, llm: dict, tower: dict) -> None:
     target, options = _encoder(top.get("image_encoder") or "BasicImageEncoder")
     if target != "BasicImageEncoder" or options:
         raise ValueError(f"image_encoder={top['image_encoder']!r} is not supported: only a plain BasicImageEncoder is")
+    _video_encoder(top.get("video_encoder") or "BasicVideoEncoder")
+
+
+def _check_parts(llm: dict, tower: dict) -> None:
+    for config in (llm, tower):
+        if config.get("quantization_config"):
+            method = config["quantization_config"].get("quant_method")
+            raise ValueError(f"it is quantized ({method}): give the checkpoint it was quantized from")
+    if llm.get("model_type") != "qwen2":
+        raise ValueError(f"its language model is {llm.get('model_type')!r}: only 'qwen2' is supported, as in NVILA")
+    if tower.get("model_type") != "siglip_vision_model":
+        raise ValueError(
+            f"its vision tower is {tower.get('model_type')!r}: only SigLIP ('siglip_vision_model') is supported; "
+            "give an NVILA checkpoint with that tower"
+        )
 
 
 def _vision_config(
-    top: dict, llm: dict, tower: dict, projector: dict, tensors: dict[str, StoredTensor]
+    top: dict, tower: dict, projector: dict, tensors: dict[str, StoredTensor], out_hidden_size: int
 ) -> NVILAVisionConfig:
     tower_config = SiglipVisionConfig(
         **{name: tower[name] for name in TOWER_FIELDS if name in tower}, vision_use_head=False
@@ -194,7 +201,7 @@ def _vision_config(
         max_tiles=top.get("max_tiles", 12),
         video_encoder=video_encoder,
         pool_sizes=pool_sizes,
-        out_hidden_size=llm["hidden_size"],
+        out_hidden_size=out_hidden_size,
     )
     for name, found in (("the projector", channels), ("mm_hidden_size", top.get("mm_hidden_size", channels))):
         if found != config.mm_hidden_size:
@@ -241,8 +248,8 @@ def _encoder(value: Any) -> tuple[str, dict]:
         try:
             value = json.loads(value)
         except ValueError:
-            value = {"_target_": value}
-    options = dict(value)
+            pass
+    options = dict(value) if isinstance(value, dict) else {"_target_": value}
     name = str(options.pop("_target_", "")).rpartition(".")[2]
     defaults = {"start_tokens": None, "end_tokens": "\n", "sep_tokens": None}
     return name, {key: option for key, option in options.items() if key not in defaults or option != defaults[key]}

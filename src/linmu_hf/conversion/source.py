@@ -12,7 +12,7 @@ from transformers import AutoProcessor, GenerationConfig, PreTrainedConfig, Proc
 from ..modeling.configuration_linmu import LinMUConfig
 from .checkpoint import StoredTensor, read_checkpoint, read_config
 from .nvila import DOWNLOADS as NVILA_DOWNLOADS
-from .nvila import in_parts, is_nvila, read_nvila
+from .nvila import check_top, in_parts, is_nvila, read_nvila
 
 
 # Families that Transformers knows, by `model_type`; NVILA is told by the keys of its config.json.
@@ -150,3 +150,8 @@ def _check_model_type(config: dict, path: str | Path, allow_linmu: bool) -> None
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method")
         raise ValueError(f"{path} is quantized ({method}): give the checkpoint it was quantized from")
+    if is_nvila(config):
+        try:
+            check_top(config)  # before anything large is downloaded
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error

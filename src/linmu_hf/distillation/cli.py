@@ -10,10 +10,12 @@ from pathlib import Path
 from transformers import AutoProcessor, HfArgumentParser
 from transformers.utils import logging
 
+from ..conversion.source import read_raw_config
 from ..conversion.teacher import load_teacher
 from ..data import load_rows
 from ..evaluation.loading import check_model, first_line, library_versions
 from ..hub import find_origin, prepare_repo, push_folder, write_model_card
+from ..modeling.configuration_linmu import LinMUConfig
 from ..modeling.modeling_linmu import LinMUForConditionalGeneration
 from .config import DistillConfig
 from .runner import check_output, distill
@@ -39,6 +41,8 @@ def run(script: ScriptArguments, config: DistillConfig) -> dict:
         raise ValueError("no teacher: give --teacher FOLDER_OR_HUB_ID")
     config.teacher_model_name_or_path = teacher_path
     check_model(script.model)
+    if read_raw_config(script.model)["model_type"] != LinMUConfig.model_type:
+        raise ValueError(f"{script.model} is no LinMU model: make one of it with `linmu-convert` first")
     check_output(config)
     dataset = load_rows(script.dataset, script.dataset_train_split)
     mixed = config.bf16 or config.fp16

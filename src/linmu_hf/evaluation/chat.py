@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from PIL import Image, UnidentifiedImageError
 from transformers import TextStreamer
+from transformers.video_utils import VideoMetadata, load_video
 
 from ..data import VIDEO_FPS, encode_prompts
-from .loading import first_line, load_model
+from .loading import first_line, load_model, load_processor
 
 
 SHIPPED_STUDENT = Path(__file__).parents[1] / "testbed" / "student"
@@ -43,26 +44,36 @@ def read_image(file: str) -> Image.Image:
         raise ValueError(f"{file} is not an image that Pillow can read") from error
 
 
-def read_video(path: str) -> list[Image.Image]:
-    """Frames of a video file, sampled two per second, or the images of a folder in the order of their names."""
+def read_video(path: str, processor=None) -> list[Image.Image]:
+    """
+    Frames of a video file, or of a folder's images in the order of their names.
+
+    As many as the processor takes of every video if it names a number; otherwise two per second of a file, and every
+    image of a folder.
+    """
+    sample = _two_per_second
+    if getattr(getattr(processor, "video_processor", None), "num_frames", None):
+        sample = processor.video_processor.sample_frames
     if Path(path).is_dir():
-        frames = [read_image(str(file)) for file in sorted(Path(path).iterdir()) if file.is_file()]
-        if not frames:
+        files = [str(file) for file in sorted(Path(path).iterdir()) if file.is_file()]
+        if not files:
             raise ValueError(f"{path} is empty: a folder given as video holds one image per frame")
-        return frames
+        indices = sample(metadata=VideoMetadata(total_num_frames=len(files), fps=VIDEO_FPS))
+        return [read_image(files[index]) for index in indices]
     if not Path(path).is_file():
         raise ValueError(f"{path} does not exist: give a video file or a folder of frames")
     try:
         import av
     except ImportError as error:
         raise ValueError('reading video files needs PyAV: pip install "linmu-hf[video]"') from error
-    from transformers.video_utils import load_video
 
     try:
-        frames, _ = load_video(path, backend="pyav", sample_indices_fn=_two_per_second)
+        frames, metadata = load_video(path, backend="pyav", sample_indices_fn=sample)
     except (av.error.FFmpegError, OSError, ValueError, IndexError) as error:
         raise ValueError(f"{path} is not a video that PyAV can read: {first_line(error)}") from error
-    return [Image.fromarray(frame) for frame in frames]
+    indices = [int(index) for index in metadata.frames_indices]
+    by_index = dict(zip(sorted(set(indices)), frames, strict=False))  # a frame that is taken twice is read once
+    return [Image.fromarray(by_index[index]) for index in indices if index in by_index]
 
 
 def _two_per_second(metadata, **kwargs) -> list[int]:
@@ -134,7 +145,7 @@ def converse(conversation: Conversation, images: list[Image.Image], videos: list
             if command == "/image":
                 images = [*images, read_image(argument.strip())]
             elif command == "/video":
-                videos = [*videos, read_video(argument.strip())]
+                videos = [*videos, read_video(argument.strip(), conversation.processor)]
             elif command == "/new":
                 conversation, images, videos = _fresh(conversation), [], []
             elif command.startswith("/"):
@@ -156,8 +167,9 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.model == str(SHIPPED_STUDENT) and not SHIPPED_STUDENT.is_dir():
             raise ValueError("no student is shipped with this installation: name a model with --model")
         images = [read_image(file) for file in arguments.image]
-        videos = [read_video(file) for file in arguments.video]
-        model, processor = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
+        processor = load_processor(arguments.model)
+        videos = [read_video(file, processor) for file in arguments.video]
+        model, _ = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
         conversation = Conversation(model, processor, arguments.max_new_tokens)
         if arguments.question is None:
             converse(conversation, images, videos)

@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from ..conversion.nvila import is_nvila
-from ..conversion.source import read_raw_config
-from ..conversion.teacher import load_processor, load_teacher
+from ..conversion.source import open_source, read_raw_config
+from ..conversion.teacher import load_teacher
 
 
 def default_device() -> str:
@@ -54,15 +54,25 @@ def load_model(path: str, *, device: str | None = None, dtype: str = "auto") -> 
     Returns:
         `tuple`: the model in evaluation mode and its processor.
     """
-    check_model(path)
+    processor = load_processor(path)
     if _is_nvila(path):
-        return load_teacher(path, dtype=dtype, device=device or default_device()), load_processor(path)
+        return load_teacher(path, dtype=dtype, device=device or default_device()), processor
     try:
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
-        processor = AutoProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {first_line(error)}") from error
     return model.to(device or default_device()).eval(), processor
+
+
+def load_processor(path: str) -> Any:
+    """The processor of an image-text-to-text model, named as for [`load_model`]."""
+    check_model(path)
+    if _is_nvila(path):
+        return open_source(path).load_processor()
+    try:
+        return AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {first_line(error)}") from error
 
 
 def _is_nvila(path: str) -> bool:

@@ -12,6 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..conversion.checkpoint import read_checkpoint
+from ..conversion.weight_map import WEIGHT_MAPS
 from ..modeling.configuration_linmu import LinMUConfig
 
 
@@ -24,6 +25,8 @@ LICENSE_KEYS = ("license", "license_name", "license_link")
 # In the example of a card; an upload puts the repository's name in its place.
 THIS_FOLDER = 'model="."'
 RETENTION = "## Retention"
+# Where every published model of a family has the same: what a card can still say that found none.
+PUBLISHED_LICENSES = {"nvila_vision": " NVILA's published weights are under CC BY-NC 4.0."}
 
 USE = f"""\
 ## Use
@@ -158,7 +161,7 @@ def render_model_card(
     parts = [f"---\n{data.to_yaml()}\n---\n", _introduction(folder, origin, stages), USE]
     if stages:
         parts.append(_training(folder, stages, rows, dataset))
-    parts += [LIMITS, _license(origin)]
+    parts += [LIMITS, _license(origin, LinMUConfig.from_pretrained(folder).vision_config.model_type)]
     return "\n".join(parts)
 
 
@@ -195,11 +198,12 @@ def _introduction(folder: Path, origin: Origin, stages: "Sequence[Stage]") -> st
     else:
         state = "It starts from the teacher's weights and needs distillation (`linmu-distill`) before it answers well."
     facts = {
+        "family": WEIGHT_MAPS[config.vision_config.model_type].family,
         "layers": f"{len(text.layer_types) - len(kept)} of {len(text.layer_types)} with M-MATE"
         + (f", attention kept in {kept}" if kept else ""),
         "parameters": f"{count:,} ({str(config.dtype).removeprefix('torch.')})",
         "windows": f"{_shape(text.window_size)} for videos, {_shape(text.image_window_size)} for images, "
-        "in merged tokens (frames x height x width)",
+        "in tokens (frames x height x width)",
     }
     lines = [
         f"# {origin.teacher.split('/')[-1]} as LinMU" if origin.teacher else "# LinMU model",
@@ -276,9 +280,10 @@ def _retention(results: dict[str, Any], model: str | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _license(origin: Origin) -> str:
+def _license(origin: Origin, family: str) -> str:
     if not origin.license.get("license"):
-        return "## License\n\nThat of the teacher, which was not found when this card was written.\n"
+        published = PUBLISHED_LICENSES.get(family, "")
+        return f"## License\n\nThat of the teacher, which was not found when this card was written.{published}\n"
     name = origin.license.get("license_name") or origin.license["license"]
     link = origin.license.get("license_link")
     return f"## License\n\nThat of the teacher: {f'[{name}]({link})' if link else name}.\n"

@@ -24,8 +24,7 @@ class MediaGeneration:
                 if pixels is not None:
                     media[kind] = getattr(self, f"get_{kind}_features")(pixels, grid, return_dict=True)
         for kind in media if expand_size > 1 else ():
-            token = getattr(self.config, f"{kind}_token_id")
-            counts = self._count_new(token, input_ids, **model_kwargs)
+            counts = self._count_new(kind, input_ids, **model_kwargs)
             features = repeat_by_sample(media[kind].pooler_output, counts, expand_size)
             media[kind] = BaseModelOutputWithPooling(pooler_output=features)
         position_ids = model_kwargs.pop("position_ids", None)
@@ -36,12 +35,13 @@ class MediaGeneration:
             model_kwargs["position_ids"] = position_ids.repeat_interleave(expand_size, dim=-2)
         return input_ids, {**model_kwargs, "mm_encoder_outputs": media}
 
-    def _count_new(self, token, input_ids=None, inputs_embeds=None, vision_layout=None, **kwargs):
-        """How often each sample has a token that no cache has read; without ids, how often its embedding."""
+    def _count_new(
+        self, kind, input_ids=None, inputs_embeds=None, vision_layout=None, mm_token_type_ids=None, **kwargs
+    ):
+        """How often each sample has a placeholder that no cache has read."""
         if input_ids is None or not input_ids.numel():
-            embedding = self.get_input_embeddings()(torch.tensor(token, device=inputs_embeds.device))
-            return (inputs_embeds == embedding).all(-1).sum(-1).tolist()
-        places = input_ids == token
+            input_ids = self.model.placeholder_ids(inputs_embeds, mm_token_type_ids, True)
+        places = input_ids == self.model.placeholders[kind]
         if vision_layout is not None:
             places &= vision_layout[:, -input_ids.shape[1] :, 0] >= 0
         return places.sum(-1).tolist()

@@ -1,4 +1,4 @@
-"""Configuration of LinMU: a Qwen2.5-VL configuration whose decoder layers each name their mixer."""
+"""Configuration of LinMU: that of its teacher, Qwen2.5-VL or NVILA, whose decoder layers each name their mixer."""
 
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ _CHOICES: dict[str, tuple] = {
 class LinMUTextConfig(RemoteCode, PreTrainedConfig):
     r"""
     The decoder: the fields of Qwen2.5-VL's text model, the mixer of every layer, and the choices inside M-MATE.
+    Without an `mrope_section` among its `rope_parameters` it is NVILA's, which counts positions in one dimension.
 
     Args:
         layer_types (`list[str]`, *optional*, defaults to `"m_mate"` everywhere):
@@ -212,11 +213,12 @@ class LinMUConfig(RemoteCode, PreTrainedConfig):
 
     Args:
         vision_config (`PreTrainedConfig` or `dict`, *optional*):
-            Configuration of the vision side; its `model_type` picks it (`"qwen2_5_vl_vision"`).
+            Configuration of the vision side; its `model_type` picks it (`"qwen2_5_vl_vision"` or `"nvila_vision"`).
         text_config (`LinMUTextConfig` or `dict`, *optional*):
             Configuration of the decoder.
         image_token_id, video_token_id, vision_start_token_id, vision_end_token_id (`int`, *optional*):
-            Placeholder and delimiter tokens, as in the teacher.
+            Placeholder and delimiter tokens, as in the teacher. NVILA has no delimiters, and its placeholders may lie
+            outside the vocabulary.
     """
 
     model_type = "linmu"
@@ -242,6 +244,9 @@ class LinMUConfig(RemoteCode, PreTrainedConfig):
             self.vision_config = AutoConfig.for_model(**vision)
         if not isinstance(self.text_config, PreTrainedConfig):
             self.text_config = LinMUTextConfig(**(self.text_config or {}))
+        if self.vision_config.model_type == "qwen2_5_vl_vision":
+            self.text_config.rope_parameters.setdefault("mrope_section", [16, 24, 24])  # Transformers' own default
+            self.text_config.validate_m_mate()
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -259,10 +264,10 @@ class LinMUConfig(RemoteCode, PreTrainedConfig):
         **mixer_options,
     ) -> "LinMUConfig":
         """
-        The configuration of the student of a Qwen2.5-VL teacher.
+        The configuration of the student of a Qwen2.5-VL or NVILA teacher.
 
         Args:
-            teacher_config (`Qwen2_5_VLConfig`): The teacher's configuration.
+            teacher_config (`Qwen2_5_VLConfig` or `NVILAConfig`): The teacher's configuration.
             keep_attention (`tuple[int, ...]` or `"all"`, *optional*): Layers that keep full attention.
             preset (`str`, *optional*, defaults to `"default"`): `"paper"` or `"default"`, see `PRESETS`.
             mixer_options: M-MATE fields of [`LinMUTextConfig`], over the preset.

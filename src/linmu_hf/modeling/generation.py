@@ -6,12 +6,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache
+from transformers import (
+    Cache,
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    LogitsProcessor,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+)
 from transformers.masking_utils import create_causal_mask
 
 from .cache import fitting_cache
 from .compat import MediaGeneration
 from .inputs import check_prompt
+from .vision_side import KINDS
 
 
 MEDIA_KEYS = (
@@ -75,6 +85,32 @@ def chunk_sizes(vision_layout, length: int, chunk_size: int, reverse_scope: str 
     return [end - start for start, end in pairwise(ends)]
 
 
+class WideScores(LogitsProcessor):
+    """
+    Lends a processor scores for placeholders outside the vocabulary, which it looks up because the prompt has them.
+
+    Args:
+        processor (`LogitsProcessor`): What changes the scores.
+        width (`int`): Ids that the prompt may have.
+    """
+
+    LOOK_UP_PROMPT = (
+        RepetitionPenaltyLogitsProcessor,
+        EncoderRepetitionPenaltyLogitsProcessor,
+        NoRepeatNGramLogitsProcessor,
+        EncoderNoRepeatNGramLogitsProcessor,
+        SequenceBiasLogitsProcessor,  # and bad words
+    )
+
+    def __init__(self, processor: LogitsProcessor, width: int):
+        self.processor, self.width = processor, width
+
+    def __call__(self, input_ids, scores):
+        known = scores.shape[-1]
+        wide = nn.functional.pad(scores, (0, max(0, self.width - known)), value=-torch.inf)
+        return self.processor(input_ids, wide)[:, :known]
+
+
 class VisionLayoutGeneration(MediaGeneration):
     """
     Hooks of `generate`. It encodes images first and then drops pixels and grids; what the decoder needs of them
@@ -91,6 +127,9 @@ class VisionLayoutGeneration(MediaGeneration):
                 self.model, input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
             )
         text_positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        types, embeds = (model_kwargs.get(name) for name in ("mm_token_type_ids", "inputs_embeds"))
+        if embeds is not None and any(model_kwargs.get(f"{kind}_grid_thw") is not None for kind in KINDS):
+            input_ids = self.model.placeholder_ids(embeds, types, True)
         if input_ids.ndim != 2 or torch.is_floating_point(input_ids) or not input_ids.shape[1]:
             return text_positions
         cache = model_kwargs.get("past_key_values")
@@ -99,7 +138,6 @@ class VisionLayoutGeneration(MediaGeneration):
         if mask is None or mask.shape[1] == input_ids.shape[1]:
             input_ids = input_ids[:, past:]  # who resumes may pass all ids or the new ones, with the mask of all
         t = input_ids.shape[1]
-        types = model_kwargs.get("mm_token_type_ids")
         positions, layout = self.model._new_positions(
             input_ids,
             mask,
@@ -113,6 +151,15 @@ class VisionLayoutGeneration(MediaGeneration):
         positions = nn.functional.pad(positions, (past, 0))
         text_positions = text_positions.expand(len(input_ids), -1)[:, -positions.shape[-1] :]
         return torch.cat([text_positions[None], positions])
+
+    def _get_logits_processor(self, *args, **kwargs):
+        processors = super()._get_logits_processor(*args, **kwargs)
+        width = 1 + max(self.model.placeholders.values())
+        if width <= self.model.n_embeddings:
+            return processors
+        return LogitsProcessorList(
+            WideScores(one, width) if isinstance(one, WideScores.LOOK_UP_PROMPT) else one for one in processors
+        )
 
     def prepare_inputs_for_generation(
         self, input_ids, is_first_iteration=False, inputs_embeds=None, vision_layout=None, **kwargs
@@ -203,7 +250,7 @@ class VisionLayoutGeneration(MediaGeneration):
             attention_mask (`torch.Tensor` of shape `[b, past + t]`, *optional*): 0 at padding.
             past_key_values (`Cache`, *optional*): What was read before; a new `DynamicCache` by default.
             chunk_size (`int`, *optional*, defaults to 8192): Most tokens of a chunk.
-            inputs_embeds (`torch.Tensor` of shape `[b, t, d]`, *optional*): In place of ids, media already inside.
+            inputs_embeds (`torch.Tensor` of shape `[b, t, d]`, *optional*): In place of ids.
             position_ids, vision_layout, mm_encoder_outputs (*optional*): As in `forward`, of the new tokens.
             media: Pixels, grids and token types, as the processor returns them.
 
@@ -219,16 +266,17 @@ class VisionLayoutGeneration(MediaGeneration):
         if not length:
             raise ValueError(f"input_ids of shape {tuple(input_ids.shape)} holds no token to read")
         cache = fitting_cache(past_key_values, self.config.text_config)
-        features = {}
-        if inputs_embeds is None:
-            if position_ids is None:
-                grids = {key: value for key, value in media.items() if "pixel" not in key}
-                position_ids, vision_layout = self.model._new_positions(input_ids, attention_mask, cache, **grids)
-            pixels = {
-                "image": (media.get("pixel_values"), media.get("image_grid_thw")),
-                "video": (media.get("pixel_values_videos"), media.get("video_grid_thw")),
-            }
-            features = self.model.encode_media(pixels, mm_encoder_outputs)
+        pixels = {
+            "image": (media.get("pixel_values"), media.get("image_grid_thw")),
+            "video": (media.get("pixel_values_videos"), media.get("video_grid_thw")),
+        }
+        features = self.model.encode_media(pixels, mm_encoder_outputs)
+        if inputs_embeds is not None:
+            input_ids = self.model.placeholder_ids(inputs_embeds, media.get("mm_token_type_ids"), bool(features))
+            inputs_embeds = self.model.insert(features, input_ids, inputs_embeds)
+        if position_ids is None:
+            grids = {key: value for key, value in media.items() if "pixel" not in key}
+            position_ids, vision_layout = self.model._new_positions(input_ids, attention_mask, cache, **grids)
         embed = self.model.chunk_embedder(input_ids, features) if inputs_embeds is None else None
         start, past = 0, int(cache.get_seq_length())
         for size in chunk_sizes(vision_layout, length, chunk_size, self.config.text_config.reverse_scope):

@@ -129,10 +129,9 @@ class NVILAImageProcessor(RemoteCode, PilBackend):
 
 
 def as_rgb(image: Any, input_data_format: Any = None) -> Image.Image:
-    """An image, an array or a tensor ([h, w], [h, w, c] or [c, h, w]) as an RGB picture, transparency dropped."""
+    """An image, or an array or tensor [h, w, c] or [c, h, w], as an RGB picture, transparency dropped."""
     if not isinstance(image, Image.Image):
         image = np.asarray(image)
-        image = image[None] if image.ndim == 2 else image
         layout = input_data_format or infer_channel_dimension_format(image, num_channels=(1, 3, 4))
         image = to_pil_image(image, input_data_format=ChannelDimension(layout))
     return image.convert("RGB")

@@ -1,6 +1,7 @@
 """LinMU: a vision side, as its teacher has it, and the decoder in which every layer names its mixer."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,7 +44,10 @@ class LinMUModel(LinMUPreTrainedModel):
 
     def __init__(self, config: LinMUConfig):
         super().__init__(config)
-        self.visual = VISION_SIDES[config.vision_config.model_type].tower_class._from_config(config.vision_config)
+        kind = config.vision_config.model_type
+        if kind not in VISION_SIDES:
+            raise ValueError(f"vision_config: model_type={kind!r} is unknown; choose one of {list(VISION_SIDES)}")
+        self.visual = VISION_SIDES[kind].tower_class._from_config(config.vision_config)
         self.language_model = LinMUTextModel._from_config(config.text_config)
         self.post_init()
 
@@ -61,7 +65,8 @@ class LinMUModel(LinMUPreTrainedModel):
     @property
     def n_embeddings(self) -> int:
         """Ids that have an embedding."""
-        return getattr(self.get_input_embeddings(), "num_embeddings", self.config.text_config.vocab_size)
+        embedding: Any = self.get_input_embeddings()
+        return getattr(embedding, "num_embeddings", self.config.text_config.vocab_size)
 
     @property
     def placeholders(self) -> dict[str, int]:
@@ -179,7 +184,7 @@ class LinMUModel(LinMUPreTrainedModel):
         has_grids = image_grid_thw is not None or video_grid_thw is not None
         ids = input_ids
         if ids is None:
-            ids = self._placeholder_ids(inputs_embeds, mm_token_type_ids, has_grids or bool(mm_encoder_outputs))
+            ids = self.placeholder_ids(inputs_embeds, mm_token_type_ids, has_grids or bool(mm_encoder_outputs))
         if vision_layout is None and (position_ids is None or has_grids):
             derived, vision_layout = self._new_positions(
                 ids, attention_mask, past_key_values, packed,
@@ -206,7 +211,7 @@ class LinMUModel(LinMUPreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            inputs_embeds=self._scatter_vision(ids, inputs_embeds, features),
+            inputs_embeds=self.insert(features, ids, inputs_embeds),
             vision_layout=vision_layout,
             use_cache=use_cache,
             cu_seq_lens_q=cu_seq_lens_q if packed is None else lengths_to_bounds(packed, inputs_embeds.device),
@@ -214,7 +219,7 @@ class LinMUModel(LinMUPreTrainedModel):
             **kwargs,
         )
 
-    def _placeholder_ids(self, inputs_embeds, mm_token_type_ids, has_media):
+    def placeholder_ids(self, inputs_embeds, mm_token_type_ids, has_media):
         """Ids `[b, t]` that are right at the placeholders, known by their types or embeddings; 0 elsewhere."""
         ids = inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long)
         if mm_token_type_ids is None and not has_media:
@@ -310,8 +315,8 @@ class LinMUModel(LinMUPreTrainedModel):
 
         return embed
 
-    def _scatter_vision(self, ids, embeds, features):
-        """Puts vision features in place of their placeholders."""
+    def insert(self, features, ids, embeds):
+        """Puts vision features in place of their placeholders: embeddings `[b, t, d]` of ids `[b, t]`."""
         for kind, own in features.items():
             places = ids == self.placeholders[kind]
             if not torch.compiler.is_compiling() and int(places.sum()) != len(own):

@@ -124,7 +124,8 @@ class TokenLayout:
         coordinates = vision_layout.reshape(-1, 4)[vision].long()
         sequence = torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, device=device))
         span = _relabel(sequence[scan_vision], coordinates[:, 0])
-        extent = _extents(span, coordinates)
+        grid, cells = _split_uneven(span, coordinates[:, 1:])
+        extent = _extents(grid, cells)
 
         # vision tokens by span and position; within a span, orders permute the tokens over these places
         by_span = torch.argsort(span, stable=True)
@@ -143,7 +144,7 @@ class TokenLayout:
         place = torch.empty(len(real), dtype=torch.long, device=device)
         place[reverse] = torch.arange(len(reverse), device=device)
         windows = {
-            shift: _windows(config, span, coordinates, extent, shift)
+            shift: _windows(config, grid, cells, extent, shift)
             for shift in {config.shifts_windows(layer) for layer in range(config.num_hidden_layers)}
         }
         return cls(
@@ -204,20 +205,35 @@ def _relabel(sequence, span):
     return torch.unique(_sort_key([sequence, span]), return_inverse=True)[1]
 
 
-def _extents(span, coordinates):
-    """Size (T, H, W) of the span of every token, shape [v, 3]."""
-    extent = coordinates.new_zeros(int(span.max()) + 1, 3)
-    extent = extent.scatter_reduce(0, span[:, None].expand(-1, 3), coordinates[:, 1:] + 1, "amax")
-    return extent[span]
+def _extents(grid, cells):
+    """Size (T, H, W) of the grid of every token, shape [v, 3]."""
+    extent = cells.new_zeros(int(grid.max()) + 1, 3)
+    extent = extent.scatter_reduce(0, grid[:, None].expand(-1, 3), cells + 1, "amax")
+    return extent[grid]
 
 
-def _windows(config, span, coordinates, extent, shift: bool) -> Windows:
-    """Partition of every span into windows of `window_size` (`image_window_size` for spans of one frame)."""
-    device = span.device
+def _split_uneven(span, cells):
+    """
+    The grids that windows partition, and every token's cell in its own: the spans, but a span whose frames differ in
+    size, such as an image and its thumbnail, is one grid for each.
+    """
+    frame = _relabel(span, cells[:, 0])
+    size, largest = _extents(frame, cells)[:, 1:], _extents(span, cells)[:, 1:]
+    smaller = torch.zeros(int(span.max()) + 1, dtype=torch.bool, device=span.device)
+    smaller[span[(size < largest).any(1)]] = True
+    uneven = smaller[span]
+    if not bool(uneven.any()):
+        return span, cells
+    grid = _relabel(span, torch.where(uneven, cells[:, 0], 0))
+    return grid, torch.cat([torch.where(uneven, 0, cells[:, 0])[:, None], cells[:, 1:]], dim=1)
+
+
+def _windows(config, grid, position, extent, shift: bool) -> Windows:
+    """Partition of every grid into windows of `window_size` (`image_window_size` for those of one frame)."""
+    device = grid.device
     video = torch.tensor(config.window_size, device=device)
     image = torch.tensor(config.image_window_size, device=device)
     size = torch.minimum(torch.where(extent[:, :1] > 1, video, image), extent)
-    position = coordinates[:, 1:]
     if shift:
         # a window as large as the grid has nothing to shift to
         offset = torch.where(size < extent, size // 2, 0)
@@ -226,7 +242,7 @@ def _windows(config, span, coordinates, extent, shift: bool) -> Windows:
         else:
             position = position + torch.where(offset > 0, size - offset, 0)
     cell = position // size
-    window = torch.unique(_sort_key([span, *cell.unbind(1)]), return_inverse=True)[1]
+    window = torch.unique(_sort_key([grid, *cell.unbind(1)]), return_inverse=True)[1]
     counts = torch.bincount(window)
     first = counts.cumsum(0) - counts
     by_window = torch.argsort(window, stable=True)

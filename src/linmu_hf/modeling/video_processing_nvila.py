@@ -3,7 +3,9 @@
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from transformers import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import (
     IMAGENET_STANDARD_MEAN,
     IMAGENET_STANDARD_STD,
@@ -55,6 +57,13 @@ class NVILAVideoProcessor(RemoteCode, BaseVideoProcessor):
     tile_tokens = 16
     valid_kwargs = NVILAVideoProcessorKwargs
     model_input_names = ["pixel_values_videos", "video_grid_thw"]
+
+    # Frames on disk are read with PIL: Transformers' own video processors read them with torchvision.
+    fetch_images = BaseImageProcessor.fetch_images
+
+    def process_image(self, image: Any, input_data_format: Any = None, **kwargs) -> torch.Tensor:
+        """One frame of any kind as a tensor [3, h, w]."""
+        return torch.from_numpy(np.array(as_rgb(image, input_data_format))).permute(2, 0, 1)
 
     def sample_frames(self, metadata: Any, num_frames: int | None = None, **kwargs) -> np.ndarray:
         """Indices of the frames to keep: `num_frames` evenly from the first to the last."""
