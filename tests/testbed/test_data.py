@@ -8,9 +8,12 @@ import pytest
 from sklearn.datasets import load_digits
 
 from linmu_hf.testbed.data import (
+    FULL_SIZES,
     QUESTIONS_PER_ROW,
     SCENE_OF_TASK,
     TASKS,
+    compose,
+    converse,
     evaluation_rows,
     evaluation_scenes,
     split_indices,
@@ -50,6 +53,24 @@ def test_training_answers_follow_from_the_labels():
         assert len(turns) == QUESTIONS_PER_ROW
         for question, answer in turns:
             assert answer == str(answer_from_labels(scene, question)), question
+
+
+@pytest.mark.parametrize("kind", ["mosaic", "large"])
+def test_questions_ask_for_cells_that_hold_a_digit(kind):
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        scene = compose(rng, kind, "train", FULL_SIZES[kind], filled=3)
+        assert (scene.digits >= 0).sum() == 3
+        for question, answer in converse(rng, scene):
+            assert answer == str(answer_from_labels(scene, question)) != "-1", question
+
+
+def test_full_mosaics_have_the_test_size():
+    sizes = {kind: set() for kind in FULL_SIZES}
+    for scene, _ in training_scenes(0, 40, full_mosaics=True):
+        sizes[scene.kind].add(scene.grid)
+    assert sizes["mosaic"] == {FULL_SIZES["mosaic"]} and sizes["large"] == {FULL_SIZES["large"]}
+    assert len(sizes["clip"]) > 1
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -4,8 +4,10 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLProcessor
 
+from linmu_hf.conversion import load_processor
 from linmu_hf.data import encode_rows
-from linmu_hf.testbed.check_teacher import TEACHER
+from linmu_hf.testbed import nvila
+from linmu_hf.testbed.check_teacher import TEACHER, TEACHERS
 from linmu_hf.testbed.data import evaluation_rows, evaluation_scenes, to_row, training_scenes
 from linmu_hf.testbed.encoding import encode
 from linmu_hf.testbed.processor import build_processor
@@ -14,6 +16,11 @@ from linmu_hf.testbed.processor import build_processor
 @pytest.fixture(scope="module")
 def processor():
     return build_processor()
+
+
+@pytest.fixture(scope="module")
+def nvila_processor():
+    return nvila.build_processor()
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +40,37 @@ def test_fast_encoding_equals_the_processor(processor, scenes, kind):
     assert set(fast) == set(slow) - {"second_per_grid_ts"} | ({"second_per_grid_ts"} if kind == "clip" else set())
     for name, value in fast.items():
         assert torch.equal(value, torch.as_tensor(slow[name])), name
+
+
+@pytest.mark.parametrize("kind", ["mosaic", "large", "clip"])
+def test_fast_encoding_equals_nvilas_processor(nvila_processor, scenes, kind):
+    fast = encode(nvila_processor, scenes[kind])
+    slow = encode_rows(nvila_processor, [to_row(scene, turns, kind) for scene, turns in scenes[kind]])
+    assert set(fast) == set(slow)
+    for name, value in fast.items():
+        assert torch.equal(value, torch.as_tensor(slow[name])), name
+
+
+def test_nvila_gives_every_cell_and_moment_its_tokens(nvila_processor, scenes):
+    for kind in ("mosaic", "large"):
+        encoded = encode(nvila_processor, scenes[kind])
+        assert encoded["pixel_values"].shape == (2 * (1 + 4), 3, nvila.TILE, nvila.TILE)
+        assert encoded["image_grid_thw"].tolist() == [[1, 8, 8]] * 2
+    scene, turns = scenes["clip"][0]
+    moments = scene.grid[0]
+    encoded = encode(nvila_processor, [(scene, turns)])
+    assert encoded["video_grid_thw"].tolist() == [[moments, 4, 4]]
+    assert int((encoded["input_ids"] == nvila_processor.video_token_id).sum()) == moments * 16
+
+
+def test_the_shipped_nvila_has_the_processor_that_the_code_builds(nvila_processor):
+    shipped = load_processor(TEACHERS["nvila"])
+    assert shipped.tokenizer.get_vocab() == nvila_processor.tokenizer.get_vocab()
+    for task in ("large", "when"):
+        row = next(evaluation_rows(task, 1))
+        ours, theirs = encode_rows(nvila_processor, [row]), encode_rows(shipped, [row])
+        for name in ours:
+            assert torch.equal(torch.as_tensor(ours[name]), torch.as_tensor(theirs[name])), name
 
 
 def test_the_mask_covers_the_answers_and_their_end(processor, scenes):

@@ -1,12 +1,13 @@
 import json
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from linmu_hf.testbed import quickstart
+from linmu_hf.testbed import nvila, quickstart
 from linmu_hf.testbed.data import TASKS
 from linmu_hf.testbed.processor import build_processor
 from linmu_hf.testbed.train_teacher import teacher_config
@@ -59,6 +60,34 @@ def test_missing_teacher_is_one_line(tmp_path):
     with pytest.raises(SystemExit) as stopped:
         quickstart.main(["--output", str(tmp_path / "run"), "--teacher", str(tmp_path / "none")])
     assert "there is no teacher" in stopped.value.code
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("name", ["qwen", "nvila"])
+def test_teachers_go_by_name_and_have_schedules_of_their_own(tmp_path, monkeypatch, name, full):
+    asked = []
+    monkeypatch.setattr(quickstart, "walk", lambda *arguments: asked.append(arguments) or sys.exit(0))
+    with pytest.raises(SystemExit):
+        quickstart.main(["--output", str(tmp_path), "--teacher", name, *(["--full"] if full else [])])
+    schedules = {
+        ("qwen", False): quickstart.QUICK,
+        ("qwen", True): quickstart.FULL,
+        ("nvila", False): quickstart.NVILA_QUICK,
+        ("nvila", True): quickstart.NVILA_FULL,
+    }
+    assert asked == [(tmp_path, str(quickstart.TEACHERS[name]), schedules[name, full])]
+    assert schedules[name, full].full_mosaics == (name == "nvila")
+
+
+def test_the_way_of_nvila(tmp_path, monkeypatch):
+    processor = nvila.build_processor()
+    nvila.save_checkpoint(nvila.build_model(processor), processor, tmp_path / "teacher")
+    monkeypatch.setattr(quickstart, "NVILA_QUICK", replace(TINY, full_mosaics=True))
+    quickstart.main(["--output", str(tmp_path / "run"), "--teacher", str(tmp_path / "teacher")])
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert list(results["models"]) == ["teacher", "init", "stage-1", "stage-2", "stage-3"]
+    assert (tmp_path / "run" / "answers.png").stat().st_size > 10_000
+    shutil.rmtree(tmp_path / "run")
 
 
 def test_the_whole_way_with_an_interruption(tmp_path, monkeypatch, capsys):

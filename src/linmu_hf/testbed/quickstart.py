@@ -85,7 +85,6 @@ NVILA_FULL = replace(
     FULL,
     train_rows=8000,
     full_mosaics=True,
-    test_rows_per_task=300,
     align_steps=(1000, 0, 0),
     stage_steps=(200, 1100, 250),
 )
