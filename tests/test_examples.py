@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGe
 from linmu_hf.conversion import convert
 from linmu_hf.testbed.make_data import make_data
 from linmu_hf.testbed.processor import build_processor
-from linmu_hf.testbed.train_teacher import teacher_config
+from linmu_hf.testbed.qwen2_5_vl import teacher_config
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -6,7 +6,7 @@ from linmu_hf import LinMUConfig, LinMUForConditionalGeneration
 from linmu_hf.testbed.data import evaluation_rows
 from linmu_hf.testbed.make_data import make_data
 from linmu_hf.testbed.processor import build_processor
-from linmu_hf.testbed.train_teacher import teacher_config
+from linmu_hf.testbed.qwen2_5_vl import teacher_config
 
 
 @pytest.fixture(scope="session")

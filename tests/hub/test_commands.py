@@ -15,7 +15,7 @@ from linmu_hf.distillation import DistillConfig, DistillTrainer, distill
 from linmu_hf.distillation import cli as distillation
 from linmu_hf.hub import check_folder
 from linmu_hf.testbed.processor import build_processor
-from linmu_hf.testbed.train_teacher import teacher_config
+from linmu_hf.testbed.qwen2_5_vl import teacher_config
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from linmu_hf.data import encode_rows
 from linmu_hf.testbed.data import evaluation_rows
 from linmu_hf.testbed.make_data import FEATURES
 from linmu_hf.testbed.processor import build_processor
-from linmu_hf.testbed.train_teacher import teacher_config
+from linmu_hf.testbed.qwen2_5_vl import teacher_config
 
 
 @pytest.fixture(scope="module")

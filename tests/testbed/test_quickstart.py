@@ -10,7 +10,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from linmu_hf.testbed import nvila, quickstart
 from linmu_hf.testbed.data import TASKS
 from linmu_hf.testbed.processor import build_processor
-from linmu_hf.testbed.train_teacher import teacher_config
+from linmu_hf.testbed.qwen2_5_vl import teacher_config
 
 
 TINY = replace(

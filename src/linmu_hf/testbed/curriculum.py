@@ -50,10 +50,9 @@ class CanvasCurriculum(Curriculum):
 
     @staticmethod
     def draw(rng: np.random.Generator, kind: str, level: int) -> dict:
-        full = scene_grid(rng, kind, "train")
         if kind == "clip":
-            return {"grid": (min(full[0], level + 1), 3, 3)}
-        cells = FULL_SIZES[kind][1] * FULL_SIZES[kind][2]
-        if 2**level >= cells:
-            return {"grid": full}
-        return {"grid": FULL_SIZES[kind], "filled": int(rng.integers(2 ** (level - 1), 2**level, endpoint=True))}
+            return {"grid": (min(scene_grid(rng, kind, "train")[0], level + 1), 3, 3)}
+        grid = FULL_SIZES[kind]
+        if 2**level >= grid[1] * grid[2]:
+            return {"grid": grid}
+        return {"grid": grid, "filled": int(rng.integers(2 ** (level - 1), 2**level, endpoint=True))}

@@ -6,10 +6,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
-from .processor import build_processor
-
-
-__all__ = ["build_model", "build_processor", "load_model", "save_checkpoint", "teacher_config", "train_mode"]
+from .processor import build_processor as build_processor
 
 
 def teacher_config(tokenizer) -> Qwen2_5_VLConfig:

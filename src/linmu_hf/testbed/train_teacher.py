@@ -22,7 +22,6 @@ from . import nvila, qwen2_5_vl
 from .curriculum import CanvasCurriculum, Curriculum
 from .data import SCENE_SHARES, SCENES, TASKS, compose, converse, evaluation_scenes
 from .encoding import IGNORED, encode
-from .qwen2_5_vl import teacher_config as teacher_config
 
 
 # the same names recur in both modules
