@@ -207,15 +207,15 @@ def test_killed_and_resumed(k, tmp_path, monkeypatch):
 def test_a_part_that_changed_is_another_teacher(tmp_path):
     """Files of one name lie in several sub-folders: all of them count."""
     make_nvila(tmp_path / "teacher", shard=None)
-    source = open_source(tmp_path / "teacher")
     plans = []
     for value in (0.0, 1.0):
-        config = LinMUConfig.from_teacher(source.config, keep_attention="all")
-        plans.append(convert_module.Plan(open_source(tmp_path / "teacher"), config, None).fingerprint({}))
         rewrite(
             tmp_path / "teacher" / "vision_tower" / "model.safetensors",
             lambda tensors, value=value: tensors | {"vision_model.post_layernorm.bias": torch.full((16,), value)},
         )
+        source = open_source(tmp_path / "teacher")
+        config = LinMUConfig.from_teacher(source.config, keep_attention="all")
+        plans.append(convert_module.Plan(source, config, None).fingerprint({}))
     assert plans[0] != plans[1]
 
 
