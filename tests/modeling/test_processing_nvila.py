@@ -268,7 +268,7 @@ def test_saved_folders_load_through_the_auto_classes(tmp_path):
     processor.save_pretrained(tmp_path)
     loaded = AutoProcessor.from_pretrained(tmp_path)
     assert type(loaded) is NVILAProcessor and loaded.chat_template == processor.chat_template
-    assert same(inputs(loaded), inputs(processor))
+    assert same(inputs(loaded), inputs(processor)) and loaded.to_dict() == processor.to_dict()
     assert type(AutoImageProcessor.from_pretrained(tmp_path)) is NVILAImageProcessor
     assert type(AutoVideoProcessor.from_pretrained(tmp_path)) is NVILAVideoProcessor
     loaded.save_pretrained(tmp_path / "again")

@@ -20,7 +20,7 @@ from .remote_code import RemoteCode
 from .tiling_nvila import Mosaic, cut, dynamic_mosaics, s2_mosaics
 
 
-class NVILAImageProcessorKwargs(ImagesKwargs, total=False):
+class NVILAImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     r"""
     image_aspect_ratio (`str`, *optional*, defaults to `"dynamic_s2"`):
         How a sample's only image is tiled: `"dynamic_s2"` (at every scale), `"dynamic"` (once, with a thumbnail) or
