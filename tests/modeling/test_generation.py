@@ -252,3 +252,14 @@ def test_generate_from_embeddings():
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     out = model.generate(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], **GREEDY)
     assert out.tolist() == [greedy(model, SAMPLES["text"])]
+
+
+@pytest.mark.parametrize("how", [{}, {"prefill_chunk_size": 7}], ids=str)
+@pytest.mark.parametrize("types", [True, False], ids=["types", "no types"])
+def test_generate_from_embeddings_with_media(types, how):
+    """Placeholders are known by their embeddings, too."""
+    model, inputs = tiny.model(), tiny.batch(SAMPLES["many"])
+    inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
+    if not types:
+        del inputs["mm_token_type_ids"]
+    assert model.generate(**inputs, **GREEDY, **how).tolist() == [greedy(model, SAMPLES["many"])]

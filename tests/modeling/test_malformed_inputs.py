@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import tiny
+import tiny_nvila
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,20 +21,40 @@ BASES = {
     "video": ((tiny.Sample(2, ("video", 3, 2, 2), 4), tiny.Sample(1, ("video", 2, 1, 3), 2, seed=1)), "left"),
     "both": ((tiny.Sample(1, ("image", 2, 2), 2, ("video", 2, 2, 1), 3),), "right"),
 }
+NVILA_BASES = {
+    "NVILA text": ((tiny_nvila.Sample(9), tiny_nvila.Sample(5, seed=1)), "left"),
+    "NVILA images": (
+        (tiny_nvila.Sample(2, ("image", 2, 3), 3), tiny_nvila.Sample(1, ("image", 1, 1), ("image", 1, 1), 2, seed=1)),
+        "right",
+    ),
+    "NVILA video": ((tiny_nvila.Sample(2, ("video", 3), 4), tiny_nvila.Sample(1, ("video", 1), 2, seed=1)), "left"),
+    "NVILA both": ((tiny_nvila.Sample(1, ("image", 2, 2), 2, ("video", 2), 3),), "right"),
+}
+LITE_BASES = {
+    "Lite images": (
+        (tiny_nvila.LiteSample(1, ("image", 2, 1), 3), tiny_nvila.LiteSample(1, ("image", 1, 1), 2, seed=1)),
+        "left",
+    ),
+    "Lite both": ((tiny_nvila.LiteSample(1, ("image", 1, 2), 2, ("video", 2), 3),), "right"),
+}
+HYBRID = {"num_hidden_layers": 2, "layer_types": ["full_attention", "m_mate"]}
 MODELS = {
-    "m_mate": {"num_hidden_layers": 2},
-    "hybrid": {"num_hidden_layers": 2, "layer_types": ["full_attention", "m_mate"]},
+    "m_mate": (tiny, {"num_hidden_layers": 2}, BASES),
+    "hybrid": (tiny, HYBRID, BASES),
+    "NVILA": (tiny_nvila, HYBRID, NVILA_BASES),
+    "NVILA-Lite": (tiny_nvila, {"num_hidden_layers": 2, "vision": tiny_nvila.LITE}, LITE_BASES),
 }
 REMEDY = re.compile(r"\b(pass|leave|use|must|cast|look)\b")
 
 
 @functools.cache
 def model(name):
-    return tiny.plain(**MODELS[name])
+    family, options, _ = MODELS[name]
+    return family.plain(**options)
 
 
 def base_inputs(name):
-    samples, padding = BASES[name]
+    samples, padding = (BASES | NVILA_BASES | LITE_BASES)[name]
     return tiny.batch(*samples, padding=padding, dtype=torch.float32)
 
 
@@ -65,6 +86,17 @@ class Call:
     @property
     def shape(self):
         return self.before["attention_mask"].shape
+
+    @property
+    def placeholders(self):
+        """Where the call as it was has placeholders, `[b, t]`."""
+        return self.model.model.token_types(self.before["input_ids"]) > 0
+
+    def refused_without_types(self):
+        """Embeddings of placeholders outside the vocabulary do not say what they are."""
+        lost = "input_ids" not in self.inputs and "mm_token_type_ids" not in self.inputs
+        if lost and self.kinds() and self.model.config.image_token_id >= self.model.model.n_embeddings:
+            self.refused("mm_token_type_ids")
 
     def kinds(self):
         """Media of the call: (kind, name of its pixels, name of its grid)."""
@@ -124,18 +156,19 @@ def ids_in_int32(call, choose):
 
 @corruption("input_ids", "inputs_embeds")
 def ids_and_embeddings(call, choose):
-    call.inputs["inputs_embeds"] = call.model.get_input_embeddings()(call.inputs["input_ids"])
+    call.inputs["inputs_embeds"] = call.model.model.embed(call.inputs["input_ids"])
     call.refused("inputs_embeds")
 
 
 @corruption("input_ids", "inputs_embeds")
 def embeddings_in_place_of_ids(call, choose):
-    call.inputs["inputs_embeds"] = call.model.get_input_embeddings()(call.inputs.pop("input_ids")).detach()
+    call.inputs["inputs_embeds"] = call.model.model.embed(call.inputs.pop("input_ids")).detach()
+    call.refused_without_types()
 
 
 @corruption("input_ids", "inputs_embeds")
 def embeddings_of_another_kind(call, choose):
-    embeds = call.model.get_input_embeddings()(call.inputs.pop("input_ids")).detach()
+    embeds = call.model.model.embed(call.inputs.pop("input_ids")).detach()
     wrong = [
         embeds[..., :-1],
         embeds[0],
@@ -174,8 +207,8 @@ def mask_in_another_dtype(call, choose):
 
 @corruption("attention_mask", "input_ids", media=("image", "video"), generate=True)
 def mask_over_a_placeholder(call, choose):
-    ids, mask = call.before["input_ids"], call.before["attention_mask"].clone()
-    places = (mask.bool() & ((ids == tiny.IMAGE) | (ids == tiny.VIDEO))).nonzero()
+    mask = call.before["attention_mask"].clone()
+    places = (mask.bool() & call.placeholders).nonzero()
     mask[tuple(places[choose(st.integers(0, len(places) - 1))])] = 0
     call.inputs["attention_mask"] = mask
     call.refused("image_grid_thw", "video_grid_thw")
@@ -183,8 +216,7 @@ def mask_over_a_placeholder(call, choose):
 
 @corruption("input_ids", media=("image", "video"), generate=True)
 def media_without_placeholders(call, choose):
-    ids = call.inputs["input_ids"]
-    call.inputs["input_ids"] = ids.masked_fill((ids == tiny.IMAGE) | (ids == tiny.VIDEO), 5)
+    call.inputs["input_ids"] = call.inputs["input_ids"].masked_fill(call.placeholders, 5)
     call.refused("mm_token_type_ids", "image_grid_thw", "video_grid_thw")
 
 
@@ -256,7 +288,7 @@ def pixels_of_another_shape(call, choose):
         torch.cat([pixels, pixels[:2]]),
         pixels[:, :-1],
         pixels[None],
-        pixels.repeat(1, 2),
+        torch.cat([pixels, pixels], dim=1),
         None,
     ]
     call.inputs[name] = choose(st.sampled_from(wrong))
@@ -307,6 +339,7 @@ def token_types_of_another_kind(call, choose):
 @corruption("mm_token_type_ids", generate=True)
 def no_token_types(call, choose):
     del call.inputs["mm_token_type_ids"]
+    call.refused_without_types()
 
 
 @corruption("second_per_grid_ts", media=("video",), generate=True)
@@ -441,7 +474,8 @@ def another_cache(call, choose):
 
 def corrupted(data, through_generate):
     """A call with one or two corruptions of different arguments, and the names of its model and base."""
-    names = data.draw(st.sampled_from(sorted(MODELS))), data.draw(st.sampled_from(sorted(BASES)))
+    name = data.draw(st.sampled_from(sorted(MODELS)))
+    names = name, data.draw(st.sampled_from(sorted(MODELS[name][2])))
     call = Call(model(names[0]), base_inputs(names[1]))
     kinds, done = {kind for kind, *_ in call.kinds()}, set()
     for _ in range(data.draw(st.integers(1, 2))):
@@ -466,7 +500,7 @@ def refuses(call, run):
     assert REMEDY.search(message), f"{message!r} offers no remedy"
 
 
-@settings(max_examples=800, deadline=None, derandomize=True, database=None)
+@settings(max_examples=1200, deadline=None, derandomize=True, database=None)
 @given(st.data())
 @torch.no_grad()
 def test_forward(data):
@@ -478,7 +512,7 @@ def test_forward(data):
     torch.testing.assert_close(logits[real], base_logits(*names)[real], rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(st.data())
 def test_generate(data):
     call, names = corrupted(data, through_generate=True)

@@ -11,24 +11,45 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_nvila
 import torch
 from transformers import DynamicCache, StaticCache
 
 
 SAMPLES = {
-    "text": tiny.Sample(14),
-    "image": tiny.Sample(3, ("image", 3, 5), 6),
-    "several images": tiny.Sample(2, ("image", 2, 3), 1, ("image", 4, 1), ("image", 3, 3), 4),
-    "video": tiny.Sample(2, ("video", 5, 2, 3), 5),
-    "interleaved": tiny.Sample(1, ("image", 2, 3), 2, ("video", 3, 3, 2), 1, ("image", 1, 4), 5),
+    tiny: {
+        "text": tiny.Sample(14),
+        "image": tiny.Sample(3, ("image", 3, 5), 6),
+        "several images": tiny.Sample(2, ("image", 2, 3), 1, ("image", 4, 1), ("image", 3, 3), 4),
+        "video": tiny.Sample(2, ("video", 5, 2, 3), 5),
+        "interleaved": tiny.Sample(1, ("image", 2, 3), 2, ("video", 3, 3, 2), 1, ("image", 1, 4), 5),
+    },
+    tiny_nvila: {
+        "S2 image": tiny_nvila.Sample(3, ("image", 2, 3), 5),
+        "video": tiny_nvila.Sample(2, ("video", 3), 4),
+        "interleaved": tiny_nvila.Sample(1, ("image", 2, 2), 2, ("video", 2), 1, ("image", 1, 1), ("image", 1, 1), 4),
+        "tiles": tiny_nvila.LiteSample(2, ("image", 2, 2), 4),
+        "tiles and video": tiny_nvila.LiteSample(1, ("image", 1, 2), ("video", 2), 1, ("image", 1, 1), 3),
+    },
 }
+HYBRID = {"layer_types": ["m_mate", "full_attention", "m_mate", "full_attention"]}
 MODELS = {
-    "default": {},
-    "paper-like": {"scan_rope": False, "bc_feature_map": None, "output_norm": "layer_norm", "gate": "channel"},
-    "hybrid": {"layer_types": ["m_mate", "full_attention", "m_mate", "full_attention"]},
-    "attention first, short spans": {"layer_types": ["full_attention", *["m_mate"] * 3], "max_span_frames": 2},
+    "default": (tiny, {}),
+    "paper-like": (
+        tiny, {"scan_rope": False, "bc_feature_map": None, "output_norm": "layer_norm", "gate": "channel"}
+    ),
+    "hybrid": (tiny, HYBRID),
+    "attention first, short spans": (tiny, {"layer_types": ["full_attention", *["m_mate"] * 3], "max_span_frames": 2}),
+    "NVILA": (tiny_nvila, {}),
+    "NVILA hybrid, short spans": (tiny_nvila, HYBRID | {"max_span_frames": 2}),
+    "NVILA attention": (tiny_nvila, {"layer_types": ["full_attention"] * 4}),
+    "NVILA-Lite": (tiny_nvila, {"vision": tiny_nvila.LITE}),
+}  # fmt: skip
+COMPANY = {  # other rows of the batch
+    tiny.Sample: (tiny.Sample(3, ("image", 2, 2), 2, seed=7), tiny.Sample(19, seed=8)),
+    tiny_nvila.Sample: (tiny_nvila.Sample(3, ("image", 1, 1), 2, seed=7), tiny_nvila.Sample(19, seed=8)),
+    tiny_nvila.LiteSample: (tiny_nvila.LiteSample(3, ("image", 1, 2), 2, seed=7), tiny_nvila.LiteSample(19, seed=8)),
 }
-COMPANY = tiny.Sample(3, ("image", 2, 2), 2, seed=7), tiny.Sample(19, seed=8)  # other rows of the batch
 SPECIAL = [60, 61, 62, 63]
 NEW = 4
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "suppress_tokens": SPECIAL}
@@ -61,7 +82,7 @@ def table():
 
 @pytest.fixture(scope="module")
 def models():
-    return {name: tiny.plain(**options) for name, options in MODELS.items()}
+    return {name: family.plain(**options) for name, (family, options) in MODELS.items()}
 
 
 def fp32(*samples, **kwargs):
@@ -112,7 +133,7 @@ def stepwise(model, sample, borders, cache, forward=None):
 @path("left pad")
 @torch.no_grad()
 def left_pad(model, sample, side="left"):
-    inputs = fp32(COMPANY[0], sample, COMPANY[1], padding=side)
+    inputs = fp32(COMPANY[type(sample)][0], sample, COMPANY[type(sample)][1], padding=side)
     logits = model(**inputs, use_cache=False).logits[1][inputs["attention_mask"][1].bool()]
     tokens = None
     if side == "left":
@@ -127,7 +148,7 @@ def right_pad(model, sample):
 
 def packed_row(sample):
     """Three sequences behind one another in a row, and where they begin."""
-    together = (COMPANY[0], sample, COMPANY[1])
+    together = (COMPANY[type(sample)][0], sample, COMPANY[type(sample)][1])
     inputs = fp32(*together)
     row = {key: value for key, value in inputs.items() if "pixel" in key or "grid" in key}
     row["input_ids"] = torch.tensor([[i for one in together for i in one.ids]])
@@ -164,7 +185,7 @@ def chunked_prefill(model, sample):
     for size in (1, 7, 1000):
         out = model.prefill(**fp32(sample), chunk_size=size)
         worst = max(worst, difference(out.logits[0, -1], expected))
-        inputs = fp32(sample, COMPANY[1], padding="left")
+        inputs = fp32(sample, COMPANY[type(sample)][1], padding="left")
         new = new_tokens(model.generate(**inputs, **GREEDY, prefill_chunk_size=size), inputs)[0]
         tokens &= new == plain_greedy(model, sample)
     logits = stepwise(model, sample, sample.cuts[:-1], None)
@@ -183,7 +204,7 @@ def prefill_and_decode(model, sample):
 def resume(model, sample):
     first = model.generate(**fp32(sample), **GREEDY, return_dict_in_generate=True)
     answer = first.sequences[0, len(sample) :].tolist()
-    everything = tiny.Sample(*sample.parts, 2, ("image", 3, 2), 3)
+    everything = type(sample)(*sample.parts, 2, sample.another_image, 3)
     everything.ids[len(sample) : len(sample)] = answer
     past = int(first.past_key_values.get_seq_length())
     *_, inputs = pieces(everything, [past])
@@ -196,7 +217,7 @@ def resume(model, sample):
 
 @path("beams")
 def beams(model, sample):
-    inputs = fp32(COMPANY[1], sample, padding="left")
+    inputs = fp32(COMPANY[type(sample)][1], sample, padding="left")
     how = GREEDY | {"num_beams": 3, "num_return_sequences": 3, "length_penalty": 0.0}
     out = model.generate(**inputs, **how, output_scores=True, return_dict_in_generate=True)
     worst = 0.0
@@ -209,7 +230,7 @@ def beams(model, sample):
 
 @path("num_return_sequences")
 def return_sequences(model, sample):
-    inputs = fp32(sample, COMPANY[0], padding="left")
+    inputs = fp32(sample, COMPANY[type(sample)][0], padding="left")
     out = model.generate(
         **inputs, max_new_tokens=NEW, do_sample=True, num_return_sequences=2, eos_token_id=None,
         suppress_tokens=SPECIAL, output_logits=True, return_dict_in_generate=True,
@@ -225,7 +246,7 @@ def return_sequences(model, sample):
 def static_cache(model, sample):
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=len(sample) + NEW)
     logits = stepwise(model, sample, [*sample.cuts[:-1], len(sample) - 2, len(sample) - 1], cache)
-    inputs = fp32(sample, COMPANY[1], padding="left")
+    inputs = fp32(sample, COMPANY[type(sample)][1], padding="left")
     tokens = new_tokens(model.generate(**inputs, **GREEDY, cache_implementation="static"), inputs)[0]
     return difference(logits, plain(model, sample)), tokens == plain_greedy(model, sample)
 
@@ -246,7 +267,7 @@ def offloaded_cache(model, sample):
         worst = max(worst, difference(torch.cat(logits).detach(), plain(model, sample)))
     tokens = None
     if "full_attention" not in config.layer_types:  # Transformers moves keys and values on CUDA streams alone
-        inputs, tokens = fp32(sample, COMPANY[1], padding="left"), True
+        inputs, tokens = fp32(sample, COMPANY[type(sample)][1], padding="left"), True
         for kind in ("offloaded", "offloaded_static"):
             new = new_tokens(model.generate(**inputs, **GREEDY, cache_implementation=kind), inputs)[0]
             tokens &= new == plain_greedy(model, sample)
@@ -305,8 +326,8 @@ def gradients(model, sample, **checkpointing):
     if checkpointing:
         model.gradient_checkpointing_enable(checkpointing)
         model.enable_input_require_grads()
-    inputs = fp32(sample, COMPANY[0])
-    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    inputs = fp32(sample, COMPANY[type(sample)][0])
+    labels = inputs["input_ids"].masked_fill((inputs["attention_mask"] == 0) | (inputs["input_ids"] > 63), -100)
     model(**inputs, labels=labels).loss.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     if checkpointing:
@@ -339,15 +360,27 @@ def bfloat16(model, sample):
     return error, None
 
 
-CASES = [(name, kind, sample) for name in PATHS for kind in MODELS for sample in SAMPLES]
+def fits(kind, sample):
+    """Whether a sample is one for the model."""
+    return (kind == "NVILA-Lite") == isinstance(sample, tiny_nvila.LiteSample)
 
 
-@pytest.mark.parametrize(("name", "kind", "sample"), CASES, ids=["-".join(case) for case in CASES])
-def test_every_path_equals_the_plain_forward(name, kind, sample, models):
+CASES = {
+    (name, kind, title): sample
+    for name in PATHS
+    for kind, (family, _) in MODELS.items()
+    for title, sample in SAMPLES[family].items()
+    if fits(kind, sample)
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_every_path_equals_the_plain_forward(case, models):
+    name, kind, title = case
     check, bound = PATHS[name]
-    worst, tokens = check(models[kind], SAMPLES[sample])
+    worst, tokens = check(models[kind], CASES[case])
     equal = worst <= bound and tokens is not False
-    cell = {"path": name, "model": kind, "input": sample, "max_difference": worst, "bound": bound}
+    cell = {"path": name, "model": kind, "input": title, "max_difference": worst, "bound": bound}
     CELLS.append(cell | {"same_tokens": tokens, "equal": equal})
     assert tokens is not False, "other greedy tokens"
     assert worst <= bound

@@ -1,5 +1,7 @@
 """Tiny random models in float64, and batches as the Qwen2.5-VL processor would return them."""
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
@@ -107,22 +109,31 @@ class Sample:
     first parts give equal first tokens and pixels.
     """
 
+    placeholders: ClassVar[dict[str, int]] = {"image": IMAGE, "video": VIDEO}
+    another_image = ("image", 3, 2)
+
     def __init__(self, *parts, seed=0):
         text = torch.Generator().manual_seed(seed)
         pixels = torch.Generator().manual_seed(seed + 1000)
         self.parts, self.ids, self.cuts = parts, [], []
-        self.grids = {"image": [], "video": []}
-        self.pixels = {"image": [], "video": []}
+        self.grids, self.pixels, self.sizes = ({"image": [], "video": []} for _ in range(3))
         for part in parts:
             if isinstance(part, int):
                 self.ids += torch.randint(1, 60, (part,), generator=text).tolist()
             else:
-                kind, (frames, height, width) = part[0], (1, *part[1:])[-3:]
-                tokens = frames * height * width
-                self.ids += [START] + [IMAGE if kind == "image" else VIDEO] * tokens + [END]
-                self.grids[kind].append([frames, 2 * height, 2 * width])
-                self.pixels[kind].append(torch.randn(4 * tokens, PATCH_PIXELS, generator=pixels))
+                ids, grids, shape = self.medium(*part)
+                self.ids += ids
+                self.grids[part[0]].append(grids)
+                self.pixels[part[0]].append(torch.randn(shape, generator=pixels))
+                self.sizes[part[0]].append(ids.count(self.placeholders[part[0]]))
             self.cuts.append(len(self.ids))  # where a chunk may end
+
+    def medium(self, kind, *size):
+        """Ids of an image or video, its rows of the grids and the shape of its pixels."""
+        frames, height, width = (1, *size)[-3:]
+        tokens = frames * height * width
+        ids = [START] + [self.placeholders[kind]] * tokens + [END]
+        return ids, [[frames, 2 * height, 2 * width]], (4 * tokens, PATCH_PIXELS)
 
     def __len__(self):
         return len(self.ids)
@@ -130,7 +141,7 @@ class Sample:
 
 def extended(sample: Sample, ids) -> Sample:
     """The sample with more text behind it."""
-    longer = Sample(*sample.parts)
+    longer = type(sample)(*sample.parts)
     longer.ids = [*sample.ids, *ids]
     return longer
 
@@ -142,10 +153,11 @@ def batch(*samples: Sample, padding="right", dtype=torch.float64, length=None) -
     for row, sample in enumerate(samples):
         columns = slice(0, len(sample)) if padding == "right" else slice(length - len(sample), None)
         ids[row, columns], mask[row, columns] = torch.tensor(sample.ids), 1
-    types = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+    tokens = samples[0].placeholders
+    types = (ids == tokens["image"]).int() + 2 * (ids == tokens["video"]).int()
     inputs = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": types}
     for kind, pixel_name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-        grids = [grid for sample in samples for grid in sample.grids[kind]]
+        grids = [row for sample in samples for grids in sample.grids[kind] for row in grids]
         if grids:
             inputs[f"{kind}_grid_thw"] = torch.tensor(grids)
             inputs[pixel_name] = torch.cat([p for sample in samples for p in sample.pixels[kind]]).to(dtype)
@@ -164,13 +176,12 @@ def cut(sample: Sample, start: int, end: int) -> dict:
         "attention_mask": inputs["attention_mask"][:, :end],
     }
     for kind, code, pixel_name in (("image", 1, "pixel_values"), ("video", 2, "pixel_values_videos")):
-        sizes = [grid[0] * grid[1] * grid[2] // 4 for grid in sample.grids[kind]]
         counts = [int((types[:at] == code).sum()) for at in (start, end)]
-        ends = torch.tensor(sizes).cumsum(0).tolist()
+        ends = torch.tensor(sample.sizes[kind]).cumsum(0).tolist()
         chosen = [i for i, last in enumerate(ends) if counts[0] < last <= counts[1]]
         if chosen:
-            sliced[f"{kind}_grid_thw"] = torch.tensor([sample.grids[kind][i] for i in chosen])
+            sliced[f"{kind}_grid_thw"] = torch.tensor([row for i in chosen for row in sample.grids[kind][i]])
             sliced[pixel_name] = torch.cat([sample.pixels[kind][i] for i in chosen]).double()
             if kind == "video":
-                sliced["second_per_grid_ts"] = [1.0] * len(chosen)
+                sliced["second_per_grid_ts"] = [1.0] * len(sliced["video_grid_thw"])
     return sliced

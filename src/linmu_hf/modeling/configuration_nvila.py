@@ -153,7 +153,7 @@ class NVILAVisionConfig(PreTrainedConfig):
     @property
     def n_scales(self) -> int:
         """Scales whose features are joined on channels."""
-        return len(self.s2_scales) if self.image_aspect_ratio == "dynamic_s2" else 1
+        return 1 if self.s2_scales is None else len(self.s2_scales)
 
     @property
     def mm_hidden_size(self) -> int:

@@ -21,6 +21,7 @@ from transformers.masking_utils import create_causal_mask
 from .cache import fitting_cache
 from .compat import MediaGeneration
 from .inputs import check_prompt
+from .vision_side import KINDS
 
 
 MEDIA_KEYS = (
@@ -126,6 +127,9 @@ class VisionLayoutGeneration(MediaGeneration):
                 self.model, input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
             )
         text_positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        types, embeds = (model_kwargs.get(name) for name in ("mm_token_type_ids", "inputs_embeds"))
+        if embeds is not None and any(model_kwargs.get(f"{kind}_grid_thw") is not None for kind in KINDS):
+            input_ids = self.model.placeholder_ids(embeds, types, True)
         if input_ids.ndim != 2 or torch.is_floating_point(input_ids) or not input_ids.shape[1]:
             return text_positions
         cache = model_kwargs.get("past_key_values")
@@ -134,7 +138,6 @@ class VisionLayoutGeneration(MediaGeneration):
         if mask is None or mask.shape[1] == input_ids.shape[1]:
             input_ids = input_ids[:, past:]  # who resumes may pass all ids or the new ones, with the mask of all
         t = input_ids.shape[1]
-        types = model_kwargs.get("mm_token_type_ids")
         positions, layout = self.model._new_positions(
             input_ids,
             mask,
@@ -247,7 +250,7 @@ class VisionLayoutGeneration(MediaGeneration):
             attention_mask (`torch.Tensor` of shape `[b, past + t]`, *optional*): 0 at padding.
             past_key_values (`Cache`, *optional*): What was read before; a new `DynamicCache` by default.
             chunk_size (`int`, *optional*, defaults to 8192): Most tokens of a chunk.
-            inputs_embeds (`torch.Tensor` of shape `[b, t, d]`, *optional*): In place of ids, media already inside.
+            inputs_embeds (`torch.Tensor` of shape `[b, t, d]`, *optional*): In place of ids.
             position_ids, vision_layout, mm_encoder_outputs (*optional*): As in `forward`, of the new tokens.
             media: Pixels, grids and token types, as the processor returns them.
 
@@ -263,16 +266,17 @@ class VisionLayoutGeneration(MediaGeneration):
         if not length:
             raise ValueError(f"input_ids of shape {tuple(input_ids.shape)} holds no token to read")
         cache = fitting_cache(past_key_values, self.config.text_config)
-        features = {}
-        if inputs_embeds is None:
-            if position_ids is None:
-                grids = {key: value for key, value in media.items() if "pixel" not in key}
-                position_ids, vision_layout = self.model._new_positions(input_ids, attention_mask, cache, **grids)
-            pixels = {
-                "image": (media.get("pixel_values"), media.get("image_grid_thw")),
-                "video": (media.get("pixel_values_videos"), media.get("video_grid_thw")),
-            }
-            features = self.model.encode_media(pixels, mm_encoder_outputs)
+        pixels = {
+            "image": (media.get("pixel_values"), media.get("image_grid_thw")),
+            "video": (media.get("pixel_values_videos"), media.get("video_grid_thw")),
+        }
+        features = self.model.encode_media(pixels, mm_encoder_outputs)
+        if inputs_embeds is not None:
+            input_ids = self.model.placeholder_ids(inputs_embeds, media.get("mm_token_type_ids"), bool(features))
+            inputs_embeds = self.model.insert(features, input_ids, inputs_embeds)
+        if position_ids is None:
+            grids = {key: value for key, value in media.items() if "pixel" not in key}
+            position_ids, vision_layout = self.model._new_positions(input_ids, attention_mask, cache, **grids)
         embed = self.model.chunk_embedder(input_ids, features) if inputs_embeds is None else None
         start, past = 0, int(cache.get_seq_length())
         for size in chunk_sizes(vision_layout, length, chunk_size, self.config.text_config.reverse_scope):

@@ -158,18 +158,25 @@ def check_media(types, attention_mask, vision, image_grid_thw=None, video_grid_t
     rows = torch.arange(types.shape[0], device=types.device)[:, None] * 4 + types.long()
     real = rows.flatten() if attention_mask is None else rows[attention_mask.bool()]
     keys, runs = torch.unique_consecutive(real, return_counts=True)
-    runs = list(zip((keys % 4).tolist(), runs.tolist()))
+    runs = list(zip(keys.tolist(), runs.tolist()))
     for kind, name in _KINDS.items():
-        found = [count for own, count in runs if own == kind]
+        found = [(key // 4, count) for key, count in runs if key % 4 == kind]
         grids = {1: image_grid_thw, 2: video_grid_thw}[kind]
-        sizes = [] if grids is None else vision.runs(name, grids)
-        if sizes != found:
-            media = 0 if grids is None else len(grids)
+        media = [] if grids is None else vision.runs(name, grids)
+        counts, sizes = [count for _, count in found], [size for medium in media for size in medium]
+        if sizes != counts:
             raise ValueError(
-                f"the prompt has {sum(found)} {name} tokens{_in_runs(found)} but {name}_grid_thw describes "
-                f"{sum(sizes)} ({media} {name}s{_in_runs(sizes)}); pass the grids that the processor returned "
+                f"the prompt has {sum(counts)} {name} tokens{_in_runs(counts)} but {name}_grid_thw describes "
+                f"{sum(sizes)} ({len(media)} {name}s{_in_runs(sizes)}); pass the grids that the processor returned "
                 "with these input_ids"
             )
+        places = iter(row for row, _ in found)
+        for number, medium in enumerate(media):
+            if len({next(places) for _ in medium}) > 1:
+                raise ValueError(
+                    f"{name}_grid_thw has the entry {grids[number].tolist()}, whose tokens would lie in several rows "
+                    "of the batch; pass the grids in the order in which the processor returned them"
+                )
     videos = 0 if video_grid_thw is None else len(video_grid_thw)
     if videos and second_per_grid_ts is not None:
         seconds = second_per_grid_ts.tolist() if isinstance(second_per_grid_ts, torch.Tensor) else second_per_grid_ts

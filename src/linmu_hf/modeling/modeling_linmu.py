@@ -1,6 +1,7 @@
 """LinMU: a vision side, as its teacher has it, and the decoder in which every layer names its mixer."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,7 +65,8 @@ class LinMUModel(LinMUPreTrainedModel):
     @property
     def n_embeddings(self) -> int:
         """Ids that have an embedding."""
-        return getattr(self.get_input_embeddings(), "num_embeddings", self.config.text_config.vocab_size)
+        embedding: Any = self.get_input_embeddings()
+        return getattr(embedding, "num_embeddings", self.config.text_config.vocab_size)
 
     @property
     def placeholders(self) -> dict[str, int]:
@@ -209,7 +211,7 @@ class LinMUModel(LinMUPreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            inputs_embeds=self._scatter_vision(ids, inputs_embeds, features),
+            inputs_embeds=self.insert(features, ids, inputs_embeds),
             vision_layout=vision_layout,
             use_cache=use_cache,
             cu_seq_lens_q=cu_seq_lens_q if packed is None else lengths_to_bounds(packed, inputs_embeds.device),
@@ -313,8 +315,8 @@ class LinMUModel(LinMUPreTrainedModel):
 
         return embed
 
-    def _scatter_vision(self, ids, embeds, features):
-        """Puts vision features in place of their placeholders."""
+    def insert(self, features, ids, embeds):
+        """Puts vision features in place of their placeholders: embeddings `[b, t, d]` of ids `[b, t]`."""
         for kind, own in features.items():
             places = ids == self.placeholders[kind]
             if not torch.compiler.is_compiling() and int(places.sum()) != len(own):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, SiglipVisionModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import can_return_tuple
 
 from .configuration_nvila import NVILAVisionConfig
 from .inputs import check_values, expect
@@ -186,6 +187,7 @@ class NVILAVision(VisionSide):
 
     tower_class = NVILAVisionModel
 
+    @can_return_tuple
     def features(self, kind, pixels, grids, **kwargs):
         if not torch.compiler.is_compiling():
             self._check_pixels(kind, pixels, grids)
@@ -193,12 +195,13 @@ class NVILAVision(VisionSide):
 
     def runs(self, kind, grids):
         self._check_grids(kind, grids)
-        if kind == "video":
-            return [height * width for frames, height, width in grids.tolist() for _ in range(frames)]
-        runs, tile = [], self.config.vision_config.tile_tokens**2
-        for _, height, width in grids.tolist():
-            runs += [tile] * self._tiles(height, width) if self._in_tiles else [height * width]
-        return runs
+        tile = self.config.vision_config.tile_tokens**2
+        return [
+            [tile] * self._tiles(height, width)
+            if kind == "image" and self._in_tiles
+            else [height * width] * frames  # one, of an image
+            for frames, height, width in grids.tolist()
+        ]
 
     def coordinates(self, kind, grids):
         g = self.config.vision_config.tile_tokens

@@ -38,7 +38,7 @@ class Qwen2_5_VLVision(VisionSide):
                     f"{name} has the entry {[frames, height, width]}; frames, height and width in patches must be "
                     f"positive, height and width multiples of {merge}: pass what the processor returned"
                 )
-        return [frames * height * width // merge**2 for frames, height, width in sizes]
+        return [[frames * height * width // merge**2] for frames, height, width in sizes]
 
     def coordinates(self, kind, grids):
         return [grid_coordinates(t, h // self.merge, w // self.merge, grids.device) for t, h, w in grids.tolist()]
@@ -58,8 +58,8 @@ class Qwen2_5_VLVision(VisionSide):
         name = "pixel_values" if kind == "image" else "pixel_values_videos"
         if grids is None:
             raise ValueError(f"{name} came without {kind}_grid_thw; pass both as the processor returned them")
-        vision = self.config.vision_config
-        patches = sum(self.runs(kind, grids)) * self.merge**2
+        self.runs(kind, grids)  # refuses what are no grids
+        vision, patches = self.config.vision_config, int(grids.prod(1).sum())
         channels = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", 3)
         width = channels * vision.temporal_patch_size * vision.patch_size**2
         expect(name, pixels, (patches, width), f"[patches, pixels], as {kind}_grid_thw says", True)

@@ -41,9 +41,9 @@ class VisionSide:
         """
         raise NotImplementedError
 
-    def runs(self, kind: str, grids) -> list[int]:
+    def runs(self, kind: str, grids) -> list[list[int]]:
         """
-        Lengths of the runs of placeholders that the grids `[media, 3]` stand for, in their order.
+        Lengths of the runs of placeholders that each row of the grids `[media, 3]` stands for.
 
         Raises:
             `ValueError`, `TypeError`: These are no grids.
