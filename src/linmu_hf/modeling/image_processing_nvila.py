@@ -148,12 +148,13 @@ def to_pixels(
     **kwargs,
 ) -> np.ndarray:
     """RGB tiles of one size to float32 pixels of shape [tiles, 3, size, size], rescaled and normalized."""
-    pixels = []
-    for tile in tiles:
+    width, height = tiles[0].size
+    pixels = np.empty((len(tiles), 3, height, width), dtype=np.float32)
+    for i, tile in enumerate(tiles):
         array = np.asarray(tile).transpose(2, 0, 1)
         if do_rescale:
             array = rescale(array, rescale_factor)
         if do_normalize:
             array = normalize(array, image_mean, image_std, input_data_format=ChannelDimension.FIRST)
-        pixels.append(array)
-    return np.stack(pixels).astype(np.float32)
+        pixels[i] = array
+    return pixels
