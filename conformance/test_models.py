@@ -2,7 +2,7 @@
 
 import unittest
 
-from testers import IMAGE, TextTester, VisionTextTester, with_images
+from testers import IMAGE, NVILATester, TextTester, VisionTextTester
 from transformers_tests.test_configuration_common import ConfigTester
 from transformers_tests.test_modeling_common import ModelTesterMixin
 
@@ -18,7 +18,7 @@ class Conformance(ModelTesterMixin):
         inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels=return_labels)
         ids = inputs.get("input_ids")
         if ids is not None and "pixel_values" not in inputs and (ids == IMAGE).any():
-            inputs = with_images(inputs)
+            inputs = self.model_tester.with_images(inputs)
         return inputs
 
 
@@ -40,6 +40,16 @@ class TestHybrid(Conformance, unittest.TestCase):
 
     def setUp(self):
         self.model_tester = VisionTextTester(self, ("full_attention", "m_mate"))
+
+
+class TestNVILA(Conformance, unittest.TestCase):
+    """A student of NVILA that keeps some of its teacher's attention."""
+
+    all_model_classes = (LinMUModel, LinMUForConditionalGeneration)
+    _is_composite = True
+
+    def setUp(self):
+        self.model_tester = NVILATester(self, ("full_attention", "m_mate"))
 
 
 class TestText(Conformance, unittest.TestCase):

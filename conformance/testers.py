@@ -3,15 +3,20 @@
 import torch
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
-from linmu_hf import LinMUConfig, LinMUForConditionalGeneration, LinMUModel, LinMUTextConfig, LinMUTextModel
+from linmu_hf import (
+    LinMUConfig,
+    LinMUForConditionalGeneration,
+    LinMUModel,
+    LinMUTextConfig,
+    LinMUTextModel,
+    NVILAVisionConfig,
+)
 
 
 PAD, BOS, EOS = 0, 1, 2
 # The mixins draw text below 5 and cut high ids off, so placeholders are low ids, and text begins behind them.
 IMAGE, VIDEO, START, END, FIRST_WORD = 5, 6, 7, 8, 9
 VOCABULARY = 99
-GRID = (1, 4, 6)  # patches of every image; 2 x 2 of them are merged into one token
-IMAGE_TOKENS = 6
 
 
 class TextTester:
@@ -57,7 +62,10 @@ class VisionTextTester(TextTester):
     base_model_class = LinMUModel
     conditional_generation_class = LinMUForConditionalGeneration
     is_training = True
-    seq_length = IMAGE_TOKENS + 7
+    image_tokens = 6
+    seq_length = image_tokens + 7
+    grid = (1, 4, 6)  # patches of every image; 2 x 2 of them are merged into one token
+    pixels = (1 * 4 * 6, 3 * 2 * 2 * 2)  # patches; channels, frames, height and width of one
 
     def get_config(self):
         return LinMUConfig(
@@ -84,16 +92,47 @@ class VisionTextTester(TextTester):
     def prepare_config_and_inputs_for_common(self):
         config, inputs = self.get_config(), super().prepare_config_and_inputs_for_common()[1]
         ids = inputs["input_ids"]
-        ids[:, 2], ids[:, 3 : 3 + IMAGE_TOKENS], ids[:, 3 + IMAGE_TOKENS] = START, IMAGE, END
-        return config, with_images(inputs)
+        ids[:, 2], ids[:, 3 : 3 + self.image_tokens], ids[:, 3 + self.image_tokens] = START, IMAGE, END
+        return config, self.with_images(inputs)
+
+    def with_images(self, inputs):
+        """The batch with an image for every row that has placeholders."""
+        places = inputs["input_ids"] == IMAGE
+        images = int(places.any(1).sum())
+        return inputs | {
+            "pixel_values": torch.rand(images * self.pixels[0], *self.pixels[1:]),
+            "image_grid_thw": torch.tensor([self.grid] * images),
+            "mm_token_type_ids": places.int(),
+        }
 
 
-def with_images(inputs):
-    """The batch with an image for every row that has placeholders."""
-    images = int((inputs["input_ids"] == IMAGE).any(1).sum())
-    patches = torch.rand(images * GRID[0] * GRID[1] * GRID[2], 3 * 2 * 2 * 2)  # channels, frames, height, width
-    return inputs | {
-        "pixel_values": patches,
-        "image_grid_thw": torch.tensor([GRID] * images),
-        "mm_token_type_ids": (inputs["input_ids"] == IMAGE).int(),
-    }
+class NVILATester(VisionTextTester):
+    """The same with NVILA's vision side; an image is one tile, of which the mixins can also make a video."""
+
+    image_tokens = 4
+    seq_length = image_tokens + 7
+    grid = (1, 2, 2)  # tokens
+    pixels = (1, 3, 8, 8)  # tiles, channels, height, width
+
+    def get_config(self):
+        tower = {
+            "hidden_size": 32,
+            "intermediate_size": 24,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "image_size": 8,
+            "patch_size": 2,
+        }
+        return LinMUConfig(
+            text_config=TextTester.get_config(self),
+            vision_config=NVILAVisionConfig(
+                tower_config=tower,
+                image_aspect_ratio="dynamic_s2",
+                s2_scales=[8, 16],
+                out_hidden_size=self.hidden_size,
+            ),
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            vision_start_token_id=None,
+            vision_end_token_id=None,
+        )

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import nvila_processors
 import pytest
 from fake_hub import USER
 from huggingface_hub import constants
@@ -270,3 +271,14 @@ def test_the_model_s_own_push_to_hub(hub, folder):
     assert LinMUForConditionalGeneration.from_pretrained(folder).model_tags == ["linmu"]
     model.config.push_to_hub("org/config")
     assert {"config.json", "linmu_remote_code.py"} <= set(hub.repos["org/config"].files())
+
+
+def test_nvila_s_processor_pushes_its_remote_code(hub, tmp_path):
+    processor = nvila_processors.tiny()
+    files = {"processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    processor.push_to_hub("org/processor")
+    assert set(hub.repos["org/processor"].files()) >= files | {"linmu_remote_code.py"}
+    processor.save_pretrained(tmp_path / "processor", push_to_hub=True, repo_id="org/again")
+    assert hub.repos["org/again"].files() == hub.repos["org/processor"].files()
+    processor.image_processor.push_to_hub("org/images")
+    assert set(hub.repos["org/images"].files()) >= {"preprocessor_config.json", "linmu_remote_code.py"}

@@ -15,23 +15,27 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 import linmu_hf
 from linmu_hf import LinMUConfig, LinMUForConditionalGeneration, LinMUTextConfig, NVILAVisionConfig
 from linmu_hf.data import encode_rows
+from linmu_hf.distillation.collator import DistillCollator, EncodedDataset
 from linmu_hf.evaluation import chat
 from linmu_hf.evaluation.retention import generate_answers
+from linmu_hf.hub.check import check_folder
+from linmu_hf.hub.push import files_to_upload
 
 
 TILINGS = ["dynamic_s2", "dynamic", "resize"]
 
 
-def make_model(processor, tiling) -> LinMUForConditionalGeneration:
+def make_model(processor, tiling, **vision) -> LinMUForConditionalGeneration:
     """Random weights; the placeholders lie outside the vocabulary, as in the released checkpoints."""
     image_processor, tokenizer = processor.image_processor, processor.tokenizer
     tower = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vision = NVILAVisionConfig(
+    vision_config = NVILAVisionConfig(
         tower_config={"image_size": 16, "patch_size": 2 if tiling == "dynamic" else 4, **tower},
         image_aspect_ratio=tiling,
         s2_scales=image_processor.s2_scales,
         projector_type=f"mlp_downsample_{'3x3' if tiling == 'dynamic' else '2x2'}_fix",
         out_hidden_size=32,
+        **vision,
     )
     text = LinMUTextConfig(
         vocab_size=len(tokenizer) - 3,
@@ -48,7 +52,7 @@ def make_model(processor, tiling) -> LinMUForConditionalGeneration:
     )
     config = LinMUConfig(
         text_config=text,
-        vision_config=vision,
+        vision_config=vision_config,
         image_token_id=processor.image_token_id,
         video_token_id=processor.video_token_id,
         vision_start_token_id=None,
@@ -89,6 +93,13 @@ VIDEO = {"type": "video", "video": clip(20)}
 CONVERSATIONS = [ask(IMAGE), ask(IMAGE, IMAGE), ask(VIDEO), ask(IMAGE, VIDEO), ask()]
 
 
+ROWS = [
+    {"messages": [*ask({"type": "image"}), {"role": "assistant", "content": "7"}], "images": [picture(64, 16)]},
+    {"messages": [*ask(), {"role": "assistant", "content": "7"}]},
+    {"messages": [*ask({"type": "video"}), {"role": "assistant", "content": "up"}], "videos": [[picture(9, 9)] * 8]},
+]
+
+
 def test_a_batch_is_its_rows(model, processor):
     """Values of every row alone, left padded and right padded; greedy answers too."""
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
@@ -113,17 +124,52 @@ def test_a_batch_is_its_rows(model, processor):
 
 
 def test_a_training_step(model, processor):
-    rows = [
-        {"messages": [*ask({"type": "image"}), {"role": "assistant", "content": "7"}], "images": [picture(48, 20)]},
-        {
-            "messages": [*ask({"type": "video"}), {"role": "assistant", "content": "up"}],
-            "videos": [[picture(9, 9)] * 8],
-        },
-    ]
-    loss = model(**encode_rows(processor, rows)).loss
+    loss = model(**encode_rows(processor, ROWS)).loss
     loss.backward()
     assert loss.isfinite() and model.model.visual.mm_projector.layers[1].weight.grad.abs().sum() > 0
     model.zero_grad()
+
+
+def test_pooled_videos():
+    pools = {"video_encoder": "tsp", "pool_sizes": [[4, 1, 1], [2, 2, 2]]}
+    processor = tiny("resize", **pools)
+    model = make_model(processor, "resize", **pools)
+    batch = processor.apply_chat_template(
+        ask(VIDEO), tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    assert batch["video_grid_thw"].tolist() == [[2, 2, 2], [4, 1, 1]]
+    assert model.generate(**batch, max_new_tokens=2).shape[1] > batch["input_ids"].shape[1]
+
+
+def test_collated_rows_are_rows_encoded_together(processor):
+    batch = DistillCollator(processor.tokenizer.pad_token_id)([EncodedDataset(processor, ROWS)[i] for i in range(3)])
+    expected = encode_rows(processor, ROWS)
+    assert set(batch) == set(expected)
+    assert all(torch.equal(batch[name], expected[name]) for name in batch)
+
+
+def test_folders_can_be_pushed(folder):
+    check_folder(folder)
+    assert {"processor_config.json", "linmu_remote_code.py", "chat_template.jinja"} <= set(files_to_upload(folder))
+
+
+def test_trls_collator(processor):
+    trl = pytest.importorskip("trl.trainer.sft_trainer")
+    collate = trl.DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
+    rows = [
+        {
+            "images": [picture(64, 16)],
+            "prompt": [{"role": "user", "content": "what?"}],
+            "completion": ROWS[0]["messages"][1:],
+        },
+        {
+            "images": [picture(9, 9)] * 2,
+            "prompt": [{"role": "user", "content": "a?"}],
+            "completion": ROWS[0]["messages"][1:],
+        },
+    ]
+    batch = collate(rows)
+    assert [processor.decode(row[row >= 0]) for row in batch["labels"]] == ["7<|im_end|>\n"] * 2
 
 
 def test_pipeline(folder):
@@ -144,16 +190,8 @@ def test_linmu_chat(folder, tmp_path, capsys):
 
 
 def test_answers_for_a_retention_table(model, processor):
-    rows = [
-        {"messages": [*ask({"type": "image"}), {"role": "assistant", "content": "7"}], "images": [picture(64, 16)]},
-        {"messages": [*ask(), {"role": "assistant", "content": "7"}]},
-        {
-            "messages": [*ask({"type": "video"}), {"role": "assistant", "content": "7"}],
-            "videos": [[picture(9, 9)] * 8],
-        },
-    ]
-    together = generate_answers(model, processor, rows, max_new_tokens=3)
-    assert together == [generate_answers(model, processor, [row], max_new_tokens=3)[0] for row in rows]
+    together = generate_answers(model, processor, ROWS, max_new_tokens=3)
+    assert together == [generate_answers(model, processor, [row], max_new_tokens=3)[0] for row in ROWS]
 
 
 def test_linmu_chat_takes_as_many_frames_as_the_processor(processor, tmp_path):

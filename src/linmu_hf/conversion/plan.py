@@ -13,7 +13,7 @@ from ..modeling.configuration_linmu import LinMUConfig
 from ..modeling.modeling_linmu import LinMUForConditionalGeneration
 from .checkpoint import OutputTensor, tensor_chunks
 from .source import Source
-from .weight_map import is_new, map_teacher_key
+from .weight_map import is_new, map_teacher_key, teacher_key
 
 
 FLOAT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -60,8 +60,9 @@ class Plan:
         if unknown := sorted(set(origins) - set(expected)):
             raise ValueError(f"teacher tensor {origins[unknown[0]]!r} has no place in the model of its config.json")
         if missing := [name for name in expected if name not in origins and not is_new(name, config)]:
+            keys = list(dict.fromkeys(teacher_key(name, config) for name in missing))
             raise ValueError(
-                f"{source.folder} lacks {len(missing)} tensor(s) that its config.json asks for, {missing[0]!r} first: "
+                f"{source.folder} lacks {len(keys)} tensor(s) that its config.json asks for, {keys[0]!r} first: "
                 "download or copy it again"
             )
         self.tensors = [self._output(name, tensor, origins.get(name)) for name, tensor in expected.items()]

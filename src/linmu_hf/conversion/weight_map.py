@@ -92,7 +92,7 @@ MIXERS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 _PROJECTION = re.compile(r"(model\.language_model\.layers\.(\d+)\.)self_attn\.([qkvo]_proj)\.(weight|bias)")
-_MIXER_PARAMETER = re.compile(r"model\.language_model\.layers\.(\d+)\.mixer\.(.+)\.(?:weight|bias)")
+_MIXER_PARAMETER = re.compile(r"(model\.language_model\.layers\.(\d+)\.)mixer\.(.+)\.(weight|bias)")
 
 
 def map_teacher_key(key: str, config: LinMUConfig) -> list[str] | None:
@@ -135,9 +135,24 @@ def is_new(name: str, config: LinMUConfig) -> bool:
     parameter = _MIXER_PARAMETER.fullmatch(name)
     if parameter is None:
         return True
-    layer, stem = parameter.groups()
+    _, layer, stem, _ = parameter.groups()
+    return all(stem not in targets for targets in _mixer(layer, config).values())
+
+
+def teacher_key(name: str, config: LinMUConfig) -> str:
+    """The teacher tensor that a student tensor is a copy of; where the table has several names for it, the first."""
+    if parameter := _MIXER_PARAMETER.fullmatch(name):
+        layer_prefix, layer, stem, kind = parameter.groups()
+        projection = next(name for name, targets in _mixer(layer, config).items() if stem in targets)
+        name = f"{layer_prefix}self_attn.{projection}.{kind}"
+    prefixes = WEIGHT_MAPS[config.vision_config.model_type].prefixes  # type: ignore[union-attr]
+    prefix, ours = next((prefix, ours) for prefix, ours in prefixes.items() if name.startswith(ours))
+    return prefix + name.removeprefix(ours)
+
+
+def _mixer(layer: str, config: LinMUConfig) -> dict[str, tuple[str, ...]]:
     layer_types = decoder_config(config).layer_types or []
-    return all(stem not in targets for targets in MIXERS[layer_types[int(layer)]].values())
+    return MIXERS[layer_types[int(layer)]]
 
 
 def decoder_config(config: LinMUConfig) -> LinMUTextConfig:

@@ -20,7 +20,7 @@ from .remote_code import RemoteCode
 from .tiling_nvila import Mosaic, cut, dynamic_mosaics, s2_mosaics
 
 
-class NVILAImageProcessorKwargs(ImagesKwargs, total=False):
+class NVILAImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     r"""
     image_aspect_ratio (`str`, *optional*, defaults to `"dynamic_s2"`):
         How a sample's only image is tiled: `"dynamic_s2"` (at every scale), `"dynamic"` (once, with a thumbnail) or
@@ -148,12 +148,13 @@ def to_pixels(
     **kwargs,
 ) -> np.ndarray:
     """RGB tiles of one size to float32 pixels of shape [tiles, 3, size, size], rescaled and normalized."""
-    pixels = []
-    for tile in tiles:
+    width, height = tiles[0].size
+    pixels = np.empty((len(tiles), 3, height, width), dtype=np.float32)
+    for i, tile in enumerate(tiles):
         array = np.asarray(tile).transpose(2, 0, 1)
         if do_rescale:
             array = rescale(array, rescale_factor)
         if do_normalize:
             array = normalize(array, image_mean, image_std, input_data_format=ChannelDimension.FIRST)
-        pixels.append(array)
-    return np.stack(pixels).astype(np.float32)
+        pixels[i] = array
+    return pixels

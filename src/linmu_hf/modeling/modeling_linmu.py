@@ -65,8 +65,8 @@ class LinMUModel(LinMUPreTrainedModel):
     @property
     def n_embeddings(self) -> int:
         """Ids that have an embedding."""
-        embedding: Any = self.get_input_embeddings()
-        return getattr(embedding, "num_embeddings", self.config.text_config.vocab_size)
+        text: Any = self.config.text_config
+        return getattr(self.get_input_embeddings(), "num_embeddings", text.vocab_size)
 
     @property
     def placeholders(self) -> dict[str, int]:

@@ -17,7 +17,7 @@ from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .image_processing_nvila import NVILAImageProcessor
-from .remote_code import RemoteCode, add_remote_code
+from .remote_code import RemoteCode, add_remote_code, name_remote_classes
 from .tiling_nvila import Run, image_runs, pooled_grids, video_runs
 from .video_processing_nvila import NVILAVideoProcessor
 
@@ -86,6 +86,7 @@ class NVILAProcessor(RemoteCode, ProcessorMixin):
         self.image_token_id = _single_id(tokenizer, IMAGE_TOKEN)
         self.video_token_id = _single_id(tokenizer, VIDEO_TOKEN)
         self.separator_id = _single_id(tokenizer, SEPARATOR)
+        name_remote_classes(self)  # loading a processor drops these names
         super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template)
 
     def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs) -> BatchFeature:
@@ -148,7 +149,7 @@ class NVILAProcessor(RemoteCode, ProcessorMixin):
         """As in Transformers, with `auto_map` for the processor and its parts, and the remote-code file."""
         add_remote_code(self.image_processor, save_directory)
         add_remote_code(self.video_processor, save_directory)
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     # The next two go around Transformers' Auto classes, which know no video processor where torchvision is missing.
 
@@ -243,7 +244,9 @@ class NVILAProcessor(RemoteCode, ProcessorMixin):
             padding_side=padding_side,
         )
         data = {"input_ids": padded["input_ids"], "attention_mask": padded["attention_mask"]}
-        for name in expanded.keys() - data.keys():
+        for name in expanded:
+            if name in data:
+                continue
             fill = (0, 0) if name == "offset_mapping" else 0
             values = [iter(row) for row in expanded[name]]
             data[name] = [

@@ -37,12 +37,17 @@ except ModuleNotFoundError as error:
 
 def add_remote_code(part: Any, folder: str | os.PathLike) -> None:
     """Writes the remote-code file into `folder` and names its classes in `part.auto_map`, before `part` is saved."""
+    name_remote_classes(part)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / REMOTE_CODE_FILE).write_text(REMOTE_CODE, encoding="utf-8")
+
+
+def name_remote_classes(part: Any) -> None:
+    """Names the classes of the remote-code file in `part.auto_map`."""
     module = REMOTE_CODE_FILE.removesuffix(".py")
     earlier = getattr(part, "auto_map", None) or {}
     others = {auto: name for auto, name in earlier.items() if module not in str(name)}  # a subclass registered them
     part.auto_map = {auto: f"{module}.{name}" for auto, name in part.remote_classes.items()} | others
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / REMOTE_CODE_FILE).write_text(REMOTE_CODE, encoding="utf-8")
 
 
 class InstalledCode:
@@ -63,7 +68,8 @@ class RemoteCode(InstalledCode):
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """As in Transformers, with `auto_map` in the saved file and the remote-code file beside it."""
         add_remote_code(self, save_directory)
-        super().save_pretrained(save_directory)  # type: ignore[misc]
+        files = super().save_pretrained(save_directory)  # type: ignore[misc]
         if push_to_hub:
             # Uploads a folder of its own: the parent would upload only what it wrote itself.
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)  # type: ignore[attr-defined]
+        return files

@@ -20,7 +20,7 @@ from .remote_code import RemoteCode
 from .tiling_nvila import pooled_grids
 
 
-class NVILAVideoProcessorKwargs(VideosKwargs, total=False):
+class NVILAVideoProcessorKwargs(VideosKwargs, total=False):  # type: ignore[call-arg]
     r"""
     pool_sizes (`list[list[int]]`, *optional*, defaults to `[[1, 1, 1]]`):
         Frames, rows and columns of tokens that are averaged into one; each entry gives the video's tokens once.
