@@ -196,4 +196,5 @@ def without_flex_ma():
 
 def with_backend(name: str):
     """The scan by the named backend, as [`~linmu_hf.ops.ssd.ssd`] takes it."""
-    return patch.object(flex_ma, "ssd", partial(flex_ma.ssd, backend=name))
+    scans = {function: partial(getattr(flex_ma, function), backend=name) for function in ("ssd", "ssd_pair")}
+    return patch.multiple(flex_ma, **scans)

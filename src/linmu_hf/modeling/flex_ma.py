@@ -18,7 +18,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import rotate_half
 
 from ..ops.backends import kernels_serve
 from ..ops.causal_conv import causal_conv
-from ..ops.ssd import ssd, ssd_step
+from ..ops.ssd import Scan, ssd, ssd_pair, ssd_step
 
 
 def softmax_features(x: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
@@ -155,10 +155,15 @@ class ScanDirection(nn.Module):
         dt = softplus(self.dt_proj(u).to(dtype) + self.dt_bias.to(dtype))
         return x, dt, -self.A_log.to(dtype).exp(), B, C
 
-    def finish(self, y, x):
-        """Adds the skip to y [n, h, p]."""
-        skip = self.D.to(y.dtype).view(self.groups, -1, 1) * x[:, :, None]
-        return y + skip.flatten(1, 2)
+    def skip(self):
+        """D, for use outside this module's call."""
+        return self.D.clone()
+
+
+def finish(y, x, skip):
+    """Adds the skip [h] times x [n, g, p] to y [n, h, p]."""
+    skip = skip.to(y.dtype).view(x.shape[1], -1, 1) * x[:, :, None]
+    return y + skip.flatten(1, 2)
 
 
 class FlexMA(nn.Module):
@@ -187,10 +192,19 @@ class FlexMA(nn.Module):
             `torch.Tensor` of shape `[n, h * p]`: the branch before its output projection, in scan order.
         """
         x = self.x_proj(u)
-        y = self.forward_scan(self._scan_forward, u, x, rope, layout, cache_layer)
+        scan, skip, tail = self.forward_scan(self._forward_arguments, u, x, rope, layout, cache_layer)
+        normalized = self.forward_scan.normalized
+        if layout.reverse is None:
+            y, states = ssd(**scan._asdict(), normalized=normalized)
+        else:
+            reverse, reverse_skip = self.reverse_scan(self._reverse_arguments, u, x, rope, layout)
+            (y, states), (y_reverse, _) = ssd_pair(scan, reverse, normalized=normalized)
+        if cache_layer is not None:
+            cache_layer.store(tail, states, layout.batch, layout.rows)
+        y = finish(y, scan.x, skip).to(u.dtype)
         if layout.reverse is not None:
             vision = layout.scan_vision
-            y_reverse = self.reverse_scan(self._scan_reverse, u, x, rope, layout)
+            y_reverse = finish(y_reverse, reverse.x, reverse_skip).to(u.dtype).index_select(0, layout.reverse_slots)
             gate = torch.sigmoid(self.gate_proj(u.index_select(0, vision))).view(len(vision), self.heads, -1)
             # Eq. 3; text rows have the forward direction alone
             mixed = gate * y.index_select(0, vision) + (1 - gate) * y_reverse
@@ -231,7 +245,7 @@ class FlexMA(nn.Module):
         if real is not None:
             new_states = torch.where(real[..., None], new_states, states)
         cache_layer.store(tail, new_states, b)
-        return scan.finish(y, args[0]).to(u.dtype).flatten(1)
+        return finish(y, args[0], scan.D).to(u.dtype).flatten(1)
 
     def _step_in_one_kernel(self, u, rope, mask, cache_layer, tail, states):
         from ..ops.decode_triton import decode_triton
@@ -250,20 +264,17 @@ class FlexMA(nn.Module):
         cache_layer.store(tail, states, len(u))
         return y.to(u.dtype).flatten(1)
 
-    def _scan_forward(self, u, x, rope, layout, cache_layer):
+    def _forward_arguments(self, u, x, rope, layout, cache_layer):
+        """Scan arguments, skip and the convolution's tail of the forward direction."""
         scan, segments = self.forward_scan, layout.segments
         tail, states = (None, None) if cache_layer is None else cache_layer.load(layout.rows)
         xbc = torch.cat([x, scan.b_proj(u), scan.c_proj(u)], dim=-1)
         if self.config.conv_kernel > 1:
             xbc, tail = causal_conv(xbc, scan.conv_weight, segments, tail)
-        args = scan.prepare(u, xbc, rope)
-        y, states = ssd(*args, segments, initial_states=states, normalized=scan.normalized)
-        if cache_layer is not None:
-            cache_layer.store(tail, states, layout.batch, layout.rows)
-        return scan.finish(y, args[0]).to(u.dtype)
+        return Scan(*scan.prepare(u, xbc, rope), segments, states), scan.skip(), tail
 
-    def _scan_reverse(self, u, x, rope, layout):
-        """Eq. 2 in reversed token order: the mask M_V leaves vision tokens only; [v, h, p] at the vision tokens."""
+    def _reverse_arguments(self, u, x, rope, layout):
+        """The same of Eq. 2, in reversed token order: the mask M_V leaves vision tokens only."""
         scan, reverse, segments = self.reverse_scan, layout.reverse, layout.reverse_segments
         u, x = u.index_select(0, reverse), x.index_select(0, reverse)
         mask = None
@@ -276,5 +287,4 @@ class FlexMA(nn.Module):
         x, dt, A, B, C = scan.prepare(u, xbc, tuple(t.index_select(0, reverse) for t in rope))
         if mask is not None:
             x, B = x * mask[..., None], B * mask[..., None]  # without B, text does not reach the normaliser either
-        y, _ = ssd(x, dt, A, B, C, segments, normalized=scan.normalized)
-        return scan.finish(y, x).to(u.dtype).index_select(0, layout.reverse_slots)
+        return Scan(x, dt, A, B, C, segments), scan.skip()
