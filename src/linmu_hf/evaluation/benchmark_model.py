@@ -185,8 +185,7 @@ def without_flex_ma():
     def swin_only(self, hidden_states, rope, layout, cache_layer=None):
         y = torch.zeros_like(hidden_states)
         if not isinstance(layout, TextStep) and layout.vision is not None:
-            rope = tuple(t.flatten(0, 1).index_select(0, layout.vision) for t in rope)
-            swin = self.local_swin(hidden_states.flatten(0, 1).index_select(0, layout.vision), rope, layout)
+            swin = self.local_swin(hidden_states.flatten(0, 1), tuple(t.flatten(0, 1) for t in rope), layout)
             y.view(-1, y.shape[-1]).index_copy_(0, layout.vision, self.local_swin.o_proj(swin))
         return self.output_norm(y)
 
