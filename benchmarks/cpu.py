@@ -64,8 +64,8 @@ def linear_seconds(student: BenchmarkDecoder, tokens: int) -> tuple[float, float
 
 def passes_at(goal: float, rows: list[dict]) -> float | None:
     """
-    The length at which teacher / student reaches `goal`, where the teacher takes a n + b n^2 seconds (fitted to the two
-    longest lengths that are measured) and the student c n; `None` if none does.
+    The length at which teacher / student reaches `goal`, where the teacher takes a n + b n^2 seconds (fitted to its two
+    longest prompts) and the student c n; `None` if none does.
     """
     teacher = [(row["tokens"], row["ttft_s"] / row["tokens"]) for row in rows if row["model"] == "teacher"]
     (n, short), (m, long) = teacher[-2:]
@@ -95,7 +95,7 @@ def explain(result: dict) -> str:
         (
             f"    us per token and layer: student {per_token['student']:.1f}, teacher {per_token['teacher']:.1f}",
             f"with its linear maps alone, at {result['gflops']:.0f} GFLOP/s, the ratio would be "
-            f"{result['ceiling_of_linear_maps']:.2f}; they are {100 * result['share_of_linear_maps']:.0f}% of its time",
+            f"{result['ceiling_of_linear_maps']:.2f}; they take {100 * result['share_of_linear_maps']:.0f}%",
             "never passes the goal" if passes is None else f"passes the goal at about {round(passes, -3):.0f} tokens",
         )
     )
