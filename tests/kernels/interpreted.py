@@ -18,7 +18,7 @@ from linmu_hf.ops import ssd_triton as module
 from linmu_hf.ops.causal_conv import causal_conv
 from linmu_hf.ops.conv_triton import causal_conv_triton, conv_forward
 from linmu_hf.ops.ssd import Segments, ssd, ssd_step
-from linmu_hf.ops.ssd_triton import chunk_table, ssd_triton
+from linmu_hf.ops.ssd_triton import Plan, Scan, chunk_table, ssd_triton, ssd_triton_pair
 from linmu_hf.ops.ssd_triton_step import ssd_step_triton, step_forward
 
 
@@ -104,8 +104,100 @@ def test_windows_of_chunks(monkeypatch, chunks):
     """States that enter a window from the one before; a segment over several windows, several segments in one."""
     lengths = (130, 3, 64, 70)
     monkeypatch.setattr(module, "WINDOW_BYTES", chunks * 2 * 6 * 3 * 4)
-    assert len(chunk_table(lengths, chunks, torch.device("cpu")).windows) == -(-7 // chunks)
+    plan = Plan(lengths, (4,), (True,), (True,), True)
+    assert len(chunk_table(plan, chunks, torch.device("cpu")).windows) == -(-7 // chunks)
     scan(lengths, (2, 2, 1), normalized=True)
+
+
+def pair(lengths, starts, normalized, shared):
+    """Inputs of two scans in fp32, the second backwards through an index if both read the same x."""
+    scans = []
+    for length, start in zip(lengths, starts):
+        inputs = make(length, (2, 2, 1), states=False, dtype=torch.float32)
+        if normalized:
+            inputs = {name: t.abs() if name in "BC" else t for name, t in inputs.items()}
+        scan = Scan(*(t.detach().requires_grad_() for t in inputs.values()), segments=Segments.build(length))
+        if start:
+            scan = scan._replace(initial_states=torch.rand(len(length), 2, 5 + normalized, 3).requires_grad_())
+        scans.append(scan)
+    if shared:
+        rows = torch.randperm(sum(lengths[0]))[: sum(lengths[1])]
+        spread = {n: getattr(scans[1], n).detach() for n in ("dt", "B", "C")}
+        spread = {n: t.new_zeros(sum(lengths[0]), *t.shape[1:]).index_copy(0, rows, t) for n, t in spread.items()}
+        spread = {n: t.requires_grad_() for n, t in spread.items()}
+        scans[1] = scans[1]._replace(x=scans[0].x, index=rows, **spread)
+    return scans
+
+
+def outputs_and_gradients(form, scans):
+    """y, first final states and y, and the gradients of all that needs one, tensors of both scans once."""
+    outputs = form(*scans)
+    generator = torch.Generator().manual_seed(1)
+    loss = sum((t * torch.randn(t.shape, generator=generator).to(t)).sum() for t in outputs)
+    leaves = {id(t): t for scan in scans for t in scan if isinstance(t, torch.Tensor) and t.requires_grad}
+    return [*outputs, *torch.autograd.grad(loss, list(leaves.values()))]
+
+
+@pytest.mark.parametrize(
+    "starts, normalized, shared",
+    [((False, False), True, True), ((True, False), True, True), ((False, True), False, False), ((True, True), True, False)],
+    ids=["one x", "one x, first from states", "second from states, plain", "both from states"],
+)
+def test_pair(starts, normalized, shared):
+    """Two scans in one launch: each as the recurrence in float64 has it."""
+    scans = pair(((65, 3), (30, 7)), starts, normalized, shared)
+    exact = {id(t): t.detach().double().requires_grad_() for s in scans for t in s if isinstance(t, torch.Tensor)}
+    doubles = [scan._make(t if t is scan.index else exact.get(id(t), t) for t in scan) for scan in scans]
+
+    def apart(*scans):
+        results = []
+        for scan in scans:
+            options = {"initial_states": scan.initial_states, "index": scan.index, "normalized": normalized}
+            results += ssd(*scan[:6], backend="recurrence", **options)
+        return results[:3]
+
+    actual = outputs_and_gradients(lambda *scans: ssd_triton_pair(*scans, normalized=normalized), scans)
+    expected = outputs_and_gradients(apart, doubles)
+    assert len(actual) == len(expected) >= 12
+    for one, right in zip(actual, expected):
+        torch.testing.assert_close(one.double(), right, rtol=0, atol=1e-5 * right.abs().max().item())
+
+
+def test_pair_over_windows(monkeypatch):
+    """A window may hold the end of one scan and the beginning of the other."""
+    scans = pair(((130,), (3, 66)), (True, False), True, False)
+    expected = outputs_and_gradients(lambda *s: ssd_triton_pair(*s, normalized=True), scans)
+    monkeypatch.setattr(module, "WINDOW_BYTES", 2 * 2 * 6 * 3 * 4)
+    actual = outputs_and_gradients(lambda *s: ssd_triton_pair(*s, normalized=True), scans)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_pair_is_one_launch_of_each_kernel(monkeypatch):
+    """As many as a single scan takes; and no final state is written that nobody asked for."""
+    scans = pair(((65,), (30,)), (False, False), True, True)
+    launched = []
+
+    def counting(kernel, grid, *args, **options):
+        launched.append((kernel.fn.__name__, options.get("HAS_FINALS")))
+        kernel[grid](*args, **options)
+
+    monkeypatch.setattr(module, "launch", counting)
+    y, finals, reverse = ssd_triton_pair(*scans, normalized=True, final_states=False)
+    assert finals is None
+    (y.sum() + reverse.sum()).backward()
+    passing = ["pass_states_kernel"]
+    gradients = [f"{name}_grad_kernel" for name in ("c", "b", "x", "dt")]
+    assert [name for name, _ in launched if name != "slopes_kernel"] == [
+        "chunk_states_kernel", *passing, "output_kernel",
+        "chunk_states_kernel", *passing, "chunk_state_grads_kernel", *passing, *gradients,
+    ]  # fmt: skip
+    assert not any(finals for _, finals in launched)
+
+
+def test_pair_of_different_heads_is_refused():
+    one, other = (Scan(*make((5,), h, states=False).values(), Segments.build((5,))) for h in ((4, 4, 2), (4, 2, 2)))
+    with pytest.raises(ValueError, match="must have the same data type and heads"):
+        ssd_triton_pair(one, other)
 
 
 @pytest.mark.parametrize("normalized", [False, True], ids=["plain", "normalised"])
@@ -143,7 +235,10 @@ def test_the_operator_is_sound_for_compilation():
     inputs = make((66,), (2, 2, 1), dtype=torch.float32)
     x, dt, A, B, C, initial = inputs.values()
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(module.ssd_forward, (x, dt, A, B, C, initial, None, [66], False), test_utils=checks)
+    lists = [[t] for t in (x, dt, A, B, C, initial)]
+    torch.library.opcheck(
+        module.ssd_forward, (*lists, [], [66], [1], [True], [True], False), test_utils=checks
+    )
     segments = Segments.build((66,))
 
     def loss(x):
