@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from test_ssd import HEADS, assert_same, make, run
+from torch._dynamo.backends.common import aot_autograd
 
 from linmu_hf.modeling import flex_ma
 from linmu_hf.modeling.cache import MMateCacheLayer
@@ -165,7 +166,7 @@ def test_pair(starts, normalized, shared):
 
 def test_pair_over_windows(monkeypatch):
     """A window may hold the end of one scan and the beginning of the other."""
-    scans = pair(((130,), (3, 66)), (True, False), True, False)
+    scans = pair(((66,), (3, 5)), (True, False), True, False)
     expected = outputs_and_gradients(lambda *s: ssd_triton_pair(*s, normalized=True), scans)
     monkeypatch.setattr(module, "WINDOW_BYTES", 2 * 2 * 6 * 3 * 4)
     actual = outputs_and_gradients(lambda *s: ssd_triton_pair(*s, normalized=True), scans)
@@ -230,15 +231,28 @@ def test_offsets_beyond_32_bits():
         assert torch.equal(actual, expected)
 
 
-def test_the_operator_is_sound_for_compilation():
-    """Schema, fake implementation and autograd registration, and one graph through torch.compile."""
+SOUND = ("test_schema", "test_faketensor")
+
+
+@pytest.mark.parametrize("paired", [False, True], ids=["one", "pair"])
+def test_the_scan_is_sound_for_compilation(paired):
+    """Schema and fake implementation of forward and backward, autograd registration."""
+    scans = pair(((66, 2), (3,)), (True, False), True, False)[: 1 + paired]
+    tensors = [[getattr(scan, name) for scan in scans] for name in ("x", "dt", "A", "B", "C")]
+    lengths, counts = ([66, 2, 3], [2, 1]) if paired else ([66, 2], [2])
+    plan = lengths, counts, [True, False][: len(scans)], [True, False][: len(scans)], True
+    inputs = (*tensors, [scans[0].initial_states], [], *plan)
+    torch.library.opcheck(module.ssd_forward, inputs, test_utils=(*SOUND, "test_autograd_registration"))
+    inputs = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, inputs)
+    outputs = module.ssd_forward(*inputs)
+    y, finals, entries, sums = module._split(outputs, len(scans))
+    backward = ([torch.ones_like(one) for one in y], finals, *inputs[:5], [], list(y), entries, list(sums), *plan)
+    torch.library.opcheck(module.ssd_backward, backward, test_utils=SOUND)
+
+
+def test_the_scan_compiles_whole():
     inputs = make((66,), (2, 2, 1), dtype=torch.float32)
     x, dt, A, B, C, initial = inputs.values()
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    lists = [[t] for t in (x, dt, A, B, C, initial)]
-    torch.library.opcheck(
-        module.ssd_forward, (*lists, [], [66], [1], [True], [True], False), test_utils=checks
-    )
     segments = Segments.build((66,))
 
     def loss(x):
@@ -249,11 +263,29 @@ def test_the_operator_is_sound_for_compilation():
     actual = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(x), x)
     torch.testing.assert_close(actual, expected)
 
+
+def test_a_model_compiles_whole(monkeypatch):
+    """Prefill and training step of a decoder on text, with kernels in place of the plain operations."""
+    monkeypatch.setenv("LINMU_SSD_BACKEND", "triton")
+    model = tiny.plain(num_hidden_layers=1).model.language_model
+    embeds = torch.randn(1, 16, 32)  # one chunk: what packs several has shapes that depend on values
+
+    def run(forward):
+        leaf = embeds.clone().requires_grad_()
+        hidden = forward(inputs_embeds=leaf, use_cache=False).last_hidden_state
+        return hidden, *torch.autograd.grad(hidden.square().sum(), [leaf, *model.layers[0].parameters()])
+
+    torch._dynamo.reset()
+    compiled = run(torch.compile(model, backend="aot_eager", fullgraph=True))
+    torch.testing.assert_close(compiled, run(model), rtol=1e-4, atol=1e-5)
+
+
+def test_operators_without_gradients_are_sound_for_compilation():
+    x, dt, A, B, C = make((66,), (2, 2, 1), states=False, dtype=torch.float32).values()
     states = torch.rand(66, 2, 5, 3)
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(step_forward, (x, dt, A, B, C, states, False), test_utils=checks)
+    torch.library.opcheck(step_forward, (x, dt, A, B, C, states, False), test_utils=SOUND)
     weight, tail = torch.randn(4, 5), torch.randn(1, 3, 5)
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    checks = (*SOUND, "test_autograd_registration")
     torch.library.opcheck(conv_forward, (x[:, 0].detach(), weight, tail, None, [66]), test_utils=checks)
 
 
@@ -300,6 +332,13 @@ def test_conv(width, lengths, tails, through_index):
     torch.testing.assert_close([t.double() for t in actual], expected, rtol=1e-5, atol=1e-5)
 
 
+def random_mixer(config):
+    mixer = FlexMA(config, 0).requires_grad_(False)
+    for parameter in mixer.parameters():
+        parameter.copy_(torch.randn(parameter.shape) * 0.3)
+    return mixer
+
+
 @pytest.mark.parametrize("masked", [False, True], ids=["all real", "padding"])
 @pytest.mark.parametrize(
     "options",
@@ -309,10 +348,7 @@ def test_conv(width, lengths, tails, through_index):
 def test_decode_step_of_the_mixer(monkeypatch, options, masked):
     """Three tokens of three sequences, one kernel each, against the same steps in plain PyTorch."""
     config = tiny.text_config(**{"bc_feature_map": "softmax", "scan_rope": True, **options})
-    mixer = FlexMA(config, 0)
-    with torch.no_grad():
-        for parameter in mixer.parameters():
-            parameter.copy_(torch.randn(parameter.shape) * 0.3)
+    mixer = random_mixer(config)
     tokens = torch.randn(3, 3, config.hidden_size)
     angles = torch.rand(3, 3, config.head_dim)
     caches = MMateCacheLayer(), MMateCacheLayer()
@@ -325,6 +361,34 @@ def test_decode_step_of_the_mixer(monkeypatch, options, masked):
                 y = mixer.step(u, (angle.cos(), angle.sin()), mask, cache)
                 results.append((y if mask is None else y[mask.bool()], *cache.load()))
         torch.testing.assert_close(*results, rtol=2e-5, atol=2e-5)
+
+
+def test_compiled_decode_step(monkeypatch):
+    """One graph for all steps; the state stays where it is, and no step copies it."""
+    monkeypatch.setattr(flex_ma, "kernels_serve", lambda x: True)
+    config = tiny.text_config(bc_feature_map="softmax")
+    mixer = random_mixer(config)
+    caches = MMateCacheLayer(max_cache_len=8), MMateCacheLayer(max_cache_len=8)
+    graphs = []
+
+    def look(graph, inputs):
+        graphs.append([node.target for node in graph.graph.nodes])
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(mixer.step, fullgraph=True, backend=aot_autograd(fw_compiler=look))
+    addresses = set()
+    with torch.no_grad():
+        for i in range(4):
+            u, angle = torch.randn(2, config.hidden_size), torch.rand(2, config.head_dim)
+            rope = angle.cos(), angle.sin()
+            expected = mixer.step(u, rope, None, caches[0])
+            actual = (compiled if i else mixer.step)(u, rope, None, caches[1])
+            torch.testing.assert_close((actual, *caches[1].load()), (expected, *caches[0].load()))
+            addresses.add(caches[1].recurrent_states[0].data_ptr())
+    assert len(graphs) == len(addresses) == 1
+    # the tail of the convolution alone
+    assert graphs[0].count(torch.ops.aten.copy_.default) <= 2
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """Tiles, warps and stages of the scan kernels: for each a few that suit Hopper, the fastest of which is found once.
 
 A kernel is timed with every configuration the first time it runs on a long scan, for each device, data type and head
-size. Nothing is timed for short scans, while a CUDA graph is captured, and where results have to repeat to the bit
-(`torch.use_deterministic_algorithms`): there the configuration that was found before is used, or the first.
+size. For short scans and while a CUDA graph is captured nothing is timed: there the configuration that was found
+before is used, or the default. The default alone is used where results have to repeat to the bit
+(`torch.use_deterministic_algorithms`).
 """
 
 from typing import NamedTuple
@@ -26,13 +27,13 @@ class Config(NamedTuple):
 
 # By the name of the kernel, the default first. None spills or exceeds the shared memory at the sizes of a 7B model.
 CONFIGS = {
-    "chunk_states_kernel": (Config(128, 64, 4, 1),),
-    "output_kernel": (Config(128, 64, 8, 2),),
-    "chunk_state_grads_kernel": (Config(128, 64, 4, 2),),
-    "c_grad_kernel": (Config(64, 128, 8, 2),),
-    "b_grad_kernel": (Config(64, 128, 8, 2),),
-    "x_grad_kernel": (Config(128, 64, 8, 2),),
-    "dt_grad_kernel": (Config(64, 64, 8, 2),),
+    "chunk_states_kernel": (Config(128, 64, 4, 1), Config(128, 64, 8, 1), Config(128, 128, 8, 1)),
+    "output_kernel": (Config(128, 64, 8, 2), Config(128, 64, 8, 3), Config(64, 64, 4, 3), Config(128, 128, 8, 2)),
+    "chunk_state_grads_kernel": (Config(128, 64, 4, 2), Config(128, 64, 8, 2), Config(128, 128, 8, 2)),
+    "c_grad_kernel": (Config(64, 128, 8, 2), Config(64, 128, 8, 3), Config(128, 64, 8, 2), Config(128, 128, 8, 1)),
+    "b_grad_kernel": (Config(64, 128, 8, 2), Config(64, 64, 8, 2), Config(32, 128, 8, 3)),
+    "x_grad_kernel": (Config(128, 64, 8, 2), Config(64, 64, 8, 2), Config(64, 128, 8, 2)),
+    "dt_grad_kernel": (Config(64, 64, 8, 2), Config(64, 64, 8, 1), Config(64, 32, 8, 2)),
 }
 
 _found: dict[tuple, Config] = {}
@@ -63,11 +64,11 @@ def choose(configs: list[Config], key: tuple, programs: int, device: torch.devic
         run (`Callable`): Launches the kernel with a configuration; has to bear repetition.
     """
     key = (*key, device)
-    if len(configs) == 1 or key in _found:
-        return _found.get(key, configs[0])
-    if device.type != "cuda" or programs < ENOUGH_PROGRAMS or torch.are_deterministic_algorithms_enabled():
+    if len(configs) == 1 or device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
         return configs[0]
-    if torch.cuda.is_current_stream_capturing():
+    if key in _found:
+        return _found[key]
+    if programs < ENOUGH_PROGRAMS or torch.cuda.is_current_stream_capturing():
         return configs[0]
     times = {config: triton.testing.do_bench(lambda c=config: run(c), warmup=5, rep=20) for config in configs}
     _found[key] = min(times, key=times.__getitem__)
