@@ -1,6 +1,6 @@
 """
 Is every backend of the selective scan right on this device? Outputs, final states and gradients in fp32 and bf16
-against the recurrence in float64 on the CPU.
+against the recurrence in float64 on the CPU. The backend `pair` is our kernels with two scans in one launch.
 
     python benchmarks/correctness.py [--device cuda] [--backends triton chunked] [--json FILE]
 
@@ -11,12 +11,14 @@ runs is wrong; one that cannot run is listed with the reason.
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from linmu_hf.evaluation.benchmark_cli import DTYPES, machine, versions
 from linmu_hf.evaluation.loading import default_device, first_line
+from linmu_hf.ops.backends import missing
 from linmu_hf.ops.ssd import Segments, ssd
 from linmu_hf.ops.ssd_torch import ssd_recurrence
 
@@ -54,14 +56,25 @@ def run(form, inputs, segments, gradients=True) -> dict[str, torch.Tensor]:
     return {name: value.detach().double().cpu() for name, value in results.items()}
 
 
+def both(*args):
+    """The same scan twice in one launch; half of every gradient comes through each."""
+    from linmu_hf.ops.ssd_triton import Scan, ssd_triton_pair
+
+    reason = missing("triton", args[0])
+    if reason:
+        raise ValueError(reason)
+    (y, states), (other, _) = ssd_triton_pair(Scan(*args), Scan(*args))
+    return (y.float() + other.float()) / 2, states
+
+
 def errors(backend: str, truth, inputs, lengths, dtype, device: str) -> dict[str, float]:
     """Largest error of every result, relative to its largest value."""
     placed = {
         name: tensor.detach().to(device, dtype if name in "xBC" else torch.float32).requires_grad_()
         for name, tensor in inputs.items()
     }
-    segments = Segments.build(lengths, device)
-    actual = run(lambda *args: ssd(*args, backend=backend), placed, segments)
+    form = both if backend == "pair" else partial(ssd, backend=backend)
+    actual = run(form, placed, Segments.build(lengths, device))
     scales = {name: max(value.abs().max().item(), 1e-30) for name, value in truth.items()}
     return {name: (actual[name] - truth[name]).abs().max().item() / scales[name] for name in truth}
 

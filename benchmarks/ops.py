@@ -38,7 +38,10 @@ BACKWARD = 3
 
 def scan_inputs(t, shape, dtype, device, gradients):
     h, s, g, p, k, normalized = shape
-    x, B, C = ((torch.rand if normalized else torch.randn)(t, heads, size, dtype=dtype, device=device) for heads, size in ((g, p), (g, k), (h, k)))
+    x, B, C = (
+        (torch.rand if normalized else torch.randn)(t, heads, size, dtype=dtype, device=device)
+        for heads, size in ((g, p), (g, k), (h, k))
+    )
     inputs = [x, torch.rand(t, s, device=device) * 0.1, -torch.rand(s, device=device) - 0.1, B, C * k**-0.5]
     return [tensor.requires_grad_(gradients) for tensor in inputs]
 
@@ -63,7 +66,7 @@ def both_directions(t, shape, dtype, device, gradients):
     second = Scan(inputs[0], *others, segments, index=torch.arange(t, device=device).flip(0))
 
     def run():
-        y, _, reverse = ssd_triton_pair(first, second, shape[-1], final_states=False)
+        (y, _), (reverse, _) = ssd_triton_pair(first, second, shape[-1], final_states=False)
         return y + reverse
 
     return run, [*inputs, *others]
@@ -135,7 +138,10 @@ def measure(t: int, arguments) -> dict[str, dict]:
     shape = SHAPES[arguments.shape]
     makers = {"sdpa": partial(attention, t, shape, *common), "fla": partial(simple_gla, t, shape, *common)}
     makers |= {f"ssd {name}": partial(scan, t, shape, name, *common) for name in arguments.backends}
-    makers |= {BOTH: partial(both_directions, t, shape, *common), "mamba_ssm direct": partial(mamba, t, shape, *common)}
+    makers |= {
+        BOTH: partial(both_directions, t, shape, *common),
+        "mamba_ssm direct": partial(mamba, t, shape, *common),
+    }
     calls, results = {}, {}
     clock = Clock(arguments.device)
     with torch.set_grad_enabled(arguments.backward):
@@ -183,9 +189,10 @@ def main() -> None:
         for name, result in results.items():
             if sdpa and "seconds" in result:
                 result["sdpa_over_this"] = sdpa / result["seconds"]
-            shown = result.get("error") or (
-                f"{1e3 * result['seconds']:9.2f} ms {result.get('sdpa_over_this', 0):11.2f} {result['of_roofline']:11.1%}"
-            )
+            shown = result.get("error")
+            if "seconds" in result:
+                ratios = f"{result.get('sdpa_over_this', 0):11.2f} {result['of_roofline']:11.1%}"
+                shown = f"{1e3 * result['seconds']:9.2f} ms {ratios}"
             print(f"{t:8d} {name:20s} {shown}", flush=True)
         rows.append({"tokens": t, "contestants": results})
     if arguments.json:

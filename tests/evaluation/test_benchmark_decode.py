@@ -72,5 +72,3 @@ def test_speedups_compare_the_faster_way_of_each():
 
     [speedup] = summarise([row("student", 6.0, 8.0), row("teacher", 2.0, None)])["speedups"]
     assert speedup["throughput"] == {"1": 4.0}
-
-

@@ -106,11 +106,12 @@ def test_the_report_holds_what_there_is_and_why_the_rest_is_missing(tmp_path):
 
     (tmp_path / "good.log").write_text("")
     (tmp_path / "good.json").write_text(json.dumps({"rows": [1], "machine": {"gpu": "x"}, "versions": {"torch": "2"}}))
+    (tmp_path / "tests.log").write_text("...\n3 passed\n\n")
     (tmp_path / "broken.log").write_text("Traceback")
     (tmp_path / "broken.failed").write_text("exit status 124: late\n")
     (tmp_path / "skipped.failed").write_text("no time left\n")
     assert merge(tmp_path) == {
-        "steps": {"good": {"rows": [1]}},
+        "steps": {"good": {"rows": [1]}, "tests": {"says": "3 passed"}},
         "failed": {"broken": "exit status 124: late", "skipped": "no time left"},
         "machine": {"gpu": "x"},
         "versions": {"torch": "2"},
@@ -128,7 +129,9 @@ def test_a_report_without_time_names_every_step(tmp_path):
     [file] = tmp_path.iterdir()
     assert file.name.endswith("-dry-run.json")
     failed = json.loads(file.read_text())["failed"]
-    assert {"correctness", "ops-forward", "ops-backward", "decoder", "ablation", "long"} < set(failed)
+    assert {"correctness", "tests", "graphs", "ops-forward", "ops-backward", "decoder", "ablation", "long"} < set(
+        failed
+    )
     assert set(failed.values()) == {"no time left"}
 
 

@@ -131,8 +131,9 @@ def pair(lengths, starts, normalized, shared):
 
 
 def outputs_and_gradients(form, scans):
-    """y, first final states and y, and the gradients of all that needs one, tensors of both scans once."""
-    outputs = form(*scans)
+    """y and final states of the first scan, y of the second, and the gradient of every tensor that needs one."""
+    (y, finals), (other, _) = form(*scans)
+    outputs = y, finals, other
     generator = torch.Generator().manual_seed(1)
     loss = sum((t * torch.randn(t.shape, generator=generator).to(t)).sum() for t in outputs)
     leaves = {id(t): t for scan in scans for t in scan if isinstance(t, torch.Tensor) and t.requires_grad}
@@ -141,7 +142,12 @@ def outputs_and_gradients(form, scans):
 
 @pytest.mark.parametrize(
     "starts, normalized, shared",
-    [((False, False), True, True), ((True, False), True, True), ((False, True), False, False), ((True, True), True, False)],
+    [
+        ((False, False), True, True),
+        ((True, False), True, True),
+        ((False, True), False, False),
+        ((True, True), True, False),
+    ],
     ids=["one x", "one x, first from states", "second from states, plain", "both from states"],
 )
 def test_pair(starts, normalized, shared):
@@ -151,11 +157,7 @@ def test_pair(starts, normalized, shared):
     doubles = [scan._make(t if t is scan.index else exact.get(id(t), t) for t in scan) for scan in scans]
 
     def apart(*scans):
-        results = []
-        for scan in scans:
-            options = {"initial_states": scan.initial_states, "index": scan.index, "normalized": normalized}
-            results += ssd(*scan[:6], backend="recurrence", **options)
-        return results[:3]
+        return [ssd(**scan._asdict(), normalized=normalized, backend="recurrence") for scan in scans]
 
     actual = outputs_and_gradients(lambda *scans: ssd_triton_pair(*scans, normalized=normalized), scans)
     expected = outputs_and_gradients(apart, doubles)
@@ -183,8 +185,8 @@ def test_pair_is_one_launch_of_each_kernel(monkeypatch):
         kernel[grid](*args, **options)
 
     monkeypatch.setattr(module, "launch", counting)
-    y, finals, reverse = ssd_triton_pair(*scans, normalized=True, final_states=False)
-    assert finals is None
+    (y, finals), (reverse, others) = ssd_triton_pair(*scans, normalized=True, final_states=False)
+    assert finals is None and others is None
     (y.sum() + reverse.sum()).backward()
     passing = ["pass_states_kernel"]
     gradients = [f"{name}_grad_kernel" for name in ("c", "b", "x", "dt")]

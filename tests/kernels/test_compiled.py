@@ -53,7 +53,7 @@ def launches(monkeypatch, dtype, h, s, g, p, k, normalized, indexed=False, paire
         return Scan(x, dt, A, B, C, segments, index=index)
 
     if paired:
-        y, finals, reverse = ssd_triton.ssd_triton_pair(scan(), scan(), normalized)
+        (y, finals), (reverse, _) = ssd_triton.ssd_triton_pair(scan(), scan(), normalized)
         (y.sum() + finals.sum() + reverse.sum()).backward()
     else:
         x, dt, A, B, C, *_ = scan()

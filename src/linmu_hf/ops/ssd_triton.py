@@ -161,8 +161,7 @@ class _Launches:
 
         configs = tuning.configurations(kernel, self.p, self.k, self.dtype)
         key = (kernel.fn.__name__, self.dtype, self.r, self.q, self.p, self.k, *self.options.values())
-        chunks, heads, *_ = shape(configs[0])
-        run(tuning.choose(configs, key, chunks * heads, self.device, run))
+        run(tuning.choose(configs, key, shape(configs[0])[0], self.device, run))
 
     def window_buffers(self, like):
         chunks = max(stop - start for start, stop, _, _ in self.table.windows)
@@ -230,7 +229,9 @@ def _outputs(x, dt, B, C, index, plan: Plan) -> list[torch.Tensor]:
     p, h, s, k = x[0].shape[2], C[0].shape[1], dt[0].shape[1], B[0].shape[2]
     state = (s, p + plan.normalized, k)
     entries = _cut(plan, _window(s * (p + plan.normalized) * k))[3]
-    y = [(one.new_zeros if len(index) else one.new_empty)(len(one), h, p) for one in x]  # rows that an index leaves out
+    y = [
+        (one.new_zeros if len(index) else one.new_empty)(len(one), h, p) for one in x
+    ]  # rows that an index leaves out
     states = [x[0].new_empty(count, *state, dtype=torch.float32) for count in (plan.states_after(), entries)]
     return [*y, *states, *(one.new_empty(len(one) if plan.normalized else 0, h, dtype=torch.float32) for one in x)]
 
@@ -376,8 +377,8 @@ def ssd_triton_pair(first: Scan, second: Scan, normalized: bool = False, final_s
     differ in tokens, segments and index, and share tensors.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]`: y and final states of the first scan (`None` with
-        `final_states=False`), and y of the second, whose final states nobody needs.
+        `tuple[tuple[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, None]]`: y and final states of each scan:
+        `None` with `final_states=False`, and always of the second, whose final states nobody needs.
 
     Raises:
         `ValueError`: As in [`ssd_triton`], and head sizes or data types that differ.
@@ -391,7 +392,7 @@ def ssd_triton_pair(first: Scan, second: Scan, normalized: bool = False, final_s
             for scan in (first, second)
         )
     y, finals = _scan([first, second], (final_states, False), normalized)
-    return y[0], finals if final_states else None, y[1]
+    return (y[0], finals if final_states else None), (y[1], None)
 
 
 def _scan(scans: list[Scan], ends: tuple[bool, ...], normalized: bool):

@@ -16,9 +16,9 @@ import triton.language as tl
 
 from .ssd_triton_forward import (
     decays_between,
+    is_second,
     load_rows,
     load_state,
-    is_second,
     load_vector,
     of,
     steps_of,

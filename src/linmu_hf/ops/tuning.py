@@ -12,8 +12,8 @@ import torch
 import triton
 
 
-# Programs of a launch below which its time says little.
-ENOUGH_PROGRAMS = 1024
+# Chunks of a launch below which its time says little.
+ENOUGH_CHUNKS = 32
 
 
 class Config(NamedTuple):
@@ -52,14 +52,14 @@ def tile(size: int, limit: int) -> int:
     return max(16, min(limit, triton.next_power_of_2(size)))
 
 
-def choose(configs: list[Config], key: tuple, programs: int, device: torch.device, run) -> Config:
+def choose(configs: list[Config], key: tuple, chunks: int, device: torch.device, run) -> Config:
     """
     One of `configs`.
 
     Args:
         configs (`list[Config]`): The default first.
         key (`tuple`): What the choice depends on.
-        programs (`int`): Of the launch.
+        chunks (`int`): Of the launch.
         device (`torch.device`): Where it runs.
         run (`Callable`): Launches the kernel with a configuration; has to bear repetition.
     """
@@ -68,7 +68,7 @@ def choose(configs: list[Config], key: tuple, programs: int, device: torch.devic
         return configs[0]
     if key in _found:
         return _found[key]
-    if programs < ENOUGH_PROGRAMS or torch.cuda.is_current_stream_capturing():
+    if chunks < ENOUGH_CHUNKS or torch.cuda.is_current_stream_capturing():
         return configs[0]
     times = {config: triton.testing.do_bench(lambda c=config: run(c), warmup=5, rep=20) for config in configs}
     _found[key] = min(times, key=times.__getitem__)
