@@ -1,8 +1,8 @@
 """
 Is every backend of the selective scan right on this device? Outputs, final states and gradients in fp32 and bf16
-against the recurrence in float64 on the CPU. The backend `pair` is our kernels with two scans in one launch.
+against the recurrence in float64. The backend `pair` is our kernels with two scans in one launch.
 
-    python benchmarks/correctness.py [--device cuda] [--backends triton chunked] [--json FILE]
+    python benchmarks/correctness.py [--device cuda] [--backends triton chunked] [--shapes 7b] [--json FILE]
 
 Inputs in bf16 are rounded first, so that what is left is the error of the computation. Exits with 1 if a backend that
 runs is wrong; one that cannot run is listed with the reason.
@@ -24,7 +24,7 @@ from linmu_hf.ops.ssd_torch import ssd_recurrence
 
 
 # query heads, state heads, key/value heads, p, k
-SHAPES = {"heads of 64": (4, 4, 2, 64, 64), "7b heads": (7, 7, 1, 128, 256)}
+SHAPES = {"small": (4, 4, 2, 64, 64), "7b": (7, 7, 1, 128, 256)}
 LENGTHS = {"one": (130,), "packed": (1, 63, 64, 65), "long": (700,)}
 DECAYS = {"slow": 0.01, "usual": 1.0, "strong": 100.0}
 # error relative to the largest value; TF32 products and bf16 outputs have about three digits
@@ -83,16 +83,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--backends", nargs="+", default=["auto"], metavar="NAME")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES, help="of the heads")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     worst: dict[str, dict[str, dict]] = {}
     for dtype_name, limit in LIMITS.items():
         dtype = DTYPES[dtype_name]
-        for shape in SHAPES.values():
+        for shape in map(SHAPES.__getitem__, arguments.shapes):
             for lengths in LENGTHS.values():
                 for decay in DECAYS.values():
-                    inputs = {key: t.requires_grad_() for key, t in make(shape, lengths, decay, dtype).items()}
-                    truth = run(ssd_recurrence, inputs, Segments.build(lengths))
+                    made = make(shape, lengths, decay, dtype)
+                    inputs = {key: t.to(arguments.device).requires_grad_() for key, t in made.items()}
+                    truth = run(ssd_recurrence, inputs, Segments.build(lengths, arguments.device))
                     for backend in arguments.backends:
                         entry = worst.setdefault(backend, {}).setdefault(dtype_name, {"limit": limit, "errors": {}})
                         try:

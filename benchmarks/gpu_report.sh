@@ -66,7 +66,7 @@ ops() { # ops LABEL SECONDS ARGUMENTS...
 # what matters most comes first, in case the time runs out
 backends="auto triton mamba_ssm chunked"
 step correctness 240 "$PYTHON" benchmarks/correctness.py --device $device --backends $backends pair streaming \
-    --json "$parts/correctness.json"
+    ${dry:+--shapes small} --json "$parts/correctness.json"
 if [ -n "$dry" ]; then
     step tests 120 "$PYTHON" -m pytest -q --collect-only -m gpu tests/kernels
     ops ops-forward 60 --lengths 64 128 --backends $backends --dtype float32 --repeats 1

@@ -260,15 +260,15 @@ def ssd_backward(
     table, scans = scan.table, len(x)
     grads = _gradients(x, dt, A, B, C, index, plan)
     dx, ddt, dA, dB, dC = (tuple(grads[i : i + scans]) for i in range(0, 5 * scans, scans))
-    dy = tuple(one.contiguous() for one in dy)
+    dys = tuple(one.contiguous() for one in dy)
     dfinals = None if dfinals is None else dfinals.contiguous()
     dentries = torch.empty_like(entries)
     chunk_dA = entries.new_empty(len(table.chunks), scan.s)
-    sums, slopes = tuple(sums), tuple(torch.empty_like(one) for one in sums)
+    scales, slopes = tuple(sums), tuple(torch.empty_like(one) for one in sums)
     (states, decays), (dstates, _) = scan.window_buffers(x[0]), scan.window_buffers(x[0])
     sizes = (scan.h, scan.s, scan.r, scan.q, scan.p, scan.k, SMALLEST)
     with torch.cuda.device(scan.device if scan.device.type == "cuda" else -1):
-        for n, slope, one, done in zip(sums, slopes, dy, y) if normalized else ():
+        for n, slope, one, done in zip(scales, slopes, dys, y) if normalized else ():
             launch(
                 slopes_kernel, (triton.cdiv(n.numel(), 16),), done, one, n, slope, n.numel(), scan.p, SMALLEST,
                 ROWS=16, BP=tuning.tile(scan.p, 128), num_warps=4,
@@ -280,25 +280,25 @@ def ssd_backward(
             scan.pass_states(window, states, decays, entries, None, keep=False)
             scan(
                 chunk_state_grads_kernel, lambda tiles_p, tiles_k, n=n: (n, scan.s, tiles_p * tiles_k),
-                dy, scan.dt, scan.A, scan.C, chunks, scan.index, sums, slopes, dstates,
+                dys, scan.dt, scan.A, scan.C, chunks, scan.index, scales, slopes, dstates,
                 scan.h, scan.s, scan.q, scan.p, scan.k, SMALLEST,
             )  # fmt: skip
             scan.pass_states(window, dstates, decays, dentries, dfinals, reverse=True)
             scan(
                 c_grad_kernel, lambda _, tiles_k, n=n: (n, scan.h, tiles_k),
-                scan.x, dy, scan.dt, scan.A, scan.B, chunks, scan.index, states, sums, slopes, dC, *sizes,
+                scan.x, dys, scan.dt, scan.A, scan.B, chunks, scan.index, states, scales, slopes, dC, *sizes,
             )  # fmt: skip
             scan(
                 b_grad_kernel, lambda _, tiles_k, n=n: (n, scan.g, tiles_k),
-                scan.x, dy, scan.dt, scan.A, scan.C, chunks, scan.index, dstates, sums, slopes, dB, *sizes,
+                scan.x, dys, scan.dt, scan.A, scan.C, chunks, scan.index, dstates, scales, slopes, dB, *sizes,
             )  # fmt: skip
             scan(
                 x_grad_kernel, lambda tiles_p, _, n=n: (n, scan.g, tiles_p),
-                dy, scan.dt, scan.A, scan.B, scan.C, chunks, scan.index, dstates, sums, slopes, dx, *sizes,
+                dys, scan.dt, scan.A, scan.B, scan.C, chunks, scan.index, dstates, scales, slopes, dx, *sizes,
             )  # fmt: skip
             scan(
                 dt_grad_kernel, lambda _, __, n=n: (n, scan.s),
-                scan.x, dy, scan.dt, scan.A, scan.B, scan.C, chunks, scan.index, states, dstates, sums, slopes,
+                scan.x, dys, scan.dt, scan.A, scan.B, scan.C, chunks, scan.index, states, dstates, scales, slopes,
                 ddt, chunk_dA[start:stop], *sizes,
             )  # fmt: skip
     for gradient, part in zip(dA, (chunk_dA[: table.second], chunk_dA[table.second :])):
