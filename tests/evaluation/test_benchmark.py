@@ -178,6 +178,7 @@ def test_without_flex_ma_nothing_is_scanned_or_cached(decoder, monkeypatch):
 
     with without_flex_ma():
         monkeypatch.setattr(flex_ma, "ssd", fail)
+        monkeypatch.setattr(flex_ma, "ssd_pair", fail)
         monkeypatch.setattr(flex_ma, "ssd_step", fail)
         _, cache = decoder.prefill(embeddings(decoder, 80), prompt_layout(80, 0.8, (8, 8)))
         decoder.step(torch.zeros(1, 1, dtype=torch.long), cache)

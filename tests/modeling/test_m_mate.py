@@ -11,7 +11,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttenti
 from linmu_hf.modeling import flex_ma
 from linmu_hf.modeling.token_layout import TokenLayout
 from linmu_hf.ops.causal_conv import causal_conv
-from linmu_hf.ops.ssd import Segments, ssd
+from linmu_hf.ops.ssd import Segments, ssd, ssd_pair
 
 
 PARTS = (3, ("image", 3, 5), 2, ("video", 3, 3, 2), 2)
@@ -192,6 +192,7 @@ def test_model_with_fast_scans_is_the_model_with_the_recurrence(backend, options
     results = []
     for name in (backend, "recurrence"):
         monkeypatch.setattr(flex_ma, "ssd", partial(ssd, backend=name))
+        monkeypatch.setattr(flex_ma, "ssd_pair", partial(ssd_pair, backend=name))
         logits = model(**inputs).logits[inputs["attention_mask"].bool()]
         weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).double()
         parameters = model.model.language_model.layers.parameters()

@@ -185,8 +185,7 @@ def without_flex_ma():
     def swin_only(self, hidden_states, rope, layout, cache_layer=None):
         y = torch.zeros_like(hidden_states)
         if not isinstance(layout, TextStep) and layout.vision is not None:
-            rope = tuple(t.flatten(0, 1).index_select(0, layout.vision) for t in rope)
-            swin = self.local_swin(hidden_states.flatten(0, 1).index_select(0, layout.vision), rope, layout)
+            swin = self.local_swin(hidden_states.flatten(0, 1), tuple(t.flatten(0, 1) for t in rope), layout)
             y.view(-1, y.shape[-1]).index_copy_(0, layout.vision, self.local_swin.o_proj(swin))
         return self.output_norm(y)
 
@@ -196,4 +195,5 @@ def without_flex_ma():
 
 def with_backend(name: str):
     """The scan by the named backend, as [`~linmu_hf.ops.ssd.ssd`] takes it."""
-    return patch.object(flex_ma, "ssd", partial(flex_ma.ssd, backend=name))
+    scans = {function: partial(getattr(flex_ma, function), backend=name) for function in ("ssd", "ssd_pair")}
+    return patch.multiple(flex_ma, **scans)

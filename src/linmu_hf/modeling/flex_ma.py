@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from torch.nn.functional import softplus
 from transformers import initialization as init
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import rotate_half
 
 from ..ops.backends import kernels_serve
 from ..ops.causal_conv import causal_conv
-from ..ops.ssd import ssd, ssd_step
+from ..ops.ssd import Scan, ssd, ssd_pair, ssd_step
+from .projection import joint_linear, rotate
 
 
 def softmax_features(x: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
@@ -32,8 +32,9 @@ def softmax_features(x: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `[n, h, k]`.
     """
-    z = (x.transpose(0, 1) @ directions).transpose(0, 1)
-    return torch.cat([z.softmax(-1), (-z).softmax(-1)], dim=-1)
+    z = x.transpose(0, 1) @ directions
+    # every pass over z is a pass over memory: heads stay in front until the end, and -z takes the place of z
+    return torch.cat([z.softmax(-1), z.neg_().softmax(-1)], dim=-1).transpose(0, 1)
 
 
 def feature_directions(p: int, k: int) -> torch.Tensor:
@@ -139,26 +140,30 @@ class ScanDirection(nn.Module):
         half_life = shortest * (longest / shortest) ** position
         return torch.ones_like(position), math.log(2) / half_life
 
-    def prepare(self, u, xbc, rope):
-        """Splits the convolved [n, (2 g + h) p] into scan arguments: x, dt, A, B, C as in `ops/ssd.py`."""
+    def prepare(self, u, x, bc, rope):
+        """Scan arguments x, dt, A, B, C as in `ops/ssd.py`, from the convolved x [n, g p] and B, C [n, (g + h) p]."""
         config = self.config
-        sizes = [self.groups * self.head_dim] * 2 + [self.heads * self.head_dim]
-        x, B, C = (t.unflatten(-1, (-1, self.head_dim)) for t in xbc.split(sizes, dim=-1))
+        x, bc = (t.unflatten(-1, (-1, self.head_dim)) for t in (x, bc))
         if config.scan_rope:
-            cos, sin = (t[:, None] for t in rope)
-            B, C = (t * cos + rotate_half(t) * sin for t in (B, C))
+            bc = rotate(bc, rope)
         dtype = torch.promote_types(u.dtype, torch.float32)
         if self.normalized:
-            B, C = softmax_features(B, self.b_features), softmax_features(C, self.c_features)
-        else:
+            bc = softmax_features(bc, torch.cat([self.b_features, self.c_features]).to(bc.dtype))
+        B, C = bc.split([self.groups, self.heads], dim=1)
+        if not self.normalized:
             C = C / math.sqrt(self.head_dim)
         dt = softplus(self.dt_proj(u).to(dtype) + self.dt_bias.to(dtype))
         return x, dt, -self.A_log.to(dtype).exp(), B, C
 
-    def finish(self, y, x):
-        """Adds the skip to y [n, h, p]."""
-        skip = self.D.to(y.dtype).view(self.groups, -1, 1) * x[:, :, None]
-        return y + skip.flatten(1, 2)
+    def skip(self):
+        """D, for use outside this module's call."""
+        return self.D.clone()
+
+
+def finish(y, x, skip):
+    """Adds the skip [h] times x [n, g, p] to y [n, h, p]."""
+    g, p = x.shape[1:]
+    return torch.addcmul(y.unflatten(1, (g, -1)), skip.to(y.dtype).view(g, -1, 1), x[:, :, None]).flatten(1, 2)
 
 
 class FlexMA(nn.Module):
@@ -168,8 +173,8 @@ class FlexMA(nn.Module):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
         h, g, p, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
-        self.heads, self.head_dim = h, p
-        self.x_proj = nn.Linear(d, g * p)
+        self.heads, self.head_dim, self.x_width = h, p, g * p
+        self.x_proj = nn.Linear(d, self.x_width)
         self.forward_scan = ScanDirection(config)
         self.reverse_scan = ScanDirection(config)
         self.gate_proj = ZeroLinear(d, h if config.gate == "head" else h * p)
@@ -186,16 +191,29 @@ class FlexMA(nn.Module):
         Returns:
             `torch.Tensor` of shape `[n, h * p]`: the branch before its output projection, in scan order.
         """
-        x = self.x_proj(u)
-        y = self.forward_scan(self._scan_forward, u, x, rope, layout, cache_layer)
+        scan, skip, x, tail = self.forward_scan(self._forward_arguments, u, rope, layout, cache_layer)
+        normalized = self.forward_scan.normalized
+        if layout.reverse is None:
+            y, states = ssd(**scan._asdict(), normalized=normalized)
+        else:
+            reverse, reverse_skip = self.reverse_scan(self._reverse_arguments, u, x, rope, layout)
+            (y, states), (y_reverse, _) = ssd_pair(scan, reverse, normalized=normalized)
+        if cache_layer is not None:
+            cache_layer.store(tail, states, layout.batch, layout.rows)
+        y = finish(y, scan.x, skip).to(u.dtype)
         if layout.reverse is not None:
-            vision = layout.scan_vision
-            y_reverse = self.reverse_scan(self._scan_reverse, u, x, rope, layout)
-            gate = torch.sigmoid(self.gate_proj(u.index_select(0, vision))).view(len(vision), self.heads, -1)
+            y_reverse = finish(y_reverse, reverse.x, reverse_skip).to(u.dtype).index_select(0, layout.reverse_slots)
             # Eq. 3; text rows have the forward direction alone
-            mixed = gate * y.index_select(0, vision) + (1 - gate) * y_reverse
-            y = y.index_copy(0, vision, mixed.to(y.dtype))
+            vision = layout.scan_vision
+            gate = torch.sigmoid(self._gate(u, vision)).to(u.dtype).unflatten(-1, (self.heads, -1))
+            y.index_copy_(0, vision, torch.lerp(y_reverse, y.index_select(0, vision), gate))
         return y.flatten(1)
+
+    def _gate(self, u, vision):
+        """g before its sigmoid at the vision tokens; where it is narrow, picking those afterwards copies less."""
+        if self.config.gate == "head":
+            return self.gate_proj(u).index_select(0, vision)
+        return self.gate_proj(u.index_select(0, vision))
 
     def step(self, u, rope, mask, cache_layer):
         """
@@ -226,12 +244,12 @@ class FlexMA(nn.Module):
             window = torch.cat([before.to(xbc.dtype), xbc[:, None]], dim=1)
             xbc, tail = (window * scan.conv_weight.to(xbc.dtype)).sum(1), window[:, 1:]
             tail = tail if real is None else torch.where(real, tail, before)
-        args = scan.prepare(u, xbc, rope)
+        args = scan.prepare(u, *self._split(xbc), rope)
         y, new_states = ssd_step(*args, states, normalized=scan.normalized)
         if real is not None:
             new_states = torch.where(real[..., None], new_states, states)
         cache_layer.store(tail, new_states, b)
-        return scan.finish(y, args[0]).to(u.dtype).flatten(1)
+        return finish(y, args[0], scan.D).to(u.dtype).flatten(1)
 
     def _step_in_one_kernel(self, u, rope, mask, cache_layer, tail, states):
         from ..ops.decode_triton import decode_triton
@@ -250,31 +268,35 @@ class FlexMA(nn.Module):
         cache_layer.store(tail, states, len(u))
         return y.to(u.dtype).flatten(1)
 
-    def _scan_forward(self, u, x, rope, layout, cache_layer):
+    def _split(self, xbc):
+        """x and what lies behind it."""
+        return xbc.tensor_split([self.x_width], dim=-1)
+
+    def _forward_arguments(self, u, rope, layout, cache_layer):
+        """Scan arguments and skip of the forward direction, x before its convolution, and the convolution's tail."""
         scan, segments = self.forward_scan, layout.segments
         tail, states = (None, None) if cache_layer is None else cache_layer.load(layout.rows)
-        xbc = torch.cat([x, scan.b_proj(u), scan.c_proj(u)], dim=-1)
+        projected = xbc = joint_linear(u, self.x_proj, scan.b_proj, scan.c_proj)
         if self.config.conv_kernel > 1:
-            xbc, tail = causal_conv(xbc, scan.conv_weight, segments, tail)
-        args = scan.prepare(u, xbc, rope)
-        y, states = ssd(*args, segments, initial_states=states, normalized=scan.normalized)
-        if cache_layer is not None:
-            cache_layer.store(tail, states, layout.batch, layout.rows)
-        return scan.finish(y, args[0]).to(u.dtype)
+            xbc, tail = causal_conv(projected, scan.conv_weight, segments, tail)
+        arguments = Scan(*scan.prepare(u, *self._split(xbc), rope), segments, states)
+        return arguments, scan.skip(), self._split(projected)[0], tail
 
-    def _scan_reverse(self, u, x, rope, layout):
-        """Eq. 2 in reversed token order: the mask M_V leaves vision tokens only; [v, h, p] at the vision tokens."""
+    def _reverse_arguments(self, u, x, rope, layout):
+        """Scan arguments and skip of Eq. 2, in reversed token order: the mask M_V leaves vision tokens only."""
         scan, reverse, segments = self.reverse_scan, layout.reverse, layout.reverse_segments
         u, x = u.index_select(0, reverse), x.index_select(0, reverse)
         mask = None
         if self.config.reverse_scope == "sequence":
             mask = torch.zeros(len(reverse), 1, dtype=x.dtype, device=x.device).index_fill(0, layout.reverse_slots, 1)
             x = x * mask  # before the convolution, which would carry text over to its neighbours
-        xbc = torch.cat([x, scan.b_proj(u), scan.c_proj(u)], dim=-1)
+        bc = joint_linear(u, scan.b_proj, scan.c_proj)
         if self.config.conv_kernel > 1:
-            xbc, _ = causal_conv(xbc, scan.conv_weight, segments)
-        x, dt, A, B, C = scan.prepare(u, xbc, tuple(t.index_select(0, reverse) for t in rope))
+            # x comes from elsewhere than B and C: two convolutions spare a copy of all three
+            x, bc = (
+                causal_conv(t, weight, segments)[0] for t, weight in zip((x, bc), self._split(scan.conv_weight))
+            )
+        x, dt, A, B, C = scan.prepare(u, x, bc, tuple(t.index_select(0, reverse) for t in rope))
         if mask is not None:
             x, B = x * mask[..., None], B * mask[..., None]  # without B, text does not reach the normaliser either
-        y, _ = ssd(x, dt, A, B, C, segments, normalized=scan.normalized)
-        return scan.finish(y, x).to(u.dtype).index_select(0, layout.reverse_slots)
+        return Scan(x, dt, A, B, C, segments), scan.skip()

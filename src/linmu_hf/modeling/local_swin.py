@@ -1,9 +1,10 @@
 """Local-Swin: attention of the vision tokens inside small 3D windows, shifted in every other layer (Sec. 3.1.2)."""
 
+import torch
 from torch import nn
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import rotate_half
 
 from ..ops.window_attention import window_attention
+from .projection import joint_linear, rotate
 
 
 class LocalSwin(nn.Module):
@@ -14,25 +15,29 @@ class LocalSwin(nn.Module):
     def __init__(self, config, layer_idx: int):
         super().__init__()
         h, g, p, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
-        self.head_dim = p
+        self.heads, self.groups, self.head_dim = h, g, p
         self.shift = config.shifts_windows(layer_idx)
         self.q_proj = nn.Linear(d, h * p)
         self.k_proj = nn.Linear(d, g * p)
         self.v_proj = nn.Linear(d, g * p)
         self.o_proj = nn.Linear(h * p, d, bias=False)
 
-    def forward(self, z, rope, layout):
+    def forward(self, tokens, rope, layout):
         """
         Args:
-            z (`torch.Tensor` of shape `[v, d]`): The vision tokens of the batch.
-            rope (`tuple[torch.Tensor, torch.Tensor]`): cos and sin of the same tokens, each `[v, p]`.
-            layout (`TokenLayout`): Its windows.
+            tokens (`torch.Tensor` of shape `[b * t, d]`): The flattened batch.
+            rope (`tuple[torch.Tensor, torch.Tensor]`): cos and sin of the same tokens, each `[b * t, p]`.
+            layout (`TokenLayout`): Its vision tokens and their windows.
 
         Returns:
-            `torch.Tensor` of shape `[v, h * p]`: the branch before its output projection.
+            `torch.Tensor` of shape `[v, h * p]`: the branch before its output projection, for `layout.vision`.
         """
-        cos, sin = (t[:, None] for t in rope)
-        q, k, v = (proj(z).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = (t * cos + rotate_half(t) * sin for t in (q, k))
         windows = layout.windows[self.shift]
-        return window_attention(q, k, v, windows.groups, windows.slots).flatten(1)
+        # taken window by window, nothing has to be moved for the attention
+        places = layout.vision.index_select(0, torch.cat([group.flatten() for group in windows.groups]))
+        qkv = joint_linear(tokens.index_select(0, places), self.q_proj, self.k_proj, self.v_proj)
+        qk, v = qkv.unflatten(-1, (-1, self.head_dim)).split([self.heads + self.groups, self.groups], dim=1)
+        qk = rotate(qk, tuple(t.index_select(0, places) for t in rope))
+        q, k = qk.split([self.heads, self.groups], dim=1)
+        y = window_attention(q, k, v, [group.shape for group in windows.groups])
+        return y.flatten(1).index_select(0, windows.slots)

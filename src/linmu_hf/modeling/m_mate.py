@@ -53,13 +53,9 @@ class MMate(nn.Module):
         order = layout.orders[self.config.scan_order(self.layer_idx)]
         tokens = hidden_states.flatten(0, 1)
         rope = tuple(t.flatten(0, 1) for t in rope)
-        flex = self.flex_ma(
-            tokens.index_select(0, order), tuple(t.index_select(0, order) for t in rope), layout, cache_layer
-        )
-        if layout.vision is None:
-            return flex, None
-        vision = tokens.index_select(0, layout.vision)
-        return flex, self.local_swin(vision, tuple(t.index_select(0, layout.vision) for t in rope), layout)
+        in_order = tokens.index_select(0, order), tuple(t.index_select(0, order) for t in rope)
+        flex = self.flex_ma(*in_order, layout, cache_layer)
+        return flex, None if layout.vision is None else self.local_swin(tokens, rope, layout)
 
     def forward(self, hidden_states, rope, layout, cache_layer=None):
         """
@@ -73,12 +69,10 @@ class MMate(nn.Module):
         flex, swin = self.branches(hidden_states, rope, layout, cache_layer)
         tokens = hidden_states.flatten(0, 1)
         order = layout.orders[self.config.scan_order(self.layer_idx)]
-        y = torch.zeros_like(tokens).index_copy(0, order, self.flex_ma.o_proj(flex))
+        y = torch.zeros_like(tokens).index_copy_(0, order, self.flex_ma.o_proj(flex).to(tokens.dtype))
         if swin is not None:
-            fusion = 1 - torch.sigmoid(
-                self.fusion_proj(tokens.index_select(0, layout.vision))
-            )  # 1 - lambda_t; lambda = 1 on text
-            y = y.index_add(
-                0, layout.vision, fusion * (self.local_swin.o_proj(swin) - y.index_select(0, layout.vision))
-            )
+            vision = layout.vision
+            fusion = torch.sigmoid(self.fusion_proj(tokens).index_select(0, vision))  # lambda_t, which is 1 on text
+            swin = self.local_swin.o_proj(swin).to(tokens.dtype)
+            y.index_copy_(0, vision, torch.lerp(swin, y.index_select(0, vision), fusion))
         return self.output_norm(y).view_as(hidden_states)

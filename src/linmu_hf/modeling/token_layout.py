@@ -30,7 +30,7 @@ class TextStep(NamedTuple):
 @dataclass(frozen=True)
 class Windows:
     """
-    One partition of the vision tokens into windows; arguments of [`~linmu_hf.ops.window_attention.window_attention`].
+    One partition of the vision tokens into windows.
 
     Windows at an edge are smaller; those of one size go together, so that none needs padding.
 

@@ -69,6 +69,16 @@ def kernels_serve(x: torch.Tensor) -> bool:
     return wanted == "triton" or failed_trial(x.device) is None
 
 
+def multiplies_in_bfloat16(x: torch.Tensor) -> bool:
+    """Whether x is in bfloat16 on a CPU that multiplies such matrices faster than those in float32."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and _cpu_has_bfloat16()
+
+
+@torch.compiler.assume_constant_result
+def _cpu_has_bfloat16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+
+
 @torch.compiler.assume_constant_result
 def say_once(message: str) -> None:
     if message not in _said:

@@ -1,8 +1,9 @@
 """The short convolution in front of a scan (Mamba2), over packed sequences."""
 
 import torch
+from torch.nn.functional import conv2d
 
-from .backends import kernels_serve
+from .backends import kernels_serve, multiplies_in_bfloat16
 
 
 def causal_conv(xbc, weight, segments, tail=None):
@@ -24,6 +25,10 @@ def causal_conv(xbc, weight, segments, tail=None):
         return causal_conv_triton(xbc, weight, segments, tail)
     halo, m = weight.shape[0] - 1, len(segments)
     device = xbc.device
+    if m == 1:
+        before = xbc.new_zeros(halo, xbc.shape[1]) if tail is None else tail[0].to(xbc.dtype)
+        padded = torch.cat([before, xbc])
+        return _Taps.apply(padded, weight.to(xbc.dtype)), padded[len(xbc) :][None]
     lengths = torch.tensor(segments.lengths, device=device)
     first = lengths.cumsum(0) - lengths
     # each sequence is laid out behind its halo
@@ -37,6 +42,12 @@ def causal_conv(xbc, weight, segments, tail=None):
     return y.index_select(0, places - halo), padded[heads + lengths[:, None]]
 
 
+def _has_fast_depthwise(x) -> bool:
+    """Whether oneDNN convolves such an x in one pass; PyTorch's own depthwise convolution is slower than the taps."""
+    single = x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return single or multiplies_in_bfloat16(x)
+
+
 class _Taps(torch.autograd.Function):
     """y_i = sum_tap w_tap x_{i + tap}, [n + w - 1, c] -> [n, c]; spares autograd a tensor of zeros for each tap."""
 
@@ -44,6 +55,9 @@ class _Taps(torch.autograd.Function):
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)
         n = len(x) - len(weight) + 1
+        if _has_fast_depthwise(x):
+            pixels = x.view(1, 1, *x.shape).permute(0, 3, 1, 2)  # an image of one row, channels last
+            return conv2d(pixels, weight.t()[:, None, None], groups=x.shape[1])[0, :, 0].t()
         y = x[:n] * weight[0]
         for tap in range(1, len(weight)):
             y.addcmul_(x[tap : tap + n], weight[tap])

@@ -20,6 +20,7 @@ divided by. States then have a row for it, [m, s, p + 1, k], and y has p channel
 
 import os
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -137,6 +138,34 @@ def ssd(
         else:
             form = BACKENDS[backend]
         return _with_copies(form, x, dt, A, B, C, segments, initial_states, normalized, index)
+
+
+class Scan(NamedTuple):
+    """The arguments of one scan, as [`ssd`] takes them."""
+
+    x: torch.Tensor
+    dt: torch.Tensor
+    A: torch.Tensor
+    B: torch.Tensor
+    C: torch.Tensor
+    segments: Segments
+    initial_states: torch.Tensor | None = None
+    index: torch.Tensor | None = None
+
+
+def ssd_pair(first: Scan, second: Scan, *, normalized: bool = False, backend: str = "auto"):
+    """
+    Two scans of the same heads and sizes, as the two directions of a block are.
+
+    Args:
+        first, second (`Scan`): Their arguments.
+        normalized, backend: As in [`ssd`].
+
+    Returns:
+        `tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]`: y and states of each.
+    """
+    results = (ssd(**scan._asdict(), normalized=normalized, backend=backend) for scan in (first, second))
+    return tuple(results)
 
 
 def choose_backend(x, segments: Segments, backend: str = "auto") -> str:
