@@ -23,7 +23,7 @@ from linmu_hf.evaluation.benchmark import Clock
 from linmu_hf.evaluation.benchmark_cli import DTYPES, machine, versions
 from linmu_hf.evaluation.loading import default_device, first_line
 from linmu_hf.ops.backends import missing
-from linmu_hf.ops.ssd import Segments, ssd
+from linmu_hf.ops.ssd import Scan, Segments, ssd
 
 
 BOTH = "ssd both directions"
@@ -54,7 +54,7 @@ def scan(t, shape, backend, dtype, device, gradients):
 
 def both_directions(t, shape, dtype, device, gradients):
     """A scan of all tokens, and one backwards with decays, B and C of its own over the same x."""
-    from linmu_hf.ops.ssd_triton import Scan, ssd_triton_pair
+    from linmu_hf.ops.ssd_triton import ssd_triton_pair
 
     reason = missing("triton", torch.empty(0, dtype=dtype, device=device))
     if reason:

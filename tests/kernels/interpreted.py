@@ -18,8 +18,8 @@ from linmu_hf.modeling.flex_ma import FlexMA
 from linmu_hf.ops import ssd_triton as module
 from linmu_hf.ops.causal_conv import causal_conv
 from linmu_hf.ops.conv_triton import causal_conv_triton, conv_forward
-from linmu_hf.ops.ssd import Segments, ssd, ssd_step
-from linmu_hf.ops.ssd_triton import Plan, Scan, chunk_table, ssd_triton, ssd_triton_pair
+from linmu_hf.ops.ssd import Scan, Segments, ssd, ssd_pair, ssd_step
+from linmu_hf.ops.ssd_triton import Plan, chunk_table, ssd_triton, ssd_triton_pair
 from linmu_hf.ops.ssd_triton_step import ssd_step_triton, step_forward
 
 
@@ -411,10 +411,15 @@ def test_shapes_that_do_not_fit(changes, message):
 def test_backends(monkeypatch):
     inputs, segments = make((5,), dtype=torch.float32), Segments.build((5,))
     called = []
-    monkeypatch.setattr(module, "ssd_triton", lambda *args, **kwargs: called.append(kwargs))
+    for name in ("ssd_triton", "ssd_triton_pair"):
+        monkeypatch.setattr(module, name, lambda *args, name=name, **kwargs: called.append(name))
+    scans = [Scan(**inputs, segments=segments)] * 2
     ssd(**inputs, segments=segments)
+    ssd_pair(*scans)
     assert not called
     ssd(**inputs, segments=segments, backend="triton")
+    ssd_pair(*scans, backend="triton")
     monkeypatch.setenv("LINMU_SSD_BACKEND", "triton")
     ssd(**inputs, segments=segments)
-    assert len(called) == 2
+    ssd_pair(*scans)
+    assert called == ["ssd_triton", "ssd_triton_pair"] * 2

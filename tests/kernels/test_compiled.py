@@ -13,8 +13,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from sm90 import SHARED_LIMIT, compile_launch
 
 from linmu_hf.ops import conv_triton, decode_triton, ssd_triton, ssd_triton_step, tuning
-from linmu_hf.ops.ssd import Segments
-from linmu_hf.ops.ssd_triton import Scan
+from linmu_hf.ops.ssd import Scan, Segments
 
 
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -8,12 +8,13 @@ of a window again from there. Only x, B, C, dt, y, the entering states and the n
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 
-from . import tuning
+from . import tuning_triton as tuning
+from .ssd import Scan
 from .ssd_triton_backward import (
     b_grad_kernel,
     c_grad_kernel,
@@ -346,17 +347,6 @@ def _backward(ctx, grads):
 
 
 ssd_forward.register_autograd(_backward, setup_context=_save)
-
-
-class Scan(NamedTuple):
-    x: torch.Tensor
-    dt: torch.Tensor
-    A: torch.Tensor
-    B: torch.Tensor
-    C: torch.Tensor
-    segments: Any
-    initial_states: torch.Tensor | None = None
-    index: torch.Tensor | None = None
 
 
 def ssd_triton(x, dt, A, B, C, segments, initial_states=None, *, normalized=False, index=None):
