@@ -4,7 +4,7 @@ The ratios that `make bench-cpu` prints: the scan against attention, and whole d
     python benchmarks/cpu.py [--json FILE]
 
 Times are seconds that the processor spent on the process, the best of several in turns; only the longest prompts are
-measured once.
+measured once. docs/speed.md says what the figures mean.
 """
 
 import argparse
@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 from ssd_vs_sdpa import HEADS, attention_of, best_seconds, scan_of
+from torch import nn
+from torch.nn.functional import linear
 
 from linmu_hf.evaluation.benchmark import Variant, growth_exponent, measure, summarise
 from linmu_hf.evaluation.benchmark_cli import machine, versions
@@ -26,20 +28,77 @@ GOALS = {
     "scan against attention, 4096 tokens": (8.0, True),
     "scan against attention, 16384 tokens": (20.0, True),
     "TTFT, teacher over student, 16384 tokens": (5.0, True),
+    "TTFT, teacher over student, 16384 tokens, bfloat16": (5.0, True),
     "growth exponent of the student's TTFT, 4096 to 65536 tokens": (1.05, False),
     "decode step of the student, 16384 over 1024 tokens": (1.05, False),
 }
 
 
-def decoders() -> dict[str, Variant]:
+def decoders(dtype=torch.float32) -> dict[str, Variant]:
     config = text_config("tiny-wide")
     attends = type(config).from_dict(config.to_dict() | {"layer_types": ["full_attention"] * config.num_hidden_layers})
-    student = BenchmarkDecoder(config)
-    return {"student": Variant(student), "teacher": Variant(BenchmarkDecoder(attends, shared=student))}
+    student = BenchmarkDecoder(config, dtype)
+    return {"student": Variant(student), "teacher": Variant(BenchmarkDecoder(attends, dtype, shared=student))}
 
 
 def layout_of(tokens: int):
     return prompt_layout(tokens, 0.95, (16, 16))
+
+
+def linear_seconds(student: BenchmarkDecoder, tokens: int) -> tuple[float, float]:
+    """
+    What the linear maps of the student's layers take for a prompt, and the FLOP/s of the matrix products that says so:
+    those of an MLP, measured now. Vision tokens alone pass through the reverse direction and the windows.
+    """
+    gate, down = student.text.layers[0].mlp.gate_proj.weight, student.text.layers[0].mlp.down_proj.weight
+    x, y = (torch.randn(tokens, weight.shape[1], dtype=weight.dtype) for weight in (gate, down))
+    seconds = sum(best_seconds([lambda: linear(x, gate), lambda: linear(y, down)], 1.0))
+    speed = 2 * tokens * (gate.numel() + down.numel()) / seconds
+    vision, flops = int((layout_of(tokens)[..., 0] >= 0).sum()), 0
+    for name, module in student.text.layers.named_modules():
+        if isinstance(module, nn.Linear):
+            of_vision = "reverse_scan" in name or "local_swin" in name
+            flops += 2 * module.weight.numel() * (vision if of_vision else tokens)
+    return flops / speed, speed
+
+
+def passes_at(goal: float, rows: list[dict]) -> float | None:
+    """
+    The length at which teacher / student reaches `goal`, where the teacher takes a n + b n^2 seconds (fitted to its two
+    longest prompts) and the student c n; `None` if none does.
+    """
+    teacher = [(row["tokens"], row["ttft_s"] / row["tokens"]) for row in rows if row["model"] == "teacher"]
+    (n, short), (m, long) = teacher[-2:]
+    student = next(row["ttft_s"] / m for row in rows if row["model"] == "student" and row["tokens"] == m)
+    slope = (long - short) / (m - n)
+    return (goal * student - long) / slope + m if slope > 0 else None
+
+
+def ttft(name: str, rows: list[dict], student: BenchmarkDecoder, tokens: int = 16384) -> dict:
+    """The ratio at `tokens`, the most that it could be, and where it passes the goal."""
+    seconds = {row["model"]: row["ttft_s"] for row in rows if row["tokens"] == tokens}
+    least, speed = linear_seconds(student, tokens)
+    return {
+        "ratio": seconds["teacher"] / seconds["student"],
+        "us_per_token_and_layer": {k: 1e6 * v / tokens / len(student.text.layers) for k, v in seconds.items()},
+        "ceiling_of_linear_maps": seconds["teacher"] / least,
+        "share_of_linear_maps": least / seconds["student"],
+        "gflops": speed / 1e9,
+        "passes_goal_at_tokens": passes_at(GOALS[name][0], rows),
+    }
+
+
+def explain(result: dict) -> str:
+    """What is behind a ratio, in three lines."""
+    per_token, passes = result["us_per_token_and_layer"], result["passes_goal_at_tokens"]
+    return "\n    ".join(
+        (
+            f"    us per token and layer: student {per_token['student']:.1f}, teacher {per_token['teacher']:.1f}",
+            f"with its linear maps alone, at {result['gflops']:.0f} GFLOP/s, the ratio would be "
+            f"{result['ceiling_of_linear_maps']:.2f}; they take {100 * result['share_of_linear_maps']:.0f}%",
+            "never passes the goal" if passes is None else f"passes the goal at about {round(passes, -3):.0f} tokens",
+        )
+    )
 
 
 def main() -> None:
@@ -58,11 +117,18 @@ def main() -> None:
     rows = measure(variants, [1024, 4096], layout_of=layout_of, repeats=3)
     rows += measure(variants, [16384], layout_of=layout_of, repeats=1)
     rows += measure({"student": variants["student"]}, [65536], layout_of=layout_of, repeats=1)
+    half = decoders(torch.bfloat16)
+    half_rows = measure(half, [4096, 16384], layout_of=layout_of, repeats=1, batches=())
+    names = [name for name in GOALS if name.startswith("TTFT")]
+    with torch.inference_mode():
+        measured = {
+            name: ttft(name, found, models["student"].decoder)
+            for name, found, models in zip(names, (rows, half_rows), (variants, half), strict=True)
+        }
     student = {row["tokens"]: row for row in rows if row["model"] == "student"}
-    teacher = {row["tokens"]: row for row in rows if row["model"] == "teacher"}
     long = (4096, 16384, 65536)
+    ratios |= {name: result["ratio"] for name, result in measured.items()}
     ratios |= {
-        "TTFT, teacher over student, 16384 tokens": teacher[16384]["ttft_s"] / student[16384]["ttft_s"],
         "growth exponent of the student's TTFT, 4096 to 65536 tokens": growth_exponent(
             long, [student[tokens]["ttft_s"] for tokens in long]
         ),
@@ -74,8 +140,11 @@ def main() -> None:
         goal, more = GOALS[name]
         met = value >= goal if more else value <= goal
         print(f"{name:62s} {value:7.2f}   goal {'>=' if more else '<='} {goal:<5} {'met' if met else 'not met'}")
+        if name in measured:
+            print(explain(measured[name]))
     if arguments.json:
-        result = {"ratios": ratios, "rows": rows, **summarise(rows), "machine": machine(), "versions": versions()}
+        result = {"ratios": ratios, "ttft": measured, "rows": rows, "rows_bfloat16": half_rows, **summarise(rows)}
+        result |= {"machine": machine(), "versions": versions()}
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from linmu_hf.ops import backends
+from linmu_hf.ops import backends, ssd_torch
 from linmu_hf.ops import ssd as ssd_module
-from linmu_hf.ops.ssd import BACKENDS, ENVIRONMENT, Segments, choose_backend, ssd, ssd_step
+from linmu_hf.ops.ssd import BACKENDS, ENVIRONMENT, Scan, Segments, choose_backend, ssd, ssd_pair, ssd_step
 from linmu_hf.ops.ssd_torch import _pieces, ssd_chunked, ssd_recurrence, ssd_streaming
 
 
@@ -418,6 +418,51 @@ def test_normalized_divides_in_full_precision():
     y, _ = ssd(ones, torch.ones(n, 1), torch.full((1,), -1e-9), ones, ones, Segments.build((n,)), normalized=True)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y, torch.ones_like(y), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("products", ["of this CPU", "in float32"])
+@pytest.mark.parametrize("form", ["chunked", "streaming"])
+def test_normalized_in_bfloat16(form, products, monkeypatch):
+    """Without gradients, and as positive features make it: products may be in bfloat16, states are in float32."""
+    if products == "in float32":
+        monkeypatch.setattr(ssd_torch, "multiplies_in_bfloat16", lambda x: False)
+    lengths = (5, 300, 130)
+    inputs = {name: t.detach() for name, t in make(lengths, p=16, k=32, states=False, dtype=torch.float32).items()}
+    inputs |= {name: inputs[name].softmax(-1) for name in "BC"}
+    half = inputs | {name: inputs[name].bfloat16() for name in "xBC"}
+    segments = Segments.build(lengths)
+    y, finals = ssd(segments=segments, backend=form, normalized=True, **half)
+    exact, exact_finals = ssd(
+        segments=segments, backend="recurrence", normalized=True, **{k: t.double() for k, t in half.items()}
+    )
+    assert (y.dtype, finals.dtype) == (torch.bfloat16, torch.float32)
+    assert (y.double() - exact).norm() < 0.01 * exact.norm()
+    assert (finals - exact_finals).norm() < (0.005 if products == "of this CPU" else 1e-5) * exact_finals.norm()
+
+
+@pytest.mark.parametrize("form", ["chunked", "streaming"])
+def test_normalized_is_the_same_with_and_without_gradients(form):
+    inputs, segments = make((5, 70)), Segments.build((5, 70))
+    inputs["initial_states"] = torch.rand(2, 4, 6, 3, dtype=torch.float64)
+    inputs |= {name: inputs[name].detach().softmax(-1) for name in "BC"}
+    with_gradients = ssd(segments=segments, backend=form, normalized=True, **inputs)
+    with torch.no_grad():
+        without = ssd(segments=segments, backend=form, normalized=True, **inputs)
+    for one, other in zip(with_gradients, without):
+        assert one.requires_grad and not other.requires_grad
+        torch.testing.assert_close(one, other)
+
+
+def test_a_pair_is_two_scans():
+    inputs = [make(lengths) for lengths in ((5, 70), (64,))]
+    rows = torch.randperm(64)
+    scans = [
+        Scan(segments=Segments.build((5, 70)), **inputs[0]),
+        Scan(segments=Segments.build((64,)), index=rows, **inputs[1]),
+    ]
+    for results, scan in zip(ssd_pair(*scans), scans):
+        for actual, expected in zip(results, ssd(**scan._asdict())):
+            torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from linmu_hf.ops import window_attention as module
 from linmu_hf.ops.window_attention import window_attention
 
 
@@ -19,14 +20,12 @@ def naive(q, k, v, window):
     return y
 
 
-def places(window):
-    """groups and slots of a list with the window of every token."""
+def by_window(window):
+    """Order that lays the tokens window by window, windows of one size together, and how many of which size."""
     members = [[i for i, w in enumerate(window) if w == number] for number in range(max(window) + 1)]
-    groups = [
-        torch.tensor([row for row in members if len(row) == size]) for size in sorted({len(row) for row in members})
-    ]
-    order = [i for group in groups for i in group.flatten().tolist()]
-    return groups, torch.tensor([order.index(i) for i in range(len(window))])
+    members.sort(key=len)
+    sizes = sorted({len(row) for row in members})
+    return [i for row in members for i in row], [(sum(len(row) == size for row in members), size) for size in sizes]
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)], ids=str)
@@ -36,8 +35,24 @@ def places(window):
 def test_equals_loops(window, heads):
     h, g = heads
     q, k, v = (torch.randn(len(window), count, 4, dtype=torch.float64, requires_grad=True) for count in (h, g, g))
-    y, expected = window_attention(q, k, v, *places(window)), naive(q, k, v, window)
+    order, sizes = by_window(window)
+    y = window_attention(*(t[order] for t in (q, k, v)), sizes)
+    expected = naive(q, k, v, window)[order]
     torch.testing.assert_close(y, expected)
     weight = torch.randn_like(y)
     for grad, right in zip(*(torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (y, expected))):
         torch.testing.assert_close(grad, right)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=str)
+@pytest.mark.parametrize("scores", [1, 2**20], ids=["window by window", "at once"])
+def test_bfloat16_products(heads, scores, monkeypatch):
+    """Without gradients, whatever this CPU would choose."""
+    monkeypatch.setattr(module, "multiplies_in_bfloat16", lambda x: x.dtype == torch.bfloat16)
+    monkeypatch.setattr(module, "SCORES", scores)
+    h, g = heads
+    order, sizes = by_window(window := [0, 1, 2] * 8 + [3, 3, 3])
+    q, k, v = (torch.randn(len(window), count, 16, dtype=torch.bfloat16) for count in (h, g, g))
+    y = window_attention(*(t[order] for t in (q, k, v)), sizes)
+    expected = naive(*(t.double() for t in (q, k, v)), window)[order]
+    assert (y.double() - expected).norm() < 0.01 * expected.norm()

@@ -162,7 +162,7 @@ class ScanDirection(nn.Module):
 
 def finish(y, x, skip):
     """Adds the skip [h] times x [n, g, p] to y [n, h, p]."""
-    g, p = x.shape[1:]
+    g = x.shape[1]
     return torch.addcmul(y.unflatten(1, (g, -1)), skip.to(y.dtype).view(g, -1, 1), x[:, :, None]).flatten(1, 2)
 
 
@@ -293,9 +293,7 @@ class FlexMA(nn.Module):
         bc = joint_linear(u, scan.b_proj, scan.c_proj)
         if self.config.conv_kernel > 1:
             # x comes from elsewhere than B and C: two convolutions spare a copy of all three
-            x, bc = (
-                causal_conv(t, weight, segments)[0] for t, weight in zip((x, bc), self._split(scan.conv_weight))
-            )
+            x, bc = (causal_conv(t, weight, segments)[0] for t, weight in zip((x, bc), self._split(scan.conv_weight)))
         x, dt, A, B, C = scan.prepare(u, x, bc, tuple(t.index_select(0, reverse) for t in rope))
         if mask is not None:
             x, B = x * mask[..., None], B * mask[..., None]  # without B, text does not reach the normaliser either

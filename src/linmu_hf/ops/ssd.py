@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 
 from .backends import ENVIRONMENT, kernels_serve, missing, say_once
-from .ssd_torch import ssd_chunked, ssd_recurrence, ssd_streaming
+from .ssd_torch import SMALLEST, ssd_chunked, ssd_recurrence, ssd_streaming
 from .trial import failed_trial
 
 
@@ -34,9 +34,6 @@ STREAMING_THRESHOLD = 4096
 
 BACKENDS = {"chunked": ssd_chunked, "streaming": ssd_streaming, "recurrence": ssd_recurrence}
 GPU_BACKENDS = ("triton", "mamba_ssm")  # loaded when they are first used
-
-# Smallest normaliser that is divided by.
-SMALLEST = torch.finfo(torch.float32).tiny ** 0.5
 
 
 @dataclass(frozen=True)
@@ -211,12 +208,17 @@ def _with_copies(form, x, dt, A, B, C, segments, initial_states, normalized, ind
     rows, dtype = len(x), x.dtype
     if index is not None:
         x, dt, B, C = (t.index_select(0, index) for t in (x, dt, B, C))
+    learns = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, dt, A, B, C, initial_states)
+    )
+    divided = normalized and not learns and form in (ssd_chunked, ssd_streaming)
     if normalized:
-        # the form answers in x's dtype, and half precision does not hold the small sums that are divided
-        x = x.to(torch.promote_types(dtype, torch.float32))
+        if not divided:
+            # the form answers in x's dtype, and half precision does not hold the small sums that are divided
+            x = x.to(torch.promote_types(dtype, torch.float32))
         x = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
-    y, states = form(x, dt, A, B, C, segments, initial_states)
-    if normalized:
+    y, states = form(x, dt, A, B, C, segments, initial_states, **({"divided": True} if divided else {}))
+    if normalized and not divided:
         y = _divide(y).to(dtype)
     if index is not None:
         y = y.new_zeros(rows, *y.shape[1:]).index_copy(0, index, y)

@@ -18,9 +18,14 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from .backends import multiplies_in_bfloat16
+
 
 # Bytes between the inputs and y of one piece: about the second-level cache of one core.
 CACHE_BYTES = 2**21
+
+# Smallest normaliser that is divided by.
+SMALLEST = torch.finfo(torch.float32).tiny ** 0.5
 
 
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -48,39 +53,50 @@ def ssd_recurrence(x, dt, A, B, C, segments, initial_states=None):
     return torch.stack(outputs).to(x.dtype), torch.stack(finals)
 
 
-def ssd_chunked(x, dt, A, B, C, segments, initial_states=None, piece: int | None = None):
+def ssd_chunked(
+    x, dt, A, B, C, segments, initial_states=None, piece: int | None = None, divided: bool = False
+):  # fmt: skip
     """
     The chunked form as batched matrix products.
 
     Args:
         piece (`int`, *optional*): Most tokens of a piece; at least one chunk is taken. By default what fits into the
             cache on a CPU, and everything at once elsewhere.
+        divided (`bool`, *optional*): Divides the channels of y by the last of them and leaves that out; for inputs
+            that need no gradients. On a CPU that has them, products of bfloat16 inputs are then those of bfloat16, as
+            in our kernels: their sums, the decays and the states that are carried on stay in float32.
     """
-    dtype, out_dtype, rank = _compute_dtype(x), x.dtype, segments.rank
+    out_dtype, rank = x.dtype, segments.rank
+    dtype = x.dtype if divided and multiplies_in_bfloat16(x) else _compute_dtype(x)
     (n, _, p), s, (h, k) = x.shape, dt.shape[-1], C.shape[1:]
     size = segments.chunk_size
     if piece is None:
         per_chunk = dtype.itemsize * (size * h * (k + 2 * size + p) + 2 * s * p * k)
         piece = size * (CACHE_BYTES // per_chunk) if x.device.type == "cpu" else n + size * len(segments)
     if initial_states is not None:
-        initial_states = initial_states.to(dtype)
+        initial_states = initial_states.to(_compute_dtype(x))
         if rank is not None:
             initial_states = torch.zeros_like(initial_states).index_copy(0, rank, initial_states)
-    chunks = [_to_chunks(tensor.to(dtype), segments) for tensor in (x, dt, B, C)]
-    y, finals = _Scan.apply(
-        *chunks, A.to(dtype), initial_states, len(segments), _pieces(segments.steps, max(piece // size, 1))
-    )
+    x, B, C = (_to_chunks(tensor.to(dtype), segments) for tensor in (x, B, C))
+    dt, A = _to_chunks(dt.to(_compute_dtype(x)), segments), A.to(_compute_dtype(x))
+    pieces = _pieces(segments.steps, max(piece // size, 1))
+    if divided:
+        y, finals = _scan(x, dt, B, C, A, initial_states, len(segments), pieces, divided=True)
+    else:
+        y, finals = _Scan.apply(x, dt, B, C, A, initial_states, len(segments), pieces)
     y = y.flatten(0, 1)
     if segments.slots is not None:
         y = y[:n] if len(segments) == 1 else y.index_select(0, segments.slots)
     return y.to(out_dtype), finals if rank is None else finals.index_select(0, rank)
 
 
-def ssd_streaming(x, dt, A, B, C, segments, initial_states=None, piece: int | None = None):
+def ssd_streaming(
+    x, dt, A, B, C, segments, initial_states=None, piece: int | None = None, divided: bool = False
+):  # fmt: skip
     """The chunked form in small pieces on every device, of 1024 tokens by default where [`ssd_chunked`] takes all."""
     if piece is None and x.device.type != "cpu":
         piece = 1024
-    return ssd_chunked(x, dt, A, B, C, segments, initial_states, piece)
+    return ssd_chunked(x, dt, A, B, C, segments, initial_states, piece, divided)
 
 
 def _to_chunks(tensor, segments):
@@ -160,49 +176,60 @@ def _by_head(tensor, groups: int):
     return tensor.transpose(1, 2).reshape(groups, -1, tensor.shape[-1])
 
 
-class _Scan(torch.autograd.Function):
+def _scan(x, dt, B, C, A, initial, m, pieces, divided: bool = False, befores: list | None = None):
     """
     Chunks [c, l, ...] in the order of `Segments` -> y [c, l, h, p] and final states [m, s, p, k].
 
     In a piece of c chunks, with s = g r state heads and h = s q query heads: x [c g, l, p], B [c g, l, k],
-    C and y [c g, r q l, k or p].
+    C and y [c g, r q l, k or p]. The states before each piece are added to `befores`, if it is given.
     """
+    (c, size, g, p), s, (h, k) = x.shape, dt.shape[-1], C.shape[2:]
+    states = x.new_zeros(m, s, p, k, dtype=dt.dtype) if initial is None else initial.clone()
+    y = x.new_empty(c, size, h, p - divided)
+    all_decays, start = _Decays.build(dt, A), 0
+    for piece in pieces:
+        now = slice(start, start + sum(step.stop - step.start for step in piece))
+        start, count = now.stop, now.stop - now.start
+        decays = all_decays.of(now)
+        x_now, B_now, C_now = (_by_head(tensor[now], count * g) for tensor in (x, B, C))
+        # 2. state of the chunk
+        weights = (decays.end * decays.dt).to(x.dtype)
+        own = torch.bmm(_weighted(x_now, weights, count * g).transpose(1, 2), B_now)
+        # 3. from chunk to chunk
+        own, at = own.view(count, s, p, k).to(states.dtype), 0
+        before = x.new_empty(own.shape)
+        for step in piece:
+            chunks = slice(at, at + step.stop - step.start)
+            at = chunks.stop
+            before[chunks] = states[step]
+            torch.addcmul(own[chunks], states[step], decays.start[chunks, :, -1:, None], out=states[step])
+        # 1. within the chunk
+        scores = torch.bmm(C_now, B_now.transpose(1, 2))
+        scores.view(count, s, -1, size, size).mul_(_between(decays.a, decays.written))
+        # 4. from before; nothing was before the first chunks
+        fresh = min(max(m - now.start, 0), count) if initial is None else 0
+        out = x.new_empty(count * s, h // s * size, p)
+        out[: fresh * s] = 0
+        read = C_now.view(count * s, -1, k)[fresh * s :], before.view(-1, p, k)[fresh * s :].transpose(1, 2)
+        torch.bmm(*read, out=out[fresh * s :])
+        out.view(count, s, -1, size, p).mul_(decays.start[:, :, None, :, None])
+        out = out.view(count * g, -1, p).baddbmm_(scores, x_now).view(count, h, size, p).transpose(1, 2)
+        if divided:
+            torch.div(out[..., :-1], out[..., -1:].clamp_min(SMALLEST), out=y[now])
+        else:
+            y[now] = out
+        if befores is not None:
+            befores.append(before)
+    return y, states
+
+
+class _Scan(torch.autograd.Function):
+    """`_scan` with a backward pass."""
 
     @staticmethod
     def forward(ctx, x, dt, B, C, A, initial, m, pieces):
-        (c, size, g, p), s, (h, k) = x.shape, dt.shape[-1], C.shape[2:]
-        states = x.new_zeros(m, s, p, k) if initial is None else initial.clone()
-        y = x.new_empty(c, size, h, p)
-        all_decays, befores, start = _Decays.build(dt, A), [], 0
-        for piece in pieces:
-            now = slice(start, start + sum(step.stop - step.start for step in piece))
-            start, count = now.stop, now.stop - now.start
-            decays = all_decays.of(now)
-            x_now, B_now, C_now = (_by_head(tensor[now], count * g) for tensor in (x, B, C))
-            # 2. state of the chunk
-            own = torch.bmm(_weighted(x_now, decays.end * decays.dt, count * g).transpose(1, 2), B_now)
-            # 3. from chunk to chunk
-            own, at = own.view(count, s, p, k), 0
-            before = torch.empty_like(own)
-            for step in piece:
-                chunks = slice(at, at + step.stop - step.start)
-                at = chunks.stop
-                before[chunks] = states[step]
-                torch.addcmul(own[chunks], before[chunks], decays.start[chunks, :, -1:, None], out=states[step])
-            # 1. within the chunk
-            scores = torch.bmm(C_now, B_now.transpose(1, 2))
-            scores.view(count, s, -1, size, size).mul_(_between(decays.a, decays.written))
-            # 4. from before; nothing was before the first chunks
-            fresh = min(max(m - now.start, 0), count) if initial is None else 0
-            out = x.new_empty(count * s, h // s * size, p)
-            out[: fresh * s] = 0
-            read = C_now.view(count * s, -1, k)[fresh * s :], before.view(-1, p, k)[fresh * s :].transpose(1, 2)
-            torch.bmm(*read, out=out[fresh * s :])
-            out.view(count, s, -1, size, p).mul_(decays.start[:, :, None, :, None])
-            out = out.view(count * g, -1, p).baddbmm_(scores, x_now)
-            y[now] = out.view(count, h, size, p).transpose(1, 2)
-            if any(ctx.needs_input_grad):
-                befores.append(before)
+        befores: list[torch.Tensor] = []
+        y, states = _scan(x, dt, B, C, A, initial, m, pieces, befores=befores if any(ctx.needs_input_grad) else None)
         ctx.save_for_backward(x, dt, B, C, A, *befores)
         ctx.pieces, ctx.from_zero = pieces, initial is None
         return y, states
