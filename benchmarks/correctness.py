@@ -1,8 +1,8 @@
 """
 Is every backend of the selective scan right on this device? Outputs, final states and gradients in fp32 and bf16
-against the recurrence in float64 on the CPU.
+against the recurrence in float64. The backend `pair` is our kernels with two scans in one launch.
 
-    python benchmarks/correctness.py [--device cuda] [--backends triton chunked] [--json FILE]
+    python benchmarks/correctness.py [--device cuda] [--backends triton chunked] [--shapes 7b] [--json FILE]
 
 Inputs in bf16 are rounded first, so that what is left is the error of the computation. Exits with 1 if a backend that
 runs is wrong; one that cannot run is listed with the reason.
@@ -11,18 +11,20 @@ runs is wrong; one that cannot run is listed with the reason.
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from linmu_hf.evaluation.benchmark_cli import DTYPES, machine, versions
 from linmu_hf.evaluation.loading import default_device, first_line
-from linmu_hf.ops.ssd import Segments, ssd
+from linmu_hf.ops.backends import missing
+from linmu_hf.ops.ssd import Scan, Segments, ssd
 from linmu_hf.ops.ssd_torch import ssd_recurrence
 
 
 # query heads, state heads, key/value heads, p, k
-SHAPES = {"heads of 64": (4, 4, 2, 64, 64), "7b heads": (7, 7, 1, 128, 256)}
+SHAPES = {"small": (4, 4, 2, 64, 64), "7b": (7, 7, 1, 128, 256)}
 LENGTHS = {"one": (130,), "packed": (1, 63, 64, 65), "long": (700,)}
 DECAYS = {"slow": 0.01, "usual": 1.0, "strong": 100.0}
 # error relative to the largest value; TF32 products and bf16 outputs have about three digits
@@ -54,14 +56,25 @@ def run(form, inputs, segments, gradients=True) -> dict[str, torch.Tensor]:
     return {name: value.detach().double().cpu() for name, value in results.items()}
 
 
+def both(*args):
+    """The same scan twice in one launch; half of every gradient comes through each."""
+    from linmu_hf.ops.ssd_triton import ssd_triton_pair
+
+    reason = missing("triton", args[0])
+    if reason:
+        raise ValueError(reason)
+    (y, states), (other, _) = ssd_triton_pair(Scan(*args), Scan(*args))
+    return (y.float() + other.float()) / 2, states
+
+
 def errors(backend: str, truth, inputs, lengths, dtype, device: str) -> dict[str, float]:
     """Largest error of every result, relative to its largest value."""
     placed = {
         name: tensor.detach().to(device, dtype if name in "xBC" else torch.float32).requires_grad_()
         for name, tensor in inputs.items()
     }
-    segments = Segments.build(lengths, device)
-    actual = run(lambda *args: ssd(*args, backend=backend), placed, segments)
+    form = both if backend == "pair" else partial(ssd, backend=backend)
+    actual = run(form, placed, Segments.build(lengths, device))
     scales = {name: max(value.abs().max().item(), 1e-30) for name, value in truth.items()}
     return {name: (actual[name] - truth[name]).abs().max().item() / scales[name] for name in truth}
 
@@ -70,16 +83,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--backends", nargs="+", default=["auto"], metavar="NAME")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES, help="of the heads")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     worst: dict[str, dict[str, dict]] = {}
     for dtype_name, limit in LIMITS.items():
         dtype = DTYPES[dtype_name]
-        for shape in SHAPES.values():
+        for shape in map(SHAPES.__getitem__, arguments.shapes):
             for lengths in LENGTHS.values():
                 for decay in DECAYS.values():
-                    inputs = {key: t.requires_grad_() for key, t in make(shape, lengths, decay, dtype).items()}
-                    truth = run(ssd_recurrence, inputs, Segments.build(lengths))
+                    made = make(shape, lengths, decay, dtype)
+                    inputs = {key: t.to(arguments.device).requires_grad_() for key, t in made.items()}
+                    truth = run(ssd_recurrence, inputs, Segments.build(lengths, arguments.device))
                     for backend in arguments.backends:
                         entry = worst.setdefault(backend, {}).setdefault(dtype_name, {"limit": limit, "errors": {}})
                         try:

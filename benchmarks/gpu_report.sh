@@ -63,29 +63,35 @@ ops() { # ops LABEL SECONDS ARGUMENTS...
     step "$label" "$limit" "$PYTHON" benchmarks/ops.py --device $device "$@" --json "$parts/$label.json"
 }
 
+# what matters most comes first, in case the time runs out
 backends="auto triton mamba_ssm chunked"
-step correctness 240 "$PYTHON" benchmarks/correctness.py --device $device --backends $backends streaming \
-    --json "$parts/correctness.json"
+step correctness 240 "$PYTHON" benchmarks/correctness.py --device $device --backends $backends pair streaming \
+    ${dry:+--shapes small} --json "$parts/correctness.json"
 if [ -n "$dry" ]; then
+    step tests 120 "$PYTHON" -m pytest -q --collect-only -m gpu tests/kernels
     ops ops-forward 60 --lengths 64 128 --backends $backends --dtype float32 --repeats 1
     ops ops-backward 60 --lengths 64 128 --backends $backends --dtype float32 --repeats 1 --backward
     bench decoder 120 --model tiny --lengths 64 128 256 --batch-sizes 1 2 --repeats 1 --steps 2
-    bench ablation 60 --model tiny --lengths 128 --ablate --repeats 1 --steps 2
+    bench graphs 120 --model tiny --lengths 64 --batch-sizes 1 2 --prefill-batch-sizes 2 --graphs --repeats 1 --steps 2
     bench long 60 --model tiny --lengths 512 1024 --prefill-chunk 256 --teacher-max-tokens 512 --repeats 1 --steps 2
+    bench ablation 60 --model tiny --lengths 128 --ablate --repeats 1 --steps 2
 else
+    step tests 180 "$PYTHON" -m pytest -q -m gpu tests/kernels
     ops ops-forward 120 --shape 7b --lengths 8192 65536 --backends $backends --dtype bfloat16
     ops ops-backward 120 --shape 7b --lengths 8192 32768 --backends $backends --dtype bfloat16 --backward
-    bench decoder 480 --model qwen2.5-vl-7b --lengths 8192 16384 32768 65536 131072 --batch-sizes 1 8 32 --largest-batch
-    bench ablation 180 --model qwen2.5-vl-7b --lengths 32768 --ablate
-    bench long 420 --model qwen2.5-vl-7b --lengths 262144 524288 1048576 --prefill-chunk 65536 \
+    bench decoder 420 --model qwen2.5-vl-7b --lengths 8192 16384 32768 65536 131072 --batch-sizes 1 8 32 --largest-batch
+    # compiling takes about a minute for each model and batch
+    bench graphs 300 --model qwen2.5-vl-7b --lengths 16384 --batch-sizes 1 8 --prefill-batch-sizes 4 --graphs
+    bench long 300 --model qwen2.5-vl-7b --lengths 262144 524288 1048576 --prefill-chunk 65536 \
         --teacher-max-tokens 262144 --batch-sizes 1 8 --repeats 1
+    bench ablation 120 --model qwen2.5-vl-7b --lengths 32768 --ablate
 fi
 # one by one: a backend that is named and missing is an error
 for backend in triton mamba_ssm chunked; do
     if [ -n "$dry" ]; then
         bench "backend-$backend" 60 --model tiny --lengths 128 --no-teacher --backends "$backend" --repeats 1 --steps 2
     else
-        bench "backend-$backend" 90 --model qwen2.5-vl-7b --lengths 32768 --no-teacher --backends "$backend"
+        bench "backend-$backend" 60 --model qwen2.5-vl-7b --lengths 32768 --no-teacher --backends "$backend"
     fi
 done
 "$PYTHON" benchmarks/merge_report.py "$parts" "$OUTPUT/$name.json"

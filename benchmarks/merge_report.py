@@ -16,8 +16,9 @@ def merge(folder: Path) -> dict:
         part, failed = folder / f"{label}.json", folder / f"{label}.failed"
         if part.exists():
             report["steps"][label] = json.loads(part.read_text())
-        if failed.exists() or not part.exists():
-            report["failed"][label] = failed.read_text().strip() if failed.exists() else "wrote nothing"
+        elif not failed.exists():
+            lines = [line for line in log.read_text().splitlines() if line.strip()]
+            report["steps"][label] = {"says": lines[-1] if lines else ""}
     for failed in sorted(folder.glob("*.failed")):
         report["failed"].setdefault(failed.stem, failed.read_text().strip())
     for part in report["steps"].values():  # the same in every step

@@ -3,8 +3,12 @@ The selective scan against causal attention, for any shape, backend and device, 
 
     python benchmarks/ops.py [--shape 7b] [--lengths 4096 65536] [--dtype bfloat16] [--backward] [--json FILE]
 
-Contestants are PyTorch's attention, the named backends of the scan, and `chunk_simple_gla` of flash-linear-attention
-if it is installed. What cannot run is listed with the reason. Times are the best of several runs taken in turns.
+Contestants are PyTorch's attention, the named backends of the scan, both directions of a layer in one launch of our
+kernels, `mamba_chunk_scan_combined` of mamba-ssm on inputs that suit it, and `chunk_simple_gla` of
+flash-linear-attention. What cannot run is listed with the reason. Times are the best of several runs taken in turns.
+
+Each is also compared with the roofline of the device, whose speed in matrix products and in copying is measured first:
+the time that its least arithmetic, or reading its inputs and writing its outputs once, would take at that speed.
 """
 
 import argparse
@@ -18,26 +22,68 @@ from torch.nn.functional import scaled_dot_product_attention
 from linmu_hf.evaluation.benchmark import Clock
 from linmu_hf.evaluation.benchmark_cli import DTYPES, machine, versions
 from linmu_hf.evaluation.loading import default_device, first_line
-from linmu_hf.ops.ssd import Segments, ssd
+from linmu_hf.ops.backends import missing
+from linmu_hf.ops.ssd import Scan, Segments, ssd
 
 
-# query heads, state heads, key/value heads, p, k
-SHAPES = {"small": (8, 8, 2, 64, 64), "tiny-wide": (8, 8, 2, 65, 128), "7b": (28, 28, 4, 129, 256)}
+BOTH = "ssd both directions"
+# query heads, state heads, key/value heads, p, k, and whether the scan is normalised
+SHAPES = {"small": (8, 8, 2, 64, 64, False), "tiny-wide": (8, 8, 2, 64, 128, True), "7b": (28, 28, 4, 128, 256, True)}
+
+
+CHUNK = 64  # tokens between which the least arithmetic of a scan takes products
+# the gradient of a product takes two
+BACKWARD = 3
+
+
+def scan_inputs(t, shape, dtype, device, gradients):
+    h, s, g, p, k, normalized = shape
+    x, B, C = (
+        (torch.rand if normalized else torch.randn)(t, heads, size, dtype=dtype, device=device)
+        for heads, size in ((g, p), (g, k), (h, k))
+    )
+    inputs = [x, torch.rand(t, s, device=device) * 0.1, -torch.rand(s, device=device) - 0.1, B, C * k**-0.5]
+    return [tensor.requires_grad_(gradients) for tensor in inputs]
 
 
 def scan(t, shape, backend, dtype, device, gradients):
-    h, s, g, p, k = shape
-    x, B, C = (torch.randn(t, heads, size, dtype=dtype, device=device) for heads, size in ((g, p), (g, k), (h, k)))
-    inputs = [x, torch.rand(t, s, device=device) * 0.1, -torch.rand(s, device=device) - 0.1, B, C * k**-0.5]
+    inputs = scan_inputs(t, shape, dtype, device, gradients)
     segments = Segments.build((t,), device)
-    inputs = [tensor.requires_grad_(gradients) for tensor in inputs]
-    return lambda: ssd(*inputs, segments, backend=backend)[0], inputs
+    return lambda: ssd(*inputs, segments, normalized=shape[-1], backend=backend)[0], inputs
+
+
+def both_directions(t, shape, dtype, device, gradients):
+    """A scan of all tokens, and one backwards with decays, B and C of its own over the same x."""
+    from linmu_hf.ops.ssd_triton import ssd_triton_pair
+
+    reason = missing("triton", torch.empty(0, dtype=dtype, device=device))
+    if reason:
+        raise ValueError(reason)
+    inputs = scan_inputs(t, shape, dtype, device, gradients)
+    others = scan_inputs(t, shape, dtype, device, gradients)[1:]
+    segments = Segments.build((t,), device)
+    first = Scan(*inputs, segments)
+    second = Scan(inputs[0], *others, segments, index=torch.arange(t, device=device).flip(0))
+
+    def run():
+        (y, _), (reverse, _) = ssd_triton_pair(first, second, shape[-1], final_states=False)
+        return y + reverse
+
+    return run, [*inputs, *others]
+
+
+def mamba(t, shape, dtype, device, gradients):
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    h, _, _, p, k, _ = shape
+    inputs = scan_inputs(t, (h, h, h, p, k, False), dtype, device, gradients)
+    x, dt, A, B, C = inputs
+    return lambda: mamba_chunk_scan_combined(x[None], dt[None], A, B[None], C[None], 128), inputs
 
 
 def attention(t, shape, dtype, device, gradients):
-    h, _, g, p, _ = shape
-    d = p - p % 2  # a scan with a normaliser has one channel more than its attention
-    q, k, v = (torch.randn(1, heads, t, d, dtype=dtype, device=device) for heads in (h, g, g))
+    h, _, g, p, *_ = shape
+    q, k, v = (torch.randn(1, heads, t, p, dtype=dtype, device=device) for heads in (h, g, g))
     inputs = [tensor.requires_grad_(gradients) for tensor in (q, k, v)]
     return lambda: scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True), inputs
 
@@ -45,12 +91,39 @@ def attention(t, shape, dtype, device, gradients):
 def simple_gla(t, shape, dtype, device, gradients):
     from fla.ops.simple_gla import chunk_simple_gla
 
-    h, _, _, p, k = shape
+    h, _, _, p, k, _ = shape
     inputs = [torch.randn(1, t, h, size, dtype=dtype, device=device) for size in (k, k, p)]
     inputs.append(-torch.rand(1, t, h, device=device) * 0.1)
     inputs = [tensor.requires_grad_(gradients) for tensor in inputs]
     q, keys, v, decay = inputs
     return lambda: chunk_simple_gla(q, keys, v, g=decay, scale=1.0)[0], inputs
+
+
+def least_work(name: str, t: int, shape, dtype: torch.dtype, backward: bool) -> tuple[float, float]:
+    """Operations in matrix products, and bytes of inputs and outputs, of a contestant."""
+    h, s, g, p, k, _ = shape
+    if name == "sdpa":
+        operations, elements = 2.0 * t * t * p * h, t * p * (2 * h + 2 * g)  # half of the pairs
+    else:
+        groups = h if name in ("mamba_ssm direct", "fla") else g
+        operations = 2.0 * t * h * (CHUNK * (k + p) / 2 + p * k) + 2.0 * t * s * p * k
+        elements = t * (groups * (p + k) + h * (k + p) + s)
+        if name == BOTH:
+            operations, elements = 2 * operations, 2 * elements
+    factor = BACKWARD if backward else 1
+    return factor * operations, factor * elements * dtype.itemsize
+
+
+def peaks(dtype: torch.dtype, device: str) -> dict[str, float]:
+    """What the device reaches: operations per second in a large matrix product, bytes per second in a copy."""
+    size = 8192 if torch.device(device).type == "cuda" else 512
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    source = torch.empty(size * size * 16, dtype=torch.uint8, device=device)
+    clock, target = Clock(device), torch.empty_like(source)
+    with torch.no_grad():
+        product = min(clock(lambda: a @ b)[0] for _ in range(10))
+        copy = min(clock(lambda: target.copy_(source))[0] for _ in range(10))
+    return {"operations_per_s": 2 * size**3 / product, "bytes_per_s": 2 * source.numel() / copy}
 
 
 def step(function, inputs):
@@ -65,6 +138,10 @@ def measure(t: int, arguments) -> dict[str, dict]:
     shape = SHAPES[arguments.shape]
     makers = {"sdpa": partial(attention, t, shape, *common), "fla": partial(simple_gla, t, shape, *common)}
     makers |= {f"ssd {name}": partial(scan, t, shape, name, *common) for name in arguments.backends}
+    makers |= {
+        BOTH: partial(both_directions, t, shape, *common),
+        "mamba_ssm direct": partial(mamba, t, shape, *common),
+    }
     calls, results = {}, {}
     clock = Clock(arguments.device)
     with torch.set_grad_enabled(arguments.backward):
@@ -81,6 +158,11 @@ def measure(t: int, arguments) -> dict[str, dict]:
             for name, call in calls.items():
                 seconds, peak, _ = clock(call)
                 results[name]["seconds"] = min(seconds, results[name]["seconds"])
+    for name, result in results.items():
+        if "seconds" in result:
+            operations, moved = least_work(name, t, shape, common[0], arguments.backward)
+            limit = max(operations / arguments.peaks["operations_per_s"], moved / arguments.peaks["bytes_per_s"])
+            result |= {"roofline_s": limit, "of_roofline": limit / result["seconds"]}
     return results
 
 
@@ -99,19 +181,23 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    rows = []
+    rows, arguments.peaks = [], peaks(DTYPES[arguments.dtype], arguments.device)
+    print(f"{'tokens':>8} {'':20} {'':12} {'sdpa / this':>11} {'of roofline':>11}")
     for t in arguments.lengths:
         results = measure(t, arguments)
         sdpa = results["sdpa"].get("seconds")
         for name, result in results.items():
             if sdpa and "seconds" in result:
                 result["sdpa_over_this"] = sdpa / result["seconds"]
-            shown = result.get("error") or f"{1e3 * result['seconds']:9.2f} ms {result.get('sdpa_over_this', 0):7.2f}"
-            print(f"{t:8d} {name:16s} {shown}", flush=True)
+            shown = result.get("error")
+            if "seconds" in result:
+                ratios = f"{result.get('sdpa_over_this', 0):11.2f} {result['of_roofline']:11.1%}"
+                shown = f"{1e3 * result['seconds']:9.2f} ms {ratios}"
+            print(f"{t:8d} {name:20s} {shown}", flush=True)
         rows.append({"tokens": t, "contestants": results})
     if arguments.json:
         setting = {key: value for key, value in vars(arguments).items() if key != "json"}
-        setting["heads"] = dict(zip(("h", "s", "g", "p", "k"), SHAPES[arguments.shape], strict=True))
+        setting["heads"] = dict(zip(("h", "s", "g", "p", "k", "normalized"), SHAPES[arguments.shape], strict=True))
         result = {"setting": setting, "machine": machine(), "versions": versions(), "rows": rows}
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 

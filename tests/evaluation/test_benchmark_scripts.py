@@ -63,21 +63,40 @@ def test_operations_that_cannot_run_are_listed_with_the_reason(backward):
     import ops
 
     arguments = argparse.Namespace(
-        shape="small", backends=["auto", "abacus"], backward=backward, dtype="float32", device="cpu", repeats=1
-    )
+        shape="small", backends=["auto", "abacus"], backward=backward, dtype="float32", device="cpu", repeats=1,
+        peaks={"operations_per_s": 1e6, "bytes_per_s": 1e6},
+    )  # fmt: skip
     results = ops.measure(20, arguments)
-    assert set(results) == {"sdpa", "fla", "ssd auto", "ssd abacus"}
+    assert set(results) == {"sdpa", "fla", "ssd auto", "ssd abacus", "ssd both directions", "mamba_ssm direct"}
+    auto = results["ssd auto"]
+    assert auto["of_roofline"] == auto["roofline_s"] / auto["seconds"] > 0
+    assert "need a GPU" in results["ssd both directions"]["error"]
+    assert "mamba_ssm" in results["mamba_ssm direct"]["error"]
     assert results["sdpa"]["seconds"] > 0 and results["ssd auto"]["seconds"] > 0
     assert "abacus" in results["ssd abacus"]["error"]
+
+
+def test_the_least_work_of_an_operation():
+    """Counted by hand for one token more: a scan pays the same for every token, attention for all before it."""
+    import ops
+
+    shape = (4, 2, 1, 8, 16, False)
+    for name, growth in (("ssd auto", 2.0), ("sdpa", 4.0)):
+        (once, moved), (twice, more) = (ops.least_work(name, t, shape, torch.bfloat16, False) for t in (64, 128))
+        assert twice / once == growth and more / moved == 2.0
+    operations, moved = ops.least_work("ssd auto", 1, shape, torch.bfloat16, False)
+    assert operations == 2 * 4 * (64 * 24 / 2 + 128) + 2 * 2 * 128
+    assert moved == 2 * (8 + 16 + 4 * (16 + 8) + 2)
+    assert ops.least_work(ops.BOTH, 1, shape, torch.bfloat16, True)[0] == 6 * operations
 
 
 def test_the_operations_compared_have_the_same_heads():
     import ops
 
-    for name, (h, s, g, p, _) in ops.SHAPES.items():
+    for name, (h, s, g, p, *_) in ops.SHAPES.items():
         scan, inputs = ops.scan(20, ops.SHAPES[name], "chunked", torch.float32, "cpu", True)
         attention, _ = ops.attention(20, ops.SHAPES[name], torch.float32, "cpu", True)
-        assert scan().shape == (20, h, p) and attention().shape == (1, h, 20, p - p % 2)
+        assert scan().shape == (20, h, p) and attention().shape == (1, h, 20, p)
         assert inputs[0].shape[1] == g and inputs[1].shape[1] == s
         assert all(tensor.requires_grad for tensor in inputs)
 
@@ -87,11 +106,12 @@ def test_the_report_holds_what_there_is_and_why_the_rest_is_missing(tmp_path):
 
     (tmp_path / "good.log").write_text("")
     (tmp_path / "good.json").write_text(json.dumps({"rows": [1], "machine": {"gpu": "x"}, "versions": {"torch": "2"}}))
+    (tmp_path / "tests.log").write_text("...\n3 passed\n\n")
     (tmp_path / "broken.log").write_text("Traceback")
     (tmp_path / "broken.failed").write_text("exit status 124: late\n")
     (tmp_path / "skipped.failed").write_text("no time left\n")
     assert merge(tmp_path) == {
-        "steps": {"good": {"rows": [1]}},
+        "steps": {"good": {"rows": [1]}, "tests": {"says": "3 passed"}},
         "failed": {"broken": "exit status 124: late", "skipped": "no time left"},
         "machine": {"gpu": "x"},
         "versions": {"torch": "2"},
@@ -109,7 +129,9 @@ def test_a_report_without_time_names_every_step(tmp_path):
     [file] = tmp_path.iterdir()
     assert file.name.endswith("-dry-run.json")
     failed = json.loads(file.read_text())["failed"]
-    assert {"correctness", "ops-forward", "ops-backward", "decoder", "ablation", "long"} < set(failed)
+    assert {"correctness", "tests", "graphs", "ops-forward", "ops-backward", "decoder", "ablation", "long"} < set(
+        failed
+    )
     assert set(failed.values()) == {"no time left"}
 
 

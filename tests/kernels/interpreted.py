@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from test_ssd import HEADS, assert_same, make, run
+from torch._dynamo.backends.common import aot_autograd
 
 from linmu_hf.modeling import flex_ma
 from linmu_hf.modeling.cache import MMateCacheLayer
@@ -17,8 +18,8 @@ from linmu_hf.modeling.flex_ma import FlexMA
 from linmu_hf.ops import ssd_triton as module
 from linmu_hf.ops.causal_conv import causal_conv
 from linmu_hf.ops.conv_triton import causal_conv_triton, conv_forward
-from linmu_hf.ops.ssd import Segments, ssd, ssd_step
-from linmu_hf.ops.ssd_triton import chunk_table, ssd_triton
+from linmu_hf.ops.ssd import Scan, Segments, ssd, ssd_pair, ssd_step
+from linmu_hf.ops.ssd_triton import Plan, chunk_table, ssd_triton, ssd_triton_pair
 from linmu_hf.ops.ssd_triton_step import ssd_step_triton, step_forward
 
 
@@ -104,8 +105,102 @@ def test_windows_of_chunks(monkeypatch, chunks):
     """States that enter a window from the one before; a segment over several windows, several segments in one."""
     lengths = (130, 3, 64, 70)
     monkeypatch.setattr(module, "WINDOW_BYTES", chunks * 2 * 6 * 3 * 4)
-    assert len(chunk_table(lengths, chunks, torch.device("cpu")).windows) == -(-7 // chunks)
+    plan = Plan(lengths, (4,), (True,), (True,), True)
+    assert len(chunk_table(plan, chunks, torch.device("cpu")).windows) == -(-7 // chunks)
     scan(lengths, (2, 2, 1), normalized=True)
+
+
+def pair(lengths, starts, normalized, shared):
+    """Inputs of two scans in fp32, the second backwards through an index if both read the same x."""
+    scans = []
+    for length, start in zip(lengths, starts):
+        inputs = make(length, (2, 2, 1), states=False, dtype=torch.float32)
+        if normalized:
+            inputs = {name: t.abs() if name in "BC" else t for name, t in inputs.items()}
+        scan = Scan(*(t.detach().requires_grad_() for t in inputs.values()), segments=Segments.build(length))
+        if start:
+            scan = scan._replace(initial_states=torch.rand(len(length), 2, 5 + normalized, 3).requires_grad_())
+        scans.append(scan)
+    if shared:
+        rows = torch.randperm(sum(lengths[0]))[: sum(lengths[1])]
+        spread = {n: getattr(scans[1], n).detach() for n in ("dt", "B", "C")}
+        spread = {n: t.new_zeros(sum(lengths[0]), *t.shape[1:]).index_copy(0, rows, t) for n, t in spread.items()}
+        spread = {n: t.requires_grad_() for n, t in spread.items()}
+        scans[1] = scans[1]._replace(x=scans[0].x, index=rows, **spread)
+    return scans
+
+
+def outputs_and_gradients(form, scans):
+    """y and final states of the first scan, y of the second, and the gradient of every tensor that needs one."""
+    (y, finals), (other, _) = form(*scans)
+    outputs = y, finals, other
+    generator = torch.Generator().manual_seed(1)
+    loss = sum((t * torch.randn(t.shape, generator=generator).to(t)).sum() for t in outputs)
+    leaves = {id(t): t for scan in scans for t in scan if isinstance(t, torch.Tensor) and t.requires_grad}
+    return [*outputs, *torch.autograd.grad(loss, list(leaves.values()))]
+
+
+@pytest.mark.parametrize(
+    "starts, normalized, shared",
+    [
+        ((False, False), True, True),
+        ((True, False), True, True),
+        ((False, True), False, False),
+        ((True, True), True, False),
+    ],
+    ids=["one x", "one x, first from states", "second from states, plain", "both from states"],
+)
+def test_pair(starts, normalized, shared):
+    """Two scans in one launch: each as the recurrence in float64 has it."""
+    scans = pair(((65, 3), (30, 7)), starts, normalized, shared)
+    exact = {id(t): t.detach().double().requires_grad_() for s in scans for t in s if isinstance(t, torch.Tensor)}
+    doubles = [scan._make(t if t is scan.index else exact.get(id(t), t) for t in scan) for scan in scans]
+
+    def apart(*scans):
+        return [ssd(**scan._asdict(), normalized=normalized, backend="recurrence") for scan in scans]
+
+    actual = outputs_and_gradients(lambda *scans: ssd_triton_pair(*scans, normalized=normalized), scans)
+    expected = outputs_and_gradients(apart, doubles)
+    assert len(actual) == len(expected) >= 12
+    for one, right in zip(actual, expected):
+        torch.testing.assert_close(one.double(), right, rtol=0, atol=1e-5 * right.abs().max().item())
+
+
+def test_pair_over_windows(monkeypatch):
+    """A window may hold the end of one scan and the beginning of the other."""
+    scans = pair(((66,), (3, 5)), (True, False), True, False)
+    expected = outputs_and_gradients(lambda *s: ssd_triton_pair(*s, normalized=True), scans)
+    monkeypatch.setattr(module, "WINDOW_BYTES", 2 * 2 * 6 * 3 * 4)
+    actual = outputs_and_gradients(lambda *s: ssd_triton_pair(*s, normalized=True), scans)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_pair_is_one_launch_of_each_kernel(monkeypatch):
+    """As many as a single scan takes; and no final state is written that nobody asked for."""
+    scans = pair(((65,), (30,)), (False, False), True, True)
+    launched = []
+
+    def counting(kernel, grid, *args, **options):
+        launched.append((kernel.fn.__name__, options.get("HAS_FINALS")))
+        kernel[grid](*args, **options)
+
+    monkeypatch.setattr(module, "launch", counting)
+    (y, finals), (reverse, others) = ssd_triton_pair(*scans, normalized=True, final_states=False)
+    assert finals is None and others is None
+    (y.sum() + reverse.sum()).backward()
+    passing = ["pass_states_kernel"]
+    gradients = [f"{name}_grad_kernel" for name in ("c", "b", "x", "dt")]
+    assert [name for name, _ in launched if name != "slopes_kernel"] == [
+        "chunk_states_kernel", *passing, "output_kernel",
+        "chunk_states_kernel", *passing, "chunk_state_grads_kernel", *passing, *gradients,
+    ]  # fmt: skip
+    assert not any(finals for _, finals in launched)
+
+
+def test_pair_of_different_heads_is_refused():
+    one, other = (Scan(*make((5,), h, states=False).values(), Segments.build((5,))) for h in ((4, 4, 2), (4, 2, 2)))
+    with pytest.raises(ValueError, match="must have the same data type and heads"):
+        ssd_triton_pair(one, other)
 
 
 @pytest.mark.parametrize("normalized", [False, True], ids=["plain", "normalised"])
@@ -138,12 +233,28 @@ def test_offsets_beyond_32_bits():
         assert torch.equal(actual, expected)
 
 
-def test_the_operator_is_sound_for_compilation():
-    """Schema, fake implementation and autograd registration, and one graph through torch.compile."""
+SOUND = ("test_schema", "test_faketensor")
+
+
+@pytest.mark.parametrize("paired", [False, True], ids=["one", "pair"])
+def test_the_scan_is_sound_for_compilation(paired):
+    """Schema and fake implementation of forward and backward, autograd registration."""
+    scans = pair(((66, 2), (3,)), (True, False), True, False)[: 1 + paired]
+    tensors = [[getattr(scan, name) for scan in scans] for name in ("x", "dt", "A", "B", "C")]
+    lengths, counts = ([66, 2, 3], [2, 1]) if paired else ([66, 2], [2])
+    plan = lengths, counts, [True, False][: len(scans)], [True, False][: len(scans)], True
+    inputs = (*tensors, [scans[0].initial_states], [], *plan)
+    torch.library.opcheck(module.ssd_forward, inputs, test_utils=(*SOUND, "test_autograd_registration"))
+    inputs = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, inputs)
+    outputs = module.ssd_forward(*inputs)
+    y, finals, entries, sums = module._split(outputs, len(scans))
+    backward = ([torch.ones_like(one) for one in y], finals, *inputs[:5], [], list(y), entries, list(sums), *plan)
+    torch.library.opcheck(module.ssd_backward, backward, test_utils=SOUND)
+
+
+def test_the_scan_compiles_whole():
     inputs = make((66,), (2, 2, 1), dtype=torch.float32)
     x, dt, A, B, C, initial = inputs.values()
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(module.ssd_forward, (x, dt, A, B, C, initial, None, [66], False), test_utils=checks)
     segments = Segments.build((66,))
 
     def loss(x):
@@ -154,11 +265,30 @@ def test_the_operator_is_sound_for_compilation():
     actual = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(x), x)
     torch.testing.assert_close(actual, expected)
 
+
+def test_a_model_compiles_whole(monkeypatch):
+    """Prefill and training step of a decoder on text, with kernels in place of the plain operations."""
+    monkeypatch.setenv("LINMU_SSD_BACKEND", "triton")
+    model = tiny.plain(num_hidden_layers=1).model.language_model
+    embeds = torch.randn(1, 16, 32)  # one chunk: what packs several has shapes that depend on values
+
+    def run(forward):
+        leaf = embeds.clone().requires_grad_()
+        hidden = forward(inputs_embeds=leaf, use_cache=False).last_hidden_state
+        leaves = [leaf, *model.layers[0].parameters()]  # some serve vision tokens alone
+        return hidden, *torch.autograd.grad(hidden.square().sum(), leaves, materialize_grads=True)
+
+    torch._dynamo.reset()
+    compiled = run(torch.compile(model, backend="aot_eager", fullgraph=True))
+    torch.testing.assert_close(compiled, run(model), rtol=1e-4, atol=1e-5)
+
+
+def test_operators_without_gradients_are_sound_for_compilation():
+    x, dt, A, B, C = make((66,), (2, 2, 1), states=False, dtype=torch.float32).values()
     states = torch.rand(66, 2, 5, 3)
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(step_forward, (x, dt, A, B, C, states, False), test_utils=checks)
+    torch.library.opcheck(step_forward, (x, dt, A, B, C, states, False), test_utils=SOUND)
     weight, tail = torch.randn(4, 5), torch.randn(1, 3, 5)
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    checks = (*SOUND, "test_autograd_registration")
     torch.library.opcheck(conv_forward, (x[:, 0].detach(), weight, tail, None, [66]), test_utils=checks)
 
 
@@ -205,6 +335,13 @@ def test_conv(width, lengths, tails, through_index):
     torch.testing.assert_close([t.double() for t in actual], expected, rtol=1e-5, atol=1e-5)
 
 
+def random_mixer(config):
+    mixer = FlexMA(config, 0).requires_grad_(False)
+    for parameter in mixer.parameters():
+        parameter.copy_(torch.randn(parameter.shape) * 0.3)
+    return mixer
+
+
 @pytest.mark.parametrize("masked", [False, True], ids=["all real", "padding"])
 @pytest.mark.parametrize(
     "options",
@@ -214,10 +351,7 @@ def test_conv(width, lengths, tails, through_index):
 def test_decode_step_of_the_mixer(monkeypatch, options, masked):
     """Three tokens of three sequences, one kernel each, against the same steps in plain PyTorch."""
     config = tiny.text_config(**{"bc_feature_map": "softmax", "scan_rope": True, **options})
-    mixer = FlexMA(config, 0)
-    with torch.no_grad():
-        for parameter in mixer.parameters():
-            parameter.copy_(torch.randn(parameter.shape) * 0.3)
+    mixer = random_mixer(config)
     tokens = torch.randn(3, 3, config.hidden_size)
     angles = torch.rand(3, 3, config.head_dim)
     caches = MMateCacheLayer(), MMateCacheLayer()
@@ -230,6 +364,34 @@ def test_decode_step_of_the_mixer(monkeypatch, options, masked):
                 y = mixer.step(u, (angle.cos(), angle.sin()), mask, cache)
                 results.append((y if mask is None else y[mask.bool()], *cache.load()))
         torch.testing.assert_close(*results, rtol=2e-5, atol=2e-5)
+
+
+def test_compiled_decode_step(monkeypatch):
+    """One graph for all steps; the state stays where it is, and no step copies it."""
+    monkeypatch.setattr(flex_ma, "kernels_serve", lambda x: True)
+    config = tiny.text_config(bc_feature_map="softmax")
+    mixer = random_mixer(config)
+    caches = MMateCacheLayer(max_cache_len=8), MMateCacheLayer(max_cache_len=8)
+    graphs = []
+
+    def look(graph, inputs):
+        graphs.append([node.target for node in graph.graph.nodes])
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(mixer.step, fullgraph=True, backend=aot_autograd(fw_compiler=look))
+    addresses = set()
+    with torch.no_grad():
+        for i in range(4):
+            u, angle = torch.randn(2, config.hidden_size), torch.rand(2, config.head_dim)
+            rope = angle.cos(), angle.sin()
+            expected = mixer.step(u, rope, None, caches[0])
+            actual = (compiled if i else mixer.step)(u, rope, None, caches[1])
+            torch.testing.assert_close((actual, *caches[1].load()), (expected, *caches[0].load()))
+            addresses.add(caches[1].recurrent_states[0].data_ptr())
+    assert len(graphs) == len(addresses) == 1
+    # the tail of the convolution alone
+    assert graphs[0].count(torch.ops.aten.copy_.default) <= 2
 
 
 @pytest.mark.parametrize(
@@ -249,10 +411,15 @@ def test_shapes_that_do_not_fit(changes, message):
 def test_backends(monkeypatch):
     inputs, segments = make((5,), dtype=torch.float32), Segments.build((5,))
     called = []
-    monkeypatch.setattr(module, "ssd_triton", lambda *args, **kwargs: called.append(kwargs))
+    for name in ("ssd_triton", "ssd_triton_pair"):
+        monkeypatch.setattr(module, name, lambda *args, name=name, **kwargs: called.append(name))
+    scans = [Scan(**inputs, segments=segments)] * 2
     ssd(**inputs, segments=segments)
+    ssd_pair(*scans)
     assert not called
     ssd(**inputs, segments=segments, backend="triton")
+    ssd_pair(*scans, backend="triton")
     monkeypatch.setenv("LINMU_SSD_BACKEND", "triton")
     ssd(**inputs, segments=segments)
-    assert len(called) == 2
+    ssd_pair(*scans)
+    assert called == ["ssd_triton", "ssd_triton_pair"] * 2

@@ -29,17 +29,24 @@ def compile_launch(kernel, args, options) -> Compiled:
     options = dict(options)
     names = list(inspect.signature(kernel.fn).parameters)
     signature, constants, attributes = {}, {}, {}
-    for i, (name, value) in enumerate(zip(names, args)):
+
+    def described(path, value):
+        """Type of an argument, or of each part of a tuple."""
+        if isinstance(value, tuple):
+            return tuple(described((*path, i), part) for i, part in enumerate(value))
         if value is None or value is True or value is False or (type(value) is int and value == 1):
-            signature[name], constants[(i,)] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name], attributes[(i,)] = _TYPES[value.dtype], [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, float):
+            return "fp32"
+        if isinstance(value, torch.Tensor) or value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        if isinstance(value, torch.Tensor):
+            return _TYPES[value.dtype]
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    for i, (name, value) in enumerate(zip(names, args)):
+        signature[name] = described((i,), value)
     for name in names[len(args) :]:
         signature[name], constants[(names.index(name),)] = "constexpr", options.pop(name)
     source = triton.compiler.ASTSource(kernel, signature, constants, attributes)

@@ -12,8 +12,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from sm90 import SHARED_LIMIT, compile_launch
 
-from linmu_hf.ops import conv_triton, decode_triton, ssd_triton, ssd_triton_step
-from linmu_hf.ops.ssd import Segments
+from linmu_hf.ops import conv_triton, decode_triton, ssd_triton, ssd_triton_step, tuning
+from linmu_hf.ops.ssd import Scan, Segments
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -30,21 +30,36 @@ SIZES = {
 SPILL_BUDGET = {BF16: 0, FP32: 512}
 
 
-def launches(monkeypatch, dtype, h, s, g, p, k, normalized, indexed):
-    """What a forward and backward pass, a decode step and a convolution would launch; nothing is run."""
+def launches(monkeypatch, dtype, h, s, g, p, k, normalized, indexed=False, paired=False, choice=0):
+    """
+    What a forward and backward pass, a decode step and a convolution would launch, with the configuration `choice` of
+    every kernel that has so many; nothing is run.
+    """
     calls = []
     for module in (ssd_triton, ssd_triton_step, conv_triton, decode_triton):
         monkeypatch.setattr(
             module, "launch", lambda kernel, grid, *args, **options: calls.append((kernel, args, options))
         )
+    monkeypatch.setattr(tuning, "choose", lambda configs, *_: configs[min(choice, len(configs) - 1)])
     n = 128
     segments = Segments.build((n,))
     index = torch.arange(n) if indexed else None
-    x, B, C = (torch.zeros(n, heads, size, dtype=dtype) for heads, size in ((g, p), (g, k), (h, k)))
     dt, A = torch.zeros(n, s), torch.zeros(s)
-    y, finals = ssd_triton.ssd_triton(x.requires_grad_(), dt, A, B, C, segments, normalized=normalized, index=index)
-    (y.sum() + finals.sum()).backward()
+
+    def scan():
+        sizes = ((g, p), (g, k), (h, k))
+        x, B, C = (torch.zeros(n, *size, dtype=dtype, requires_grad=True) for size in sizes)
+        return Scan(x, dt, A, B, C, segments, index=index)
+
+    if paired:
+        (y, finals), (reverse, _) = ssd_triton.ssd_triton_pair(scan(), scan(), normalized)
+        (y.sum() + finals.sum() + reverse.sum()).backward()
+    else:
+        x, dt, A, B, C, *_ = scan()
+        y, finals = ssd_triton.ssd_triton(x, dt, A, B, C, segments, normalized=normalized, index=index)
+        (y.sum() + finals.sum()).backward()
     with torch.no_grad():
+        x, _, _, B, C, *_ = scan()
         states = torch.zeros(n, s, p + normalized, k)
         ssd_triton_step.ssd_step_triton(x, dt, A, B, C, states, normalized=normalized)
     channels = (h + 2 * g) * p
@@ -65,26 +80,47 @@ def launches(monkeypatch, dtype, h, s, g, p, k, normalized, indexed):
     return list(unique.values())
 
 
-CASES = [(sizes, False) for sizes in SIZES] + [("softmax features", True)]
+@pytest.fixture
+def fits(monkeypatch):
+    """Compiles what `launches` gives for the arguments; what spills or takes too much shared memory."""
+
+    def over(*sizes, choice=0, **how):
+        found, names = [], set()
+        for kernel, args, options in launches(monkeypatch, *sizes, choice=choice, **how):
+            name = kernel.fn.__name__
+            names.add(name)
+            if choice and choice >= len(tuning.CONFIGS.get(name, ())):
+                continue
+            compiled = compile_launch(kernel, args, options)
+            tiles = [options[size] for size in ("BP", "BK", "num_warps", "num_stages") if size in options]
+            print(f"{name:26} {tiles!s:18} {compiled}")
+            if compiled.shared > SHARED_LIMIT or compiled.spilled_bytes > SPILL_BUDGET[sizes[0]]:
+                found.append((name, tiles, compiled))
+        _, h, s, *_ = sizes
+        assert len(names) >= 11 + (h == s), "a kernel was not launched"
+        return found
+
+    return over
 
 
-@pytest.mark.parametrize("sizes, indexed", CASES, ids=[f"{s}, index" if i else s for s, i in CASES])
-def test_fits_on_hopper(monkeypatch, sizes, indexed):
-    sizes = SIZES[sizes]
-    over, names = [], set()
-    for kernel, args, options in launches(monkeypatch, *sizes, indexed):
-        name = kernel.fn.__name__
-        names.add(name)
-        compiled = compile_launch(kernel, args, options)
-        print(f"{name:26} {compiled}")
-        if compiled.shared > SHARED_LIMIT or compiled.spilled_bytes > SPILL_BUDGET[sizes[0]]:
-            over.append((name, compiled))
-    assert len(names) >= 11 + (sizes[1] == sizes[2]), "a kernel was not launched"
-    assert not over
+CASES = [(sizes, {}) for sizes in SIZES]
+CASES += [("softmax features", {"indexed": True}), ("softmax features", {"indexed": True, "paired": True})]
+
+
+@pytest.mark.parametrize("sizes, how", CASES, ids=[", ".join((sizes, *how)) for sizes, how in CASES])
+def test_fits_on_hopper(fits, sizes, how):
+    assert not fits(*SIZES[sizes], **how)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", range(1, max(map(len, tuning.CONFIGS.values()))))
+@pytest.mark.parametrize("sizes", ["softmax features", "no features", "state per key/value head"])
+def test_every_configuration_fits_on_hopper(fits, sizes, choice):
+    assert not fits(*SIZES[sizes], indexed=True, paired=True, choice=choice)
 
 
 def test_spills_are_seen(monkeypatch):
     """With half the warps the gradient of B does not fit into registers."""
-    calls = launches(monkeypatch, *SIZES["softmax features"], False)
+    calls = launches(monkeypatch, *SIZES["softmax features"])
     kernel, args, options = next(call for call in calls if call[0].fn.__name__ == "b_grad_kernel")
     assert compile_launch(kernel, args, {**options, "num_warps": 4}).spilled_bytes > 0

@@ -1,11 +1,14 @@
 """The kernels where they belong: on a GPU, against the float64 recurrence, at the sizes of a 7B model."""
 
 import pytest
+import tiny
 import torch
 from test_ssd import assert_same, make, run
+from torch._dynamo.utils import counters
 
+from linmu_hf.ops import tuning_triton as tuning
 from linmu_hf.ops.causal_conv import causal_conv
-from linmu_hf.ops.ssd import Segments, ssd, ssd_step
+from linmu_hf.ops.ssd import Scan, Segments, ssd, ssd_step
 
 
 pytestmark = pytest.mark.gpu
@@ -83,3 +86,92 @@ def test_compiled_whole():
         return ssd(**inputs, segments=segments, normalized=True)
 
     torch.testing.assert_close(torch.compile(scan, fullgraph=True)(inputs), scan(inputs))
+
+
+@pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+def test_pair(dtype, rtol):
+    """Both directions of a layer in one launch, the second backwards over the same x."""
+    from linmu_hf.ops.ssd_triton import ssd_triton_pair
+
+    lengths, index = (65, 200), torch.arange(265, device="cuda").flip(0)
+    first = {name: t.requires_grad_() for name, t in inputs_on("cuda", lengths, dtype).items()}
+    torch.manual_seed(1)
+    second = {name: t.requires_grad_() for name, t in inputs_on("cuda", lengths, dtype, states=False).items()}
+    second["x"] = first["x"]
+    segments, backwards = Segments.build(lengths, "cuda"), Segments.build(lengths[::-1], "cuda")
+    leaves = [*first.values(), *(second[name] for name in ("dt", "A", "B", "C"))]
+
+    def results(form):
+        (y, states), (other, _) = form()
+        loss = sum(
+            (t.double() * torch.arange(t.numel(), device="cuda").view_as(t).sin()).sum() for t in (y, states, other)
+        )
+        names = ("y", "states", "other", *map(str, range(len(leaves))))
+        return dict(zip(names, (y, states, other, *torch.autograd.grad(loss, leaves))))
+
+    def apart():
+        one = ssd(**first, segments=segments, normalized=True, backend="triton")
+        return one, ssd(**second, segments=backwards, normalized=True, index=index, backend="triton")
+
+    def together():
+        scans = Scan(**first, segments=segments), Scan(**second, segments=backwards, index=index)
+        return ssd_triton_pair(*scans, normalized=True)
+
+    assert_same(results(together), results(apart), rtol=rtol)
+
+
+def test_long_scans_are_tuned_once_and_stay_right(monkeypatch):
+    """Every configuration of every kernel gives what the default gives."""
+    monkeypatch.setattr(tuning, "_found", {})
+    inputs = {name: t.requires_grad_() for name, t in inputs_on("cuda", (4096,), torch.bfloat16).items()}
+
+    def run_it():
+        return run(lambda segments, **t: ssd(segments=segments, normalized=True, **t), inputs, (4096,))
+
+    tuned = run_it()
+    assert {key[0] for key in tuning._found} == set(tuning.CONFIGS)
+    monkeypatch.setattr(tuning, "choose", lambda configs, *_: configs[0])
+    expected = run_it()
+    assert_same(tuned, expected, rtol=2e-2)
+    for choice in range(1, max(map(len, tuning.CONFIGS.values()))):
+        monkeypatch.setattr(tuning, "choose", lambda configs, *_, i=choice: configs[min(i, len(configs) - 1)])
+        assert_same(run_it(), expected, rtol=2e-2)
+
+
+def test_a_graph_is_captured_without_tuning(monkeypatch):
+    inputs = inputs_on("cuda", (4096,), torch.bfloat16)
+    segments = Segments.build((4096,), "cuda")
+
+    def scan():
+        return ssd(**inputs, segments=segments, normalized=True)[0]
+
+    monkeypatch.setattr(tuning, "choose", lambda configs, *_: configs[0])
+    expected = scan()  # compiles
+    monkeypatch.undo()
+    monkeypatch.setattr(tuning, "_found", {})
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = scan()
+    assert not tuning._found
+    graph.replay()
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("layer_types", [["m_mate"] * 2, ["m_mate", "full_attention"]], ids=["linear", "hybrid"])
+def test_generate_decodes_in_a_cuda_graph(layer_types):
+    """`cache_implementation="static"` is all it takes; one graph serves every step, and none is given up."""
+    model = tiny.plain(layer_types=layer_types, num_hidden_layers=2).cuda()
+    sample = tiny.Sample(5, ("image", 2, 3), 4)
+    inputs = {
+        name: value.cuda() if isinstance(value, torch.Tensor) else value
+        for name, value in tiny.batch(sample, dtype=torch.float32).items()
+    }
+    how = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(**inputs, **how)
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            assert torch.equal(model.generate(**inputs, **how, cache_implementation="static"), expected)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert not counters["inductor"]["cudagraph_skips"]

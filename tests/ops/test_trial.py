@@ -1,22 +1,23 @@
 """Kernels that fail or answer wrongly on a device are noticed before they are relied on."""
 
 import sys
+from functools import partial
 from types import ModuleType
 
 import pytest
 import torch
 
 from linmu_hf.ops import trial
-from linmu_hf.ops.ssd_torch import ssd_chunked
+from linmu_hf.ops.ssd import ssd_pair
 
 
 @pytest.fixture
 def tried(monkeypatch):
-    """What a trial says of the kernels given: a function in place of `ssd_triton`."""
+    """What a trial says of the kernels given: a function in place of `ssd_triton_pair`."""
 
     def run(kernels):
         module = ModuleType("linmu_hf.ops.ssd_triton")
-        module.ssd_triton = kernels
+        module.ssd_triton_pair = kernels
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(trial, "_TRIALS", {})
         return trial.failed_trial(torch.device("cpu"))
@@ -24,29 +25,39 @@ def tried(monkeypatch):
     return run
 
 
+chunked = partial(ssd_pair, backend="chunked")
+
+
 def test_right_kernels_pass_and_are_tried_once(tried):
     calls = []
-    assert tried(lambda *args: calls.append(1) or ssd_chunked(*args)) is None
+    assert tried(lambda *args, **kwargs: calls.append(1) or chunked(*args, **kwargs)) is None
     assert trial.failed_trial(torch.device("cpu")) is None and calls == [1]
 
 
-def test_wrong_values_are_noticed(tried, caplog):
-    def wrong(*args):
-        y, states = ssd_chunked(*args)
-        return y * 1.1, states
+@pytest.mark.parametrize("direction", [0, 1])
+def test_wrong_values_are_noticed(tried, caplog, direction):
+    def wrong(*scans, **kwargs):
+        results = list(chunked(*scans, **kwargs))
+        y, states = results[direction]
+        results[direction] = y * 1.1, states
+        return results
 
     assert "wrong on cpu (relative error 0." in tried(wrong) and "Plain PyTorch takes over" in caplog.text
 
 
-def test_wrong_gradients_are_noticed(tried):
-    def wrong(x, dt, A, B, C, *rest):
-        return ssd_chunked(x, dt, A, B.detach() + 0 * B, C, *rest)
+@pytest.mark.parametrize("direction", [0, 1])
+def test_wrong_gradients_are_noticed(tried, direction):
+    def wrong(*scans, **kwargs):
+        scans = list(scans)
+        B = scans[direction].B
+        scans[direction] = scans[direction]._replace(B=B.detach() + 0 * B)
+        return chunked(*scans, **kwargs)
 
     assert "wrong on cpu" in tried(wrong)
 
 
 def test_a_crash_is_noticed(tried):
-    def crash(*args):
+    def crash(*args, **kwargs):
         raise RuntimeError("no kernel image is available")
 
     assert tried(crash) == "the Triton kernels fail on cpu (RuntimeError: no kernel image is available)"

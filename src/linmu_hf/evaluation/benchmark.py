@@ -14,8 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import StaticCache
 
+from ..modeling.cache import MMateCacheLayer
 from .benchmark_model import BenchmarkDecoder
+from .loading import first_line
 
 
 @dataclass
@@ -129,8 +132,8 @@ def in_turns(variants: dict[str, Variant], call: Callable[[str], tuple], repeats
 
 def measure(
     variants: dict[str, Variant], lengths: Iterable[int], *, layout_of: Callable, batches: Sequence[int] = (1,),
-    steps: int = 16, repeats: int = 3, device: str = "cpu", chunk_size: int | None = None, largest: bool = False,
-    report: Callable[[str], None] = print,
+    prefill_batches: Sequence[int] = (1,), steps: int = 16, repeats: int = 3, device: str = "cpu",
+    chunk_size: int | None = None, largest: bool = False, graphs: bool = False, report: Callable[[str], None] = print,
 ) -> list[dict]:  # fmt: skip
     """
     TTFT, decode throughput and memory of every variant at every length.
@@ -139,11 +142,12 @@ def measure(
         variants (`dict[str, Variant]`): What to measure; all in turns, so that a busy machine slows all.
         lengths (`Iterable[int]`): Tokens of the prompt, ascending.
         layout_of (`Callable`): Gives the `vision_layout` of a prompt of so many tokens.
-        batches (`Sequence[int]`): Sequences decoded at once; TTFT is that of one.
+        batches, prefill_batches (`Sequence[int]`): Sequences decoded at once, and prompts read at once.
         steps, repeats (`int`): Decode steps of one measurement; measurements, of which the fastest counts; a decode
             step, which is short, is measured at least three times.
         chunk_size (`int`, *optional*): Prefill in chunks.
         largest (`bool`): Also decode the largest batch that fits (CUDA only).
+        graphs (`bool`): Also decode as `generate(cache_implementation="static")` does: compiled, with CUDA graphs.
 
     Returns:
         `list[dict]`: One row for each length and variant.
@@ -175,8 +179,14 @@ def measure(
             row |= {"cache_bytes": cache_bytes(caches[name]), "decode": {}}
             rows.append(row)
             report(f"{name:32s} {tokens:8d} tokens  TTFT {row['ttft_s']:.4f} s")
+        for batch in prefill_batches:
+            if batch > 1:
+                _prefill(variants, rows[-len(variants) :], ids, layout, batch, chunk_size, repeats, clock, report)
         for batch in batches:
             _decode(variants, rows[-len(variants) :], caches, batch, steps, max(repeats, 3), clock, report)
+            for row in rows[-len(variants) :] if graphs else ():
+                if "decode" in row and variants[row["model"]].patch is None:
+                    _decode_compiled(variants[row["model"]], row, caches, batch, steps, max(repeats, 3), clock, report)
         if largest and clock.cuda:
             for row in rows[-len(variants) :]:
                 if "decode" in row:
@@ -185,6 +195,68 @@ def measure(
                         one = {row["model"]: variants[row["model"]]}
                         _decode(one, [row], caches, row["largest_batch"], steps, 1, clock, report)
     return rows
+
+
+def _prefill(variants, rows, ids, layout, batch: int, chunk_size, repeats: int, clock: Clock, report) -> None:
+    """Adds the seconds until a batch of equal prompts has its first tokens."""
+
+    def run(name):
+        decoder = variants[name].decoder
+        embeds = decoder.text.embed_tokens(ids.expand(batch, -1))
+        repeated = None if layout is None else layout.expand(batch, -1, -1)
+        return clock(lambda: decoder.prefill(embeds, repeated, chunk_size)[0])[0]
+
+    running = {row["model"]: variants[row["model"]] for row in rows if "ttft_s" in row}
+    for name, measured in in_turns(running, run, repeats).items():
+        row = next(row for row in rows if row["model"] == name)
+        entry = {"ttft_s": min(measured)} if measured else {"error": running[name].failure}
+        row.setdefault("prefill", {})[str(batch)] = entry
+        running[name].failure = None  # a smaller batch fits
+        shown = f"TTFT {entry['ttft_s']:.4f} s" if measured else entry["error"]
+        report(f"{name:32s} {row['tokens']:8d} tokens  {shown}, batch {batch}")
+
+
+def _decode_compiled(variant, row, caches, batch: int, steps: int, repeats: int, clock: Clock, report) -> None:
+    """Adds to `row["decode_graphs"]` what [`_decode`] adds for the same steps, compiled and from a static cache."""
+    decoder, name, entry = variant.decoder, row["model"], {}
+    # without a GPU there are no graphs to capture; the path is walked all the same
+    how = {"mode": "reduce-overhead"} if clock.cuda else {"backend": "aot_eager"}
+
+    def run():
+        torch._dynamo.reset()  # every batch is compiled anew, and dynamo counts
+        step = torch.compile(decoder.step, fullgraph=True, dynamic=False, **how)
+        cache = static_copy(caches[name], decoder.text.config, batch, row["tokens"] + (repeats + 1) * (steps + 4))
+        ids = torch.zeros(batch, 1, dtype=torch.long, device=decoder.head.weight.device)
+
+        def go(count, ids=ids):
+            for _ in range(count):
+                ids = step(ids, cache).clone()  # a graph writes its next answer to the same place
+
+        go(4)  # compiles, warms up, captures
+        return min(clock(lambda: go(steps))[0] for _ in range(repeats)) / steps
+
+    try:
+        seconds = variant.run(run)
+        entry = {"step_s": seconds, "tokens_per_s": batch / seconds} if seconds else {"error": variant.failure}
+    except Exception as error:  # whatever a compiler raises; the other figures are worth having
+        entry = {"error": f"{type(error).__name__}: {first_line(error)}"}
+    variant.failure = None
+    row.setdefault("decode_graphs", {})[str(batch)] = entry
+    shown = entry.get("error") or f"{entry['tokens_per_s']:.1f} tokens/s"
+    report(f"{name:32s} {row['tokens']:8d} tokens  {shown}, batch {batch}, compiled")
+
+
+def static_copy(cache, config, batch: int, length: int) -> StaticCache:
+    """A static cache with room for `length` tokens that holds, `batch` times, what a cache of one sequence holds."""
+    copied = StaticCache(config=config, max_cache_len=length)
+    for layer, filled in zip(copied.layers, cache.layers, strict=True):
+        if isinstance(layer, MMateCacheLayer):
+            states = (t if t is None else t.expand(batch, *t.shape[1:]) for t in filled.load())
+            layer.store(*states, batch)
+            layer.advance(filled.get_seq_length())
+        else:
+            layer.update(*(t.expand(batch, *t.shape[1:]) for t in (filled.keys, filled.values)))
+    return copied
 
 
 def _decode(variants, rows, caches, batch: int, steps: int, repeats: int, clock: Clock, report) -> None:
@@ -253,14 +325,20 @@ def summarise(rows: list[dict]) -> dict:
         teacher = teachers.get(row["tokens"])
         if row["model"] == "teacher" or teacher is None:
             continue
-        speedups = {
-            batch: entry["tokens_per_s"] / teacher["decode"][batch]["tokens_per_s"]
-            for batch, entry in row["decode"].items()
-            if "tokens_per_s" in entry and "tokens_per_s" in teacher["decode"].get(batch, {})
-        }
+        own, others = throughput(row), throughput(teacher)
+        speedups = {batch: own[batch] / others[batch] for batch in own if batch in others}
         ratio = teacher["ttft_s"] / row["ttft_s"]
         ratios.append({"model": row["model"], "tokens": row["tokens"], "ttft": ratio, "throughput": speedups})
     return {"growth_exponents": growth, "speedups": ratios}
+
+
+def throughput(row: dict) -> dict[str, float]:
+    """Tokens per second of every batch, compiled or not, whichever is faster."""
+    entries = [*row["decode"].items(), *row.get("decode_graphs", {}).items()]
+    best: dict[str, float] = {}
+    for batch, entry in entries:
+        best[batch] = max(entry.get("tokens_per_s", 0.0), best.get(batch, 0.0))
+    return {batch: tokens for batch, tokens in best.items() if tokens}
 
 
 def encode_seconds(encode: Callable[[], object], device: str) -> float:

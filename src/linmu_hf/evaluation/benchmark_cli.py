@@ -55,6 +55,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vision-share", type=float, default=0.95, help="share of vision tokens in the prompt")
     parser.add_argument("--vision-encoder", action="store_true", help="also what the vision encoder takes")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1], help="sequences decoded at once")
+    parser.add_argument("--prefill-batch-sizes", type=int, nargs="+", default=[1], help="prompts read at once")
+    parser.add_argument("--graphs", action="store_true", help="also decode compiled, on a GPU with CUDA graphs")
     parser.add_argument("--largest-batch", action="store_true", help="also the largest batch that fits (CUDA)")
     parser.add_argument("--prefill-chunk", type=int, metavar="N", help="read the prompt in chunks of N tokens")
     parser.add_argument("--steps", type=int, default=16, help="decode steps of one measurement")
@@ -77,7 +79,7 @@ def check(arguments: argparse.Namespace) -> None:
     for name in ("teacher_max_tokens", "prefill_chunk", "steps", "repeats", "threads"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
-    for name in ("lengths", "batch_sizes"):
+    for name in ("lengths", "batch_sizes", "prefill_batch_sizes"):
         if min(getattr(arguments, name)) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {min(getattr(arguments, name))} must be at least 1")
         setattr(arguments, name, sorted(set(getattr(arguments, name))))
@@ -155,11 +157,13 @@ def benchmark(arguments: argparse.Namespace) -> dict:
             [length],
             layout_of=layouts.__getitem__,
             batches=arguments.batch_sizes,
+            prefill_batches=arguments.prefill_batch_sizes,
             steps=arguments.steps,
             repeats=arguments.repeats,
             device=arguments.device,
             chunk_size=arguments.prefill_chunk,
             largest=arguments.largest_batch,
+            graphs=arguments.graphs,
         )
         if arguments.vision_encoder and layouts[length] is not None:
             kind = (arguments.media, DTYPES[arguments.dtype], arguments.device)

@@ -42,19 +42,21 @@ class MMateCacheLayer(LinearAttentionLayer, CacheLayerMixin):
                 if old is None or not self.has_previous_state[0]:
                     old = new.new_zeros(batch, *new.shape[1:])
                 new = old.index_copy(0, rows, new)
+            if new is holder[0]:
+                continue  # a decode kernel has written it in place
             if new.requires_grad:
                 holder[0] = new  # a copy in place would break the backward pass of the tokens before
             elif holder[0] is not None and holder[0].shape == new.shape:
                 holder[0].copy_(new)
             else:
                 holder[0] = new.clone()
-                if not torch.compiler.is_compiling():
-                    torch._dynamo.mark_static_address(holder[0])  # for CUDA graphs
+                _keep_address(holder[0])
         if not self.is_initialized:
             self.device, self.dtype = states.device, states.dtype
             self.is_initialized = True
             if isinstance(self.seen, torch.Tensor):
                 self.seen = self.seen.to(states.device)
+                _keep_address(self.seen)
         self.has_previous_state[0] = True
         self.is_conv_states_initialized[0] = tail is not None
         self.is_recurrent_states_initialized[0] = True
@@ -99,8 +101,20 @@ class MMateCacheLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def _map(self, function):
         for holder in (self.conv_states, self.recurrent_states):
-            if holder[0] is not None:
-                holder[0] = function(holder[0])
+            if holder[0] is None:
+                continue
+            new = function(holder[0])
+            if new.shape == holder[0].shape and not new.requires_grad:
+                holder[0].copy_(new)
+            else:
+                holder[0] = new
+                _keep_address(new)
+
+
+def _keep_address(tensor):
+    """A compiled decode step writes this tensor where it lies, which a CUDA graph has to know to be captured."""
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(tensor)
 
 
 STATIC_LAYER_TYPE_MAPPING["m_mate"] = MMateCacheLayer

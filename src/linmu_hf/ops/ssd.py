@@ -147,7 +147,7 @@ class Scan(NamedTuple):
     C: torch.Tensor
     segments: Segments
     initial_states: torch.Tensor | None = None
-    index: torch.Tensor | None = None
+    index: torch.Tensor | None = None  # type: ignore[assignment]  # a tuple's method of this name is not needed
 
 
 def ssd_pair(first: Scan, second: Scan, *, normalized: bool = False, backend: str = "auto"):
@@ -159,8 +159,14 @@ def ssd_pair(first: Scan, second: Scan, *, normalized: bool = False, backend: st
         normalized, backend: As in [`ssd`].
 
     Returns:
-        `tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]`: y and states of each.
+        `tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]`: y and states of each;
+        our kernels, which take both scans in one launch, do not write the states of the second.
     """
+    if choose_backend(first.x, first.segments, backend) == "triton":
+        from .ssd_triton import ssd_triton_pair
+
+        with torch.autocast(first.x.device.type, enabled=False):
+            return ssd_triton_pair(first, second, normalized)
     results = (ssd(**scan._asdict(), normalized=normalized, backend=backend) for scan in (first, second))
     return tuple(results)
 

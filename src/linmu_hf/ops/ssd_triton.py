@@ -1,17 +1,20 @@
 """The selective scan on a GPU: our Triton kernels behind the contract of `ssd.py`, with their backward pass.
 
-The kernels are in `ssd_triton_forward.py` and `ssd_triton_backward.py`. Chunks of 64 tokens are worked on in windows
-that bound the memory of their states, whatever the length; a state enters each window from the one before, and the
-backward pass computes the states of a window again from there. Only x, B, C, dt, y, the entering states and the
-normalisers are kept for it.
+The kernels are in `ssd_triton_forward.py` and `ssd_triton_backward.py`. A launch serves one scan or a pair of them,
+such as both directions of a layer. Chunks of 64 tokens are worked on in windows that bound the memory of their
+states, whatever the length; a state enters each window from the one before, and the backward pass computes the states
+of a window again from there. Only x, B, C, dt, y, the entering states and the normalisers are kept for it.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
 
+from . import tuning_triton as tuning
+from .ssd import Scan
 from .ssd_triton_backward import (
     b_grad_kernel,
     c_grad_kernel,
@@ -30,67 +33,98 @@ WINDOW_BYTES = 2**29
 SMALLEST = torch.finfo(torch.float32).tiny ** 0.5
 
 
+class Plan(NamedTuple):
+    """
+    What the operators know of one or two scans besides tensors.
+
+    Args:
+        lengths (`tuple[int, ...]`): Tokens of the segments of the scans, one scan after the other.
+        counts (`tuple[int, ...]`): Segments of each scan.
+        starts, ends (`tuple[bool, ...]`): Whether a scan has initial states, and whether its final states are wanted.
+        normalized (`bool`): As in [`~linmu_hf.ops.ssd.ssd`].
+    """
+
+    lengths: tuple[int, ...]
+    counts: tuple[int, ...]
+    starts: tuple[bool, ...]
+    ends: tuple[bool, ...]
+    normalized: bool
+
+    def states_before(self) -> int:
+        return sum(count for count, start in zip(self.counts, self.starts) if start)
+
+    def states_after(self) -> int:
+        return sum(count for count, end in zip(self.counts, self.ends) if end)
+
+
 @dataclass(frozen=True)
 class ChunkTable:
     """
     Chunks of packed segments, and the pieces of segments that share a window of chunks, as the kernels read them.
 
     Args:
-        chunks (`torch.LongTensor` of shape `[c, 2]`): First token and number of tokens.
-        pieces (`torch.LongTensor` of shape `[i, 3]`): First chunk within its window, number of chunks, and where its
-            last state goes: the piece that goes on, or `i` + the segment that ends.
+        chunks (`torch.LongTensor` of shape `[c, 3]`): First token, number of tokens, and which scan.
+        pieces (`torch.LongTensor` of shape `[i, 4]`): First chunk within its window, number of chunks, which entering
+            state it begins with (-1: zero), and where its last state goes: the entering state of the piece that goes
+            on, number of entering states + number of the final state, or nowhere (-1).
         windows (`tuple[tuple[int, int, int, int], ...]`): First and last chunk, first and last piece of each window.
-        first_pieces (`torch.LongTensor` of shape `[m]` or `None`): First piece of each segment, if some have several.
+        entries (`int`): Entering states: first the initial states, then those that pieces hand on.
+        second (`int`): First chunk of the second scan, or the number of chunks.
     """
 
     chunks: torch.Tensor
     pieces: torch.Tensor
     windows: tuple[tuple[int, int, int, int], ...]
-    first_pieces: torch.Tensor | None
+    entries: int
+    second: int
 
 
 @lru_cache(maxsize=64)
-def _cut(lengths: tuple[int, ...], window: int):
-    """Rows of the tables of a [`ChunkTable`]: chunks, pieces, windows, first pieces."""
-    chunks: list[tuple[int, int]] = []
-    pieces: list[tuple[int, int, int]] = []
-    windows, first_pieces, token, used = [(0, 0)], [], 0, 0
-    for segment, length in enumerate(lengths):
-        first_pieces.append(len(pieces))
-        left = -(-length // CHUNK)
-        while left:
-            if used == window:
-                windows.append((len(chunks), len(pieces)))
-                used = 0
-            count = min(left, window - used)
-            left -= count
-            pieces.append((used, count, len(pieces) + 1 if left else -1 - segment))
-            used += count
-            for _ in range(count):
-                chunks.append((token, min(CHUNK, length)))
-                token, length = token + chunks[-1][1], length - chunks[-1][1]
-    n = len(pieces)
-    pieces = [(first, count, to if to >= 0 else n - 1 - to) for first, count, to in pieces]
-    ends = [*windows[1:], (len(chunks), n)]
+def _cut(plan: Plan, window: int):
+    """Rows of the tables of a [`ChunkTable`] (chunks, pieces, windows), number of entering states, second scan."""
+    chunks: list[tuple[int, int, int]] = []
+    pieces: list[tuple[int, int, int, int]] = []
+    windows, used, entries, finals, second = [(0, 0)], 0, plan.states_before(), 0, 0
+    starts, lengths = 0, iter(plan.lengths)
+    for scan, count_segments in enumerate(plan.counts):
+        token = 0
+        second = len(chunks)
+        for _ in range(count_segments):
+            length, comes_from = next(lengths), -1
+            if plan.starts[scan]:
+                comes_from, starts = starts, starts + 1
+            left = -(-length // CHUNK)
+            while left:
+                if used == window:
+                    windows.append((len(chunks), len(pieces)))
+                    used = 0
+                count = min(left, window - used)
+                left -= count
+                leads_to = -1
+                if left:
+                    leads_to, entries = entries, entries + 1
+                elif plan.ends[scan]:
+                    leads_to, finals = -2 - finals, finals + 1
+                pieces.append((used, count, comes_from, leads_to))
+                comes_from, used = leads_to, used + count
+                for _ in range(count):
+                    chunks.append((token, min(CHUNK, length), scan))
+                    token, length = token + chunks[-1][1], length - chunks[-1][1]
+    pieces = [(first, count, before, to if to >= -1 else entries - 2 - to) for first, count, before, to in pieces]
+    ends = [*windows[1:], (len(chunks), len(pieces))]
     spans = tuple((chunk, end[0], piece, end[1]) for (chunk, piece), end in zip(windows, ends))
-    return chunks, pieces, spans, first_pieces
+    return chunks, pieces, spans, entries, second if len(plan.counts) == 2 else len(chunks)
 
 
 @lru_cache(maxsize=16)
-def chunk_table(lengths: tuple[int, ...], window: int, device: torch.device) -> ChunkTable:
-    """Cuts segments of `lengths` tokens into chunks, and the chunks into windows of at most `window`."""
-    chunks, pieces, windows, first_pieces = _cut(lengths, window)
-    one_each = len(pieces) == len(lengths)
-    chunks, pieces, first_pieces = (torch.tensor(rows).to(device) for rows in (chunks, pieces, first_pieces))
-    return ChunkTable(chunks, pieces, windows, None if one_each else first_pieces)
+def chunk_table(plan: Plan, window: int, device: torch.device) -> ChunkTable:
+    """Cuts the segments of a plan into chunks, and the chunks into windows of at most `window`."""
+    chunks, pieces, windows, entries, second = _cut(plan, window)
+    return ChunkTable(torch.tensor(chunks).to(device), torch.tensor(pieces).to(device), windows, entries, second)
 
 
 def launch(kernel, grid, *args, **options):
     kernel[grid](*args, **options)
-
-
-def _tile(size: int, limit: int) -> int:
-    return max(16, min(limit, triton.next_power_of_2(size)))
 
 
 def _window(state_size: int) -> int:
@@ -98,28 +132,37 @@ def _window(state_size: int) -> int:
     return max(1, WINDOW_BYTES // (4 * state_size))
 
 
-class _Scan:
-    """Sizes, tiles and arguments that the launches of one scan share."""
+class _Launches:
+    """Sizes and arguments that the launches of one or two scans share."""
 
-    def __init__(self, x, dt, A, B, C, index, lengths, normalized):
-        _, self.g, self.p = x.shape
-        self.s, self.h, self.k = dt.shape[-1], C.shape[1], B.shape[-1]
-        self.r, self.q = self.s // self.g, self.h // self.s
-        self.normalized, self.size = normalized, (self.p + normalized) * self.k
-        self.table = chunk_table(tuple(lengths), _window(self.s * self.size), x.device)
-        self.x, self.B, self.C = ((t, t.stride(0), t.stride(1)) for t in (x, B, C))
-        self.dt, self.index = (dt, dt.stride(0), A), index
+    def __init__(self, x, dt, A, B, C, index, plan: Plan):
+        (_, g, p), s, (_, h, k) = x[0].shape, dt[0].shape[-1], C[0].shape
+        self.h, self.s, self.g, self.r, self.q, self.p, self.k = h, s, g, s // g, h // s, p, k
+        self.size = (p + plan.normalized) * k
+        self.table = chunk_table(plan, _window(s * self.size), x[0].device)
+        self.x, self.dt, self.B, self.C = (
+            tuple((t, t.stride(0), t.stride(1)) for t in tensors) for tensors in (x, dt, B, C)
+        )
+        self.A, self.index = tuple(A), tuple(index) or None
         precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
         self.options = {
-            "L": CHUNK, "NORMALIZED": normalized, "HAS_INDEX": index is not None, "PRECISION": precision,
+            "L": CHUNK, "NORMALIZED": plan.normalized, "HAS_INDEX": bool(index), "PAIR": len(x) == 2,
+            "PRECISION": precision,
         }  # fmt: skip
-        self.half = x.dtype != torch.float32
+        self.dtype, self.device = x[0].dtype, x[0].device
 
-    def tiles(self, p: int, k: int, **options):
-        """Options of a launch with tiles of at most p and k (half of it in fp32), and how many tiles there are."""
-        options["num_warps"] = options["num_warps"] if self.half else 8
-        bp, bk = (_tile(size, limit if self.half else limit // 2) for size, limit in ((self.p, p), (self.k, k)))
-        return triton.cdiv(self.p, bp), triton.cdiv(self.k, bk), {**self.options, "BP": bp, "BK": bk, **options}
+    def __call__(self, kernel, grid, *args):
+        """Launches a kernel of tiles; `grid(tiles of p, tiles of k)` gives its programs."""
+
+        def shape(config):
+            return grid(triton.cdiv(self.p, config.BP), triton.cdiv(self.k, config.BK))
+
+        def run(config):
+            launch(kernel, shape(config), *args, **self.options, **config._asdict())
+
+        configs = tuning.configurations(kernel, self.p, self.k, self.dtype)
+        key = (kernel.fn.__name__, self.dtype, self.r, self.q, self.p, self.k, *self.options.values())
+        run(tuning.choose(configs, key, shape(configs[0])[0], self.device, run))
 
     def window_buffers(self, like):
         chunks = max(stop - start for start, stop, _, _ in self.table.windows)
@@ -128,156 +171,179 @@ class _Scan:
 
     def chunk_states(self, window, states, decays):
         start, stop, _, _ = window
-        tiles_p, tiles_k, options = self.tiles(128, 64, num_warps=4, num_stages=1)
-        launch(
-            chunk_states_kernel, (stop - start, self.s, tiles_p * tiles_k),
-            *self.x, *self.dt, *self.B, self.table.chunks[start:stop], self.index, states, decays,
-            self.s, self.r, self.p, self.k, **options,
+        self(
+            chunk_states_kernel, lambda tiles_p, tiles_k: (stop - start, self.s, tiles_p * tiles_k),
+            self.x, self.dt, self.A, self.B, self.table.chunks[start:stop], self.index, states, decays,
+            self.s, self.r, self.p, self.k,
         )  # fmt: skip
 
     def pass_states(self, window, states, decays, entries, finals, reverse=False, keep=True):
         _, _, first, last = window
         launch(
             pass_states_kernel, (last - first, self.s, triton.cdiv(self.size, 512)),
-            states, decays, self.table.pieces, entries, finals, first, len(self.table.pieces), self.s, self.size,
+            states, decays, self.table.pieces, entries, finals, first, self.table.entries, self.s, self.size,
             BLOCK=512, REVERSE=reverse, HAS_FINALS=finals is not None, KEEP=keep, num_warps=4,
         )  # fmt: skip
 
 
 @torch.library.custom_op("linmu_hf::ssd_forward", mutates_args=())
 def ssd_forward(
-    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor,
-    initial_states: torch.Tensor | None, index: torch.Tensor | None, lengths: list[int], normalized: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """y, final states, states that enter the windows, normalisers."""
-    scan = _Scan(x, dt, A, B, C, index, lengths, normalized)
-    table = scan.table
-    y, finals, entries, sums = _outputs(x, dt, C, B, index, lengths, normalized)
-    if initial_states is None:
-        entries.zero_()
-    elif table.first_pieces is None:
-        entries.copy_(initial_states)
-    else:
-        entries[table.first_pieces] = initial_states.to(entries)
-    states, decays = scan.window_buffers(x)
-    tiles_p, _, options = scan.tiles(128, 64, num_warps=8, num_stages=2)
-    with torch.cuda.device(x.device if x.is_cuda else -1):
-        for window in table.windows:
+    x: list[torch.Tensor], dt: list[torch.Tensor], A: list[torch.Tensor], B: list[torch.Tensor],
+    C: list[torch.Tensor], initial_states: list[torch.Tensor], index: list[torch.Tensor],
+    lengths: list[int], counts: list[int], starts: list[bool], ends: list[bool], normalized: bool,
+) -> list[torch.Tensor]:  # fmt: skip
+    """
+    One or two scans: lists have an entry for each, but for `initial_states`, which only those in `starts` have, and
+    `index`, which none has or all.
+
+    Returns:
+        `list[torch.Tensor]`: y of each scan, the final states that are wanted, the states that enter the windows, and
+        the normalisers of each scan.
+    """
+    plan = _plan(lengths, counts, starts, ends, normalized)
+    scan = _Launches(x, dt, A, B, C, index, plan)
+    outputs = _outputs(x, dt, B, C, index, plan)
+    y, finals, entries, sums = _split(outputs, len(x))
+    first = 0
+    for given in initial_states:
+        entries[first : first + len(given)] = given
+        first += len(given)
+    states, decays = scan.window_buffers(x[0])
+    with torch.cuda.device(scan.device if scan.device.type == "cuda" else -1):
+        for window in scan.table.windows:
             scan.chunk_states(window, states, decays)
-            scan.pass_states(window, states, decays, entries, finals)
+            scan.pass_states(window, states, decays, entries, finals if len(finals) else None)
             start, stop, _, _ = window
-            launch(
-                output_kernel, (stop - start, scan.h, tiles_p),
-                *scan.x, *scan.dt, *scan.B, *scan.C, table.chunks[start:stop], index, states, y, sums,
-                scan.h, scan.s, scan.r, scan.q, scan.p, scan.k, SMALLEST, **options,
+            scan(
+                output_kernel, lambda tiles_p, _, n=stop - start: (n, scan.h, tiles_p),
+                scan.x, scan.dt, scan.A, scan.B, scan.C, scan.table.chunks[start:stop], scan.index, states, y, sums,
+                scan.h, scan.s, scan.r, scan.q, scan.p, scan.k, SMALLEST,
             )  # fmt: skip
-    return y, finals, entries, sums
+    return outputs
 
 
-def _outputs(x, dt, C, B, index, lengths, normalized):
-    (n, _, p), h, s, k = x.shape, C.shape[1], dt.shape[1], B.shape[2]
-    pieces = len(_cut(tuple(int(length) for length in lengths), _window(s * (p + normalized) * k))[1])
-    new = x.new_empty if index is None else x.new_zeros  # rows that the index leaves out
-    finals, entries = (
-        x.new_empty(count, s, p + normalized, k, dtype=torch.float32) for count in (len(lengths), pieces)
-    )
-    return new(n, h, p), finals, entries, x.new_empty(n if normalized else 0, h, dtype=torch.float32)
+def _plan(lengths, counts, starts, ends, normalized) -> Plan:
+    return Plan(tuple(int(length) for length in lengths), tuple(counts), tuple(starts), tuple(ends), normalized)
+
+
+def _outputs(x, dt, B, C, index, plan: Plan) -> list[torch.Tensor]:
+    p, h, s, k = x[0].shape[2], C[0].shape[1], dt[0].shape[1], B[0].shape[2]
+    state = (s, p + plan.normalized, k)
+    entries = _cut(plan, _window(s * (p + plan.normalized) * k))[3]
+    y = [
+        (one.new_zeros if len(index) else one.new_empty)(len(one), h, p) for one in x
+    ]  # rows that an index leaves out
+    states = [x[0].new_empty(count, *state, dtype=torch.float32) for count in (plan.states_after(), entries)]
+    return [*y, *states, *(one.new_empty(len(one) if plan.normalized else 0, h, dtype=torch.float32) for one in x)]
+
+
+def _split(outputs, scans: int):
+    """y of the scans, final states, entering states, normalisers of the scans."""
+    return tuple(outputs[:scans]), outputs[scans], outputs[scans + 1], tuple(outputs[scans + 2 :])
 
 
 @ssd_forward.register_fake
-def _(x, dt, A, B, C, initial_states, index, lengths, normalized):
-    return _outputs(x, dt, C, B, index, lengths, normalized)
+def _(x, dt, A, B, C, initial_states, index, lengths, counts, starts, ends, normalized):
+    return _outputs(x, dt, B, C, index, _plan(lengths, counts, starts, ends, normalized))
 
 
 @torch.library.custom_op("linmu_hf::ssd_backward", mutates_args=())
 def ssd_backward(
-    dy: torch.Tensor, dfinals: torch.Tensor | None,
-    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor,
-    index: torch.Tensor | None, y: torch.Tensor, entries: torch.Tensor, sums: torch.Tensor,
-    lengths: list[int], normalized: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Gradients of x, dt, A, B, C and the initial states."""
-    scan = _Scan(x, dt, A, B, C, index, lengths, normalized)
-    table, s, p, k = scan.table, scan.s, scan.p, scan.k
-    dx, ddt, _, dB, dC, _ = _gradients(x, dt, A, B, C, index, lengths, normalized)
-    dy = dy.contiguous()
+    dy: list[torch.Tensor], dfinals: torch.Tensor | None,
+    x: list[torch.Tensor], dt: list[torch.Tensor], A: list[torch.Tensor], B: list[torch.Tensor],
+    C: list[torch.Tensor], index: list[torch.Tensor],
+    y: list[torch.Tensor], entries: torch.Tensor, sums: list[torch.Tensor],
+    lengths: list[int], counts: list[int], starts: list[bool], ends: list[bool], normalized: bool,
+) -> list[torch.Tensor]:  # fmt: skip
+    """Gradients of x, dt, A, B and C of each scan, in this order, and of all initial states."""
+    plan = _plan(lengths, counts, starts, ends, normalized)
+    scan = _Launches(x, dt, A, B, C, index, plan)
+    table, scans = scan.table, len(x)
+    grads = _gradients(x, dt, A, B, C, index, plan)
+    dx, ddt, dA, dB, dC = (tuple(grads[i : i + scans]) for i in range(0, 5 * scans, scans))
+    dys = tuple(one.contiguous() for one in dy)
     dfinals = None if dfinals is None else dfinals.contiguous()
     dentries = torch.empty_like(entries)
-    dA = x.new_empty(len(table.chunks), s, dtype=torch.float32)
-    slopes = torch.empty_like(sums)
-    (states, decays), (dstates, _) = scan.window_buffers(x), scan.window_buffers(x)
-    sizes = (scan.h, s, scan.r, scan.q, p, k, SMALLEST)
-    with torch.cuda.device(x.device if x.is_cuda else -1):
-        if normalized:
-            block = 16
+    chunk_dA = entries.new_empty(len(table.chunks), scan.s)
+    scales, slopes = tuple(sums), tuple(torch.empty_like(one) for one in sums)
+    (states, decays), (dstates, _) = scan.window_buffers(x[0]), scan.window_buffers(x[0])
+    sizes = (scan.h, scan.s, scan.r, scan.q, scan.p, scan.k, SMALLEST)
+    with torch.cuda.device(scan.device if scan.device.type == "cuda" else -1):
+        for n, slope, one, done in zip(scales, slopes, dys, y) if normalized else ():
             launch(
-                slopes_kernel, (triton.cdiv(sums.numel(), block),), y, dy, sums, slopes, sums.numel(), p, SMALLEST,
-                ROWS=block, BP=_tile(p, 128), num_warps=4,
+                slopes_kernel, (triton.cdiv(n.numel(), 16),), done, one, n, slope, n.numel(), scan.p, SMALLEST,
+                ROWS=16, BP=tuning.tile(scan.p, 128), num_warps=4,
             )  # fmt: skip
         for window in reversed(table.windows):
             start, stop, _, _ = window
             chunks, n = table.chunks[start:stop], stop - start
             scan.chunk_states(window, states, decays)
             scan.pass_states(window, states, decays, entries, None, keep=False)
-            tiles_p, tiles_k, options = scan.tiles(128, 64, num_warps=4, num_stages=2)
-            launch(
-                chunk_state_grads_kernel, (n, s, tiles_p * tiles_k),
-                dy, *scan.dt, *scan.C, chunks, index, sums, slopes, dstates,
-                scan.h, s, scan.q, p, k, SMALLEST, **options,
+            scan(
+                chunk_state_grads_kernel, lambda tiles_p, tiles_k, n=n: (n, scan.s, tiles_p * tiles_k),
+                dys, scan.dt, scan.A, scan.C, chunks, scan.index, scales, slopes, dstates,
+                scan.h, scan.s, scan.q, scan.p, scan.k, SMALLEST,
             )  # fmt: skip
             scan.pass_states(window, dstates, decays, dentries, dfinals, reverse=True)
-            tiles_p, tiles_k, options = scan.tiles(64, 128, num_warps=8, num_stages=2)
-            launch(
-                c_grad_kernel, (n, scan.h, tiles_k),
-                *scan.x, dy, *scan.dt, *scan.B, chunks, index, states, sums, slopes, dC, *sizes, **options,
+            scan(
+                c_grad_kernel, lambda _, tiles_k, n=n: (n, scan.h, tiles_k),
+                scan.x, dys, scan.dt, scan.A, scan.B, chunks, scan.index, states, scales, slopes, dC, *sizes,
             )  # fmt: skip
-            tiles_p, tiles_k, options = scan.tiles(64, 128, num_warps=8, num_stages=2)
-            launch(
-                b_grad_kernel, (n, scan.g, tiles_k),
-                *scan.x, dy, *scan.dt, *scan.C, chunks, index, dstates, sums, slopes, dB, *sizes, **options,
+            scan(
+                b_grad_kernel, lambda _, tiles_k, n=n: (n, scan.g, tiles_k),
+                scan.x, dys, scan.dt, scan.A, scan.C, chunks, scan.index, dstates, scales, slopes, dB, *sizes,
             )  # fmt: skip
-            tiles_p, tiles_k, options = scan.tiles(128, 64, num_warps=8, num_stages=2)
-            launch(
-                x_grad_kernel, (n, scan.g, tiles_p),
-                dy, *scan.dt, *scan.B, *scan.C, chunks, index, dstates, sums, slopes, dx, *sizes, **options,
+            scan(
+                x_grad_kernel, lambda tiles_p, _, n=n: (n, scan.g, tiles_p),
+                dys, scan.dt, scan.A, scan.B, scan.C, chunks, scan.index, dstates, scales, slopes, dx, *sizes,
             )  # fmt: skip
-            tiles_p, tiles_k, options = scan.tiles(64, 64, num_warps=8, num_stages=2)
-            launch(
-                dt_grad_kernel, (n, s),
-                *scan.x, dy, *scan.dt, *scan.B, *scan.C, chunks, index, states, dstates, sums, slopes,
-                ddt, dA[start:stop], *sizes, **options,
+            scan(
+                dt_grad_kernel, lambda _, __, n=n: (n, scan.s),
+                scan.x, dys, scan.dt, scan.A, scan.B, scan.C, chunks, scan.index, states, dstates, scales, slopes,
+                ddt, chunk_dA[start:stop], *sizes,
             )  # fmt: skip
-    dinitial = dentries if table.first_pieces is None else dentries[table.first_pieces]
-    return dx, ddt, dA.sum(0).to(A.dtype), dB, dC, dinitial
+    for gradient, part in zip(dA, (chunk_dA[: table.second], chunk_dA[table.second :])):
+        torch.sum(part, 0, out=gradient)
+    grads[-1].copy_(dentries[: len(grads[-1])])
+    return grads
 
 
-def _gradients(x, dt, A, B, C, index, lengths, normalized):
+def _gradients(x, dt, A, B, C, index, plan: Plan) -> list[torch.Tensor]:
     def new(t):
-        return torch.empty_like(t, memory_format=torch.contiguous_format) if index is None else t.new_zeros(t.shape)
+        return torch.empty_like(t, memory_format=torch.contiguous_format) if not index else t.new_zeros(t.shape)
 
-    state = (len(lengths), dt.shape[1], x.shape[2] + normalized, B.shape[2])
-    return new(x), new(dt), torch.empty_like(A), new(B), new(C), x.new_empty(state, dtype=torch.float32)
+    tokens = [[new(t) for t in tensors] for tensors in (x, dt, B, C)]
+    state = (plan.states_before(), dt[0].shape[1], x[0].shape[2] + plan.normalized, B[0].shape[2])
+    dinitial = x[0].new_empty(state, dtype=torch.float32)
+    return [*tokens[0], *tokens[1], *(torch.empty_like(t) for t in A), *tokens[2], *tokens[3], dinitial]
 
 
 @ssd_backward.register_fake
-def _(dy, dfinals, x, dt, A, B, C, index, y, entries, sums, lengths, normalized):
-    return _gradients(x, dt, A, B, C, index, lengths, normalized)
+def _(dy, dfinals, x, dt, A, B, C, index, y, entries, sums, lengths, counts, starts, ends, normalized):
+    return _gradients(x, dt, A, B, C, index, _plan(lengths, counts, starts, ends, normalized))
 
 
 def _save(ctx, inputs, output):
-    x, dt, A, B, C, initial_states, index, ctx.lengths, ctx.normalized = inputs
-    y, _, entries, sums = output
-    ctx.save_for_backward(x, dt, A, B, C, index, y, entries, sums)
-    ctx.initial_dtype = None if initial_states is None else initial_states.dtype
+    *tensors, initial_states, index, lengths, counts, starts, ends, normalized = inputs
+    y, _, entries, sums = _split(output, len(counts))
+    groups = (*tensors, index, y, (entries,), sums)
+    ctx.save_for_backward(*(t for group in groups for t in group))
+    ctx.sizes = [len(group) for group in groups]
+    ctx.plan = lengths, counts, starts, ends, normalized
+    ctx.initial = [(len(t), t.dtype) for t in initial_states]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dy, dfinals, dentries, dsums):
-    y = ctx.saved_tensors[6]
-    dy = torch.zeros_like(y) if dy is None else dy
-    *grads, dinitial = ssd_backward(dy, dfinals, *ctx.saved_tensors, ctx.lengths, ctx.normalized)
-    dinitial = None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype)
-    return *grads, dinitial, None, None, None
+def _backward(ctx, grads):
+    saved = iter(ctx.saved_tensors)
+    *inputs, index, y, (entries,), sums = ([next(saved) for _ in range(size)] for size in ctx.sizes)
+    scans = len(y)
+    dy = [torch.zeros_like(one) if grad is None else grad for grad, one in zip(grads, y)]
+    *found, dinitial = ssd_backward(dy, grads[scans], *inputs, index, y, entries, sums, *ctx.plan)
+    dx, ddt, dA, dB, dC = (found[i : i + scans] for i in range(0, 5 * scans, scans))
+    dinitial = dinitial.split([count for count, _ in ctx.initial]) if ctx.initial else []
+    dinitial = [grad.to(dtype) for grad, (_, dtype) in zip(dinitial, ctx.initial)]
+    return dx, ddt, dA, dB, dC, dinitial, [None] * len(index), *[None] * len(ctx.plan)
 
 
 ssd_forward.register_autograd(_backward, setup_context=_save)
@@ -291,17 +357,55 @@ def ssd_triton(x, dt, A, B, C, segments, initial_states=None, *, normalized=Fals
     Raises:
         `ValueError`: Shapes that do not fit together, which a kernel would not notice.
     """
-    _check(x, dt, A, B, C, segments, initial_states, normalized, index)
-    x, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, B.to(x.dtype), C.to(x.dtype)))
-    dt = dt.float()
-    dt = dt if dt.stride(-1) == 1 else dt.contiguous()
-    y, finals, *_ = ssd_forward(
-        x, dt, A.float().contiguous(), B, C, initial_states, index, list(segments.lengths), normalized
-    )
+    (y,), finals = _scan([Scan(x, dt, A, B, C, segments, initial_states, index)], (True,), normalized)
     return y, finals
 
 
-def _check(x, dt, A, B, C, segments, initial_states, normalized, index):
+def ssd_triton_pair(first: Scan, second: Scan, normalized: bool = False, final_states: bool = True):
+    """
+    Two scans with the same head sizes in one launch of each kernel, such as the two directions of a layer. They may
+    differ in tokens, segments and index, and share tensors.
+
+    Returns:
+        `tuple[tuple[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, None]]`: y and final states of each scan:
+        `None` with `final_states=False`, and always of the second, whose final states nobody needs.
+
+    Raises:
+        `ValueError`: As in [`ssd_triton`], and head sizes or data types that differ.
+    """
+    sizes = [(scan.x.dtype, *scan.x.shape[1:], scan.dt.shape[1], *scan.C.shape[1:]) for scan in (first, second)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"two scans of one launch must have the same data type and heads, not {sizes[0]}, {sizes[1]}")
+    if (first.index is None) != (second.index is None):
+        first, second = (
+            scan if scan.index is not None else scan._replace(index=torch.arange(len(scan.x), device=scan.x.device))
+            for scan in (first, second)
+        )
+    y, finals = _scan([first, second], (final_states, False), normalized)
+    return (y[0], finals if final_states else None), (y[1], None)
+
+
+def _scan(scans: list[Scan], ends: tuple[bool, ...], normalized: bool):
+    """y of each scan, and the final states that are wanted."""
+    for scan in scans:
+        _check(*scan, normalized)
+
+    def each(name, dtype):
+        tensors = (getattr(scan, name).to(dtype) for scan in scans)
+        return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
+
+    dtype = scans[0].x.dtype
+    outputs = ssd_forward(
+        each("x", dtype), each("dt", torch.float32), each("A", torch.float32), each("B", dtype), each("C", dtype),
+        [scan.initial_states for scan in scans if scan.initial_states is not None],
+        [scan.index for scan in scans if scan.index is not None],
+        [length for scan in scans for length in scan.segments.lengths], [len(scan.segments) for scan in scans],
+        [scan.initial_states is not None for scan in scans], list(ends), normalized,
+    )  # fmt: skip
+    return outputs[: len(scans)], outputs[len(scans)]
+
+
+def _check(x, dt, A, B, C, segments, initial_states, index, normalized):
     (n, g, p), s, h, k = x.shape, dt.shape[-1], C.shape[1], C.shape[2]
     if s % g or h % s:
         raise ValueError(f"{h} query heads, {s} state heads, {g} key/value heads: each must be a multiple of the next")

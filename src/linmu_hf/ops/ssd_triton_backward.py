@@ -16,11 +16,14 @@ import triton.language as tl
 
 from .ssd_triton_forward import (
     decays_between,
+    is_second,
     load_rows,
     load_state,
     load_vector,
+    of,
     steps_of,
     store_rows,
+    tensor_of,
     tokens_of,
 )
 
@@ -52,17 +55,22 @@ def slopes_kernel(y, dy, sums, slopes, N, P, smallest, ROWS: tl.constexpr, BP: t
 
 @triton.jit
 def chunk_state_grads_kernel(
-    dy, dt, dt_n, A, C, C_n, C_h, chunks, index, sums, slopes, dstates,
+    dy, dt, A, C, chunks, index, sums, slopes, dstates,
     H, S, Q, P, K, smallest,
     L: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
-    NORMALIZED: tl.constexpr, HAS_INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    NORMALIZED: tl.constexpr, HAS_INDEX: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What each chunk's outputs add to the gradient of the state before it. Grid as in `chunk_states_kernel`."""
     c, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     tiles = tl.cdiv(K, BK)
     p0, k0 = tl.program_id(2) // tiles * BP, tl.program_id(2) % tiles * BK
-    rows, inside = tokens_of(chunks, index, c, L, HAS_INDEX)
-    _, a, _ = steps_of(dt, dt_n, A, rows, inside, head)
+    second = is_second(chunks, c, PAIR)
+    C, C_n, C_h = tensor_of(C, second, PAIR)
+    dy = of(dy, second, PAIR)
+    sums = of(sums, second, PAIR)
+    slopes = of(slopes, second, PAIR)
+    rows, inside = tokens_of(chunks, index, c, second, L, HAS_INDEX, PAIR)
+    _, a, _ = steps_of(dt, A, rows, inside, second, head, PAIR)
     added = tl.zeros([BP, BK], tl.float32)
     ones = tl.zeros([BK], tl.float32)
     for h in range(head * Q, head * Q + Q):
@@ -83,16 +91,23 @@ def chunk_state_grads_kernel(
 
 @triton.jit
 def c_grad_kernel(
-    x, x_n, x_g, dy, dt, dt_n, A, B, B_n, B_g, chunks, index, states, sums, slopes, dC,
+    x, dy, dt, A, B, chunks, index, states, sums, slopes, dC,
     H, S, R, Q, P, K, smallest,
     L: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
-    NORMALIZED: tl.constexpr, HAS_INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    NORMALIZED: tl.constexpr, HAS_INDEX: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks, query heads, tiles of k)."""
     c, h, k0 = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * BK
     head = h // Q
-    rows, inside = tokens_of(chunks, index, c, L, HAS_INDEX)
-    step, a, _ = steps_of(dt, dt_n, A, rows, inside, head)
+    second = is_second(chunks, c, PAIR)
+    x, x_n, x_g = tensor_of(x, second, PAIR)
+    B, B_n, B_g = tensor_of(B, second, PAIR)
+    dy = of(dy, second, PAIR)
+    sums = of(sums, second, PAIR)
+    slopes = of(slopes, second, PAIR)
+    dC = of(dC, second, PAIR)
+    rows, inside = tokens_of(chunks, index, c, second, L, HAS_INDEX, PAIR)
+    step, a, _ = steps_of(dt, A, rows, inside, second, head, PAIR)
     scale, slope = scale_of(sums, slopes, rows, inside, h, H, smallest, NORMALIZED)
     base = states + (c * S + head) * (P + NORMALIZED) * K
     products = tl.zeros([L, L], tl.float32)
@@ -116,17 +131,24 @@ def c_grad_kernel(
 
 @triton.jit
 def b_grad_kernel(
-    x, x_n, x_g, dy, dt, dt_n, A, C, C_n, C_h, chunks, index, dstates, sums, slopes, dB,
+    x, dy, dt, A, C, chunks, index, dstates, sums, slopes, dB,
     H, S, R, Q, P, K, smallest,
     L: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
-    NORMALIZED: tl.constexpr, HAS_INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    NORMALIZED: tl.constexpr, HAS_INDEX: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Summed over the heads of a key/value head. Grid (chunks, key/value heads, tiles of k)."""
     c, g, k0 = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * BK
-    rows, inside = tokens_of(chunks, index, c, L, HAS_INDEX)
+    second = is_second(chunks, c, PAIR)
+    x, x_n, x_g = tensor_of(x, second, PAIR)
+    C, C_n, C_h = tensor_of(C, second, PAIR)
+    dy = of(dy, second, PAIR)
+    sums = of(sums, second, PAIR)
+    slopes = of(slopes, second, PAIR)
+    dB = of(dB, second, PAIR)
+    rows, inside = tokens_of(chunks, index, c, second, L, HAS_INDEX, PAIR)
     out = tl.zeros([L, BK], tl.float32)
     for head in range(g * R, g * R + R):
-        step, a, end = steps_of(dt, dt_n, A, rows, inside, head)
+        step, a, end = steps_of(dt, A, rows, inside, second, head, PAIR)
         base = dstates + (c * S + head) * (P + NORMALIZED) * K
         written = tl.zeros([L, BK], tl.float32)
         for p0 in range(0, P, BP):
@@ -152,17 +174,24 @@ def b_grad_kernel(
 
 @triton.jit
 def x_grad_kernel(
-    dy, dt, dt_n, A, B, B_n, B_g, C, C_n, C_h, chunks, index, dstates, sums, slopes, dx,
+    dy, dt, A, B, C, chunks, index, dstates, sums, slopes, dx,
     H, S, R, Q, P, K, smallest,
     L: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
-    NORMALIZED: tl.constexpr, HAS_INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    NORMALIZED: tl.constexpr, HAS_INDEX: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Summed over the heads of a key/value head. Grid (chunks, key/value heads, tiles of p)."""
     c, g, p0 = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * BP
-    rows, inside = tokens_of(chunks, index, c, L, HAS_INDEX)
+    second = is_second(chunks, c, PAIR)
+    B, B_n, B_g = tensor_of(B, second, PAIR)
+    C, C_n, C_h = tensor_of(C, second, PAIR)
+    dy = of(dy, second, PAIR)
+    sums = of(sums, second, PAIR)
+    slopes = of(slopes, second, PAIR)
+    dx = of(dx, second, PAIR)
+    rows, inside = tokens_of(chunks, index, c, second, L, HAS_INDEX, PAIR)
     out = tl.zeros([L, BP], tl.float32)
     for head in range(g * R, g * R + R):
-        step, a, end = steps_of(dt, dt_n, A, rows, inside, head)
+        step, a, end = steps_of(dt, A, rows, inside, second, head, PAIR)
         base = dstates + (c * S + head) * (P + NORMALIZED) * K
         written = tl.zeros([L, BP], tl.float32)
         for k0 in range(0, K, BK):
@@ -186,16 +215,24 @@ def x_grad_kernel(
 
 @triton.jit
 def dt_grad_kernel(
-    x, x_n, x_g, dy, dt, dt_n, A, B, B_n, B_g, C, C_n, C_h, chunks, index, states, dstates, sums, slopes, ddt, dA,
+    x, dy, dt, A, B, C, chunks, index, states, dstates, sums, slopes, ddt, dA,
     H, S, R, Q, P, K, smallest,
     L: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
-    NORMALIZED: tl.constexpr, HAS_INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    NORMALIZED: tl.constexpr, HAS_INDEX: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ddt, and what each chunk adds to dA [c, s]. Grid (chunks, state heads)."""
     c, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     g = head // R
-    rows, inside = tokens_of(chunks, index, c, L, HAS_INDEX)
-    step, a, end = steps_of(dt, dt_n, A, rows, inside, head)
+    second = is_second(chunks, c, PAIR)
+    x, x_n, x_g = tensor_of(x, second, PAIR)
+    B, B_n, B_g = tensor_of(B, second, PAIR)
+    C, C_n, C_h = tensor_of(C, second, PAIR)
+    dy = of(dy, second, PAIR)
+    sums = of(sums, second, PAIR)
+    slopes = of(slopes, second, PAIR)
+    ddt = of(ddt, second, PAIR)
+    rows, inside = tokens_of(chunks, index, c, second, L, HAS_INDEX, PAIR)
+    step, a, end = steps_of(dt, A, rows, inside, second, head, PAIR)
     base = (c * S + head) * (P + NORMALIZED) * K
     decays = decays_between(a, L)
     token = tl.arange(0, L)
@@ -252,6 +289,6 @@ def dt_grad_kernel(
     written *= step
     written_before = tl.cumsum(written, 0) - written
     dlog = tl.cumsum(da, 0, reverse=True) + written_before + tl.exp(end) * tl.sum(kept, 0)
-    gradient_dt = direct + dlog * tl.load(A + head).to(tl.float32)
+    gradient_dt = direct + dlog * tl.load(of(A, second, PAIR) + head).to(tl.float32)
     tl.store(ddt + rows * S + head, gradient_dt, mask=inside)
     tl.store(dA + c * S + head, tl.sum(dlog * step, 0))

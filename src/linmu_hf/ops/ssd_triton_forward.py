@@ -1,11 +1,16 @@
 """Kernels of the chunked selective scan, forward: contract in `ssd.py`, the four steps in `ssd_torch.py`.
 
     code            meaning
-    chunks          [c, 2] first token and number of tokens of each chunk of L tokens; no chunk crosses a segment
+    chunks          [c, 3] first token, number of tokens and scan of each chunk of L tokens; none crosses a segment
     rows            rows of the inputs that hold the tokens of a chunk, through the token index if there is one
     state           [c, s, p', k] fp32; p' = p, or p + 1 when normalised: the last row is z = sum decay dt B
+    x, dt, B, C     for each scan (pointer, stride of a row, stride of a head)
+    A, index, y, .. for each scan a pointer
     S, R, Q         state heads, state heads per key/value head, query heads per state head
     P, K            head dim and state size; BP, BK their tiles
+
+One launch serves one scan or a pair of them (`PAIR`) with tokens, A and token index of their own and the same head
+sizes, such as the two directions of a layer; a chunk says which is its scan.
 
 A normalised scan is one over x with a channel of ones: z is its state and C z what the others are divided by. The
 ones are never stored: they turn a product with x into a plain sum. Offsets are 64-bit throughout.
@@ -16,21 +21,51 @@ import triton.language as tl
 
 
 @triton.jit
-def tokens_of(chunks, index, c, L: tl.constexpr, HAS_INDEX: tl.constexpr):
+def is_second(chunks, c, PAIR: tl.constexpr):
+    """Whether chunk `c` belongs to the second scan of a pair."""
+    second = False
+    if PAIR:
+        second = tl.load(chunks + 3 * c + 2) != 0
+    return second
+
+
+@triton.jit
+def of(scans, second, PAIR: tl.constexpr):
+    """The pointer of a chunk's scan."""
+    pointer = scans[0]
+    if PAIR:
+        pointer = tl.where(second, scans[1], pointer)
+    return pointer
+
+
+@triton.jit
+def tensor_of(scans, second, PAIR: tl.constexpr):
+    """Pointer and strides of a chunk's scan."""
+    pointer, row, head = scans[0]
+    if PAIR:
+        pointer = tl.where(second, scans[1][0], pointer)
+        row = tl.where(second, scans[1][1], row)
+        head = tl.where(second, scans[1][2], head)
+    return pointer, row, head
+
+
+@triton.jit
+def tokens_of(chunks, index, c, second, L: tl.constexpr, HAS_INDEX: tl.constexpr, PAIR: tl.constexpr):
     """Rows [L] (int64) of chunk `c`, and which of them exist."""
-    first = tl.load(chunks + 2 * c)
-    inside = tl.arange(0, L) < tl.load(chunks + 2 * c + 1)
+    first = tl.load(chunks + 3 * c)
+    inside = tl.arange(0, L) < tl.load(chunks + 3 * c + 1)
     rows = first + tl.arange(0, L)
     if HAS_INDEX:
-        rows = tl.load(index + rows, mask=inside, other=0)
+        rows = tl.load(of(index, second, PAIR) + rows, mask=inside, other=0)
     return rows.to(tl.int64), inside
 
 
 @triton.jit
-def steps_of(dt, dt_n, A, rows, inside, head):
+def steps_of(dt, A, rows, inside, second, head, PAIR: tl.constexpr):
     """dt [L] of a state head, the running sum a [L] of dt A, and its last value."""
-    step = tl.load(dt + rows * dt_n + head, mask=inside, other=0.0).to(tl.float32)
-    log_decay = step * tl.load(A + head).to(tl.float32)
+    base, row, column = tensor_of(dt, second, PAIR)
+    step = tl.load(base + rows * row + head * column, mask=inside, other=0.0).to(tl.float32)
+    log_decay = step * tl.load(of(A, second, PAIR) + head).to(tl.float32)
     return step, tl.cumsum(log_decay, 0), tl.sum(log_decay, 0)
 
 
@@ -71,17 +106,20 @@ def decays_between(a, L: tl.constexpr):
 
 @triton.jit
 def chunk_states_kernel(
-    x, x_n, x_g, dt, dt_n, A, B, B_n, B_g, chunks, index, states, decays,
+    x, dt, A, B, chunks, index, states, decays,
     S, R, P, K,
     L: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
-    NORMALIZED: tl.constexpr, HAS_INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    NORMALIZED: tl.constexpr, HAS_INDEX: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """State each chunk adds, and the log of its decay [c, s]. Grid (chunks, state heads, tiles of [p, k])."""
     c, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     tiles = tl.cdiv(K, BK)
     p0, k0 = tl.program_id(2) // tiles * BP, tl.program_id(2) % tiles * BK
-    rows, inside = tokens_of(chunks, index, c, L, HAS_INDEX)
-    step, a, end = steps_of(dt, dt_n, A, rows, inside, head)
+    second = is_second(chunks, c, PAIR)
+    x, x_n, x_g = tensor_of(x, second, PAIR)
+    B, B_n, B_g = tensor_of(B, second, PAIR)
+    rows, inside = tokens_of(chunks, index, c, second, L, HAS_INDEX, PAIR)
+    step, a, end = steps_of(dt, A, rows, inside, second, head, PAIR)
     values = load_rows(x + head // R * x_g, x_n, rows, inside, p0, P, BP)
     keys = load_rows(B + head // R * B_g, B_n, rows, inside, k0, K, BK)
     weighted = keys.to(tl.float32) * (tl.exp(end - a) * step)[:, None]
@@ -98,7 +136,7 @@ def chunk_states_kernel(
 
 @triton.jit
 def pass_states_kernel(
-    states, decays, pieces, entries, finals, first_piece, n_pieces,
+    states, decays, pieces, entries, finals, first_piece, n_entries,
     S, SIZE,
     BLOCK: tl.constexpr, REVERSE: tl.constexpr, HAS_FINALS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
@@ -107,25 +145,27 @@ def pass_states_kernel(
     a chunk adds by the state before it. Reversed: gradients, replaced by the gradient of the state after the chunk.
     Without `KEEP` nothing else is written: the states of a window are only computed again.
 
-    The row `pieces[i, 2]` is where piece i leads: the entry of the next piece, or, from `n_pieces` on, a final state.
+    The row `pieces[i, 2:]` says where piece i comes from (an entering state, or -1 for zero) and where it leads: to
+    the entering state of the next piece, from `n_entries` on to a final state, or nowhere (-1).
     Grid (pieces, state heads, blocks of a state).
     """
     piece, head = first_piece + tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     exists = at < SIZE
-    first, count = tl.load(pieces + 3 * piece), tl.load(pieces + 3 * piece + 1)
-    leads_to = tl.load(pieces + 3 * piece + 2)
-    entry = entries + (piece * S + head) * SIZE + at
+    first, count = tl.load(pieces + 4 * piece), tl.load(pieces + 4 * piece + 1)
+    comes_from, leads_to = tl.load(pieces + 4 * piece + 2), tl.load(pieces + 4 * piece + 3)
+    entry = entries + (comes_from * S + head) * SIZE + at
     next_entry = entries + (leads_to * S + head) * SIZE + at
-    final = ((leads_to - n_pieces) * S + head) * SIZE + at
-    state = tl.zeros([BLOCK], tl.float32)
+    begins = at < tl.where(comes_from >= 0, SIZE, 0)
+    goes_on = at < tl.where((leads_to >= 0) & (leads_to < n_entries), SIZE, 0)
+    ends = at < tl.where(leads_to >= n_entries, SIZE, 0)
     if REVERSE:
-        if leads_to < n_pieces:
-            state = tl.load(next_entry, mask=exists, other=0.0)
-        elif HAS_FINALS:
-            state = tl.load(finals + final, mask=exists, other=0.0)
+        state = tl.load(next_entry, mask=goes_on, other=0.0)
+        if HAS_FINALS:
+            final = finals + ((leads_to - n_entries) * S + head) * SIZE + at
+            state += tl.load(final, mask=ends, other=0.0)
     else:
-        state = tl.load(entry, mask=exists, other=0.0)
+        state = tl.load(entry, mask=begins, other=0.0)
     for i in range(0, count):
         c = first + (count - 1 - i if REVERSE else i)
         own = states + (c * S + head) * SIZE + at
@@ -133,26 +173,32 @@ def pass_states_kernel(
         tl.store(own, state, mask=exists)
         state = state * tl.exp(tl.load(decays + c * S + head)) + added
     if REVERSE:
-        tl.store(entry, state, mask=exists)
+        tl.store(entry, state, mask=begins)
     elif KEEP:
-        if leads_to < n_pieces:
-            tl.store(next_entry, state, mask=exists)
-        else:
-            tl.store(finals + final, state, mask=exists)
+        tl.store(next_entry, state, mask=goes_on)
+        if HAS_FINALS:
+            final = finals + ((leads_to - n_entries) * S + head) * SIZE + at
+            tl.store(final, state, mask=ends)
 
 
 @triton.jit
 def output_kernel(
-    x, x_n, x_g, dt, dt_n, A, B, B_n, B_g, C, C_n, C_h, chunks, index, states, y, sums,
+    x, dt, A, B, C, chunks, index, states, y, sums,
     H, S, R, Q, P, K, smallest,
     L: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
-    NORMALIZED: tl.constexpr, HAS_INDEX: tl.constexpr, PRECISION: tl.constexpr,
+    NORMALIZED: tl.constexpr, HAS_INDEX: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y from within the chunk and from the state before it. Grid (chunks, query heads, tiles of p)."""
     c, h, p0 = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * BP
     head = h // Q
-    rows, inside = tokens_of(chunks, index, c, L, HAS_INDEX)
-    step, a, _ = steps_of(dt, dt_n, A, rows, inside, head)
+    second = is_second(chunks, c, PAIR)
+    x, x_n, x_g = tensor_of(x, second, PAIR)
+    B, B_n, B_g = tensor_of(B, second, PAIR)
+    C, C_n, C_h = tensor_of(C, second, PAIR)
+    y = of(y, second, PAIR)
+    sums = of(sums, second, PAIR)
+    rows, inside = tokens_of(chunks, index, c, second, L, HAS_INDEX, PAIR)
+    step, a, _ = steps_of(dt, A, rows, inside, second, head, PAIR)
     base = states + (c * S + head) * (P + NORMALIZED) * K
     scores = tl.zeros([L, L], tl.float32)
     out = tl.zeros([L, BP], tl.float32)
