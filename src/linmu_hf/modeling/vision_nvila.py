@@ -232,9 +232,10 @@ class NVILAVision(VisionSide):
         name, vision = f"{kind}_grid_thw", self.config.vision_config
         g, pools = vision.tile_tokens, vision.pool_sizes
         expect(name, grids, (None, 3), "[media, 3]")
+        rows = grids.tolist()
         if kind == "image":
             one = vision.image_aspect_ratio == "resize"
-            for frames, height, width in grids.tolist():
+            for frames, height, width in rows:
                 if (
                     frames != 1
                     or height < 1
@@ -249,14 +250,11 @@ class NVILAVision(VisionSide):
                         "returned"
                     )
             return
-        if len(grids) % len(pools):
-            raise ValueError(
-                f"{name} has {len(grids)} rows; it must have one per video and each of pool_sizes={pools}"
-            )
-        for row, (frames, height, width) in enumerate(grids.tolist()):
-            first = row - row % len(pools)
+        if len(rows) % len(pools):
+            raise ValueError(f"{name} has {len(rows)} rows; it must have one per video and each of pool_sizes={pools}")
+        for row, (frames, height, width) in enumerate(rows):
             sizes = pools[row % len(pools)]
-            seen = int(grids[first, 0]) * pools[0][0]
+            seen = rows[row - row % len(pools)][0] * pools[0][0]
             expected = [seen // sizes[0], g // sizes[1], g // sizes[2]]
             if frames < 1 or seen % sizes[0] or [frames, height, width] != expected:
                 raise ValueError(
