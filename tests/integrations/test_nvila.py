@@ -172,6 +172,18 @@ def test_trls_collator(processor):
     assert [processor.decode(row[row >= 0]) for row in batch["labels"]] == ["7<|im_end|>\n"] * 2
 
 
+def test_trls_collator_without_completions(model, processor):
+    """It leaves placeholders among the labels, and the model learns nothing from those."""
+    trl = pytest.importorskip("trl.trainer.sft_trainer")
+    collate = trl.DataCollatorForVisionLanguageModeling(processor)
+    batch = collate([{"images": [picture(64, 16)], "messages": ROWS[0]["messages"]}])
+    placeholders = batch["labels"] == processor.image_token_id
+    assert placeholders.any() and processor.image_token_id >= model.config.text_config.vocab_size
+    loss = model(**batch).loss
+    batch["labels"] = batch["labels"].masked_fill(placeholders, -100)
+    assert torch.equal(loss, model(**batch).loss)
+
+
 def test_pipeline(folder):
     answer = pipeline("image-text-to-text", model=str(folder))
     for conversation in (ask(IMAGE), ask(IMAGE, IMAGE), ask(VIDEO)):

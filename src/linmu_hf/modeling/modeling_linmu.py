@@ -73,12 +73,12 @@ class LinMUModel(LinMUPreTrainedModel):
         """The placeholder of an image and of a video; it may lie outside the vocabulary."""
         return {"image": self.config.image_token_id, "video": self.config.video_token_id}
 
-    def embeddable(self, input_ids):
-        """The ids, 0 in place of placeholders without an embedding, which vision features replace anyway."""
+    def embeddable(self, ids, instead: int = 0):
+        """Ids `[b, t]` with another in place of placeholders outside the vocabulary: vision features replace those."""
         for token in self.placeholders.values():
             if token >= self.n_embeddings:
-                input_ids = input_ids.masked_fill(input_ids == token, 0)
-        return input_ids
+                ids = ids.masked_fill(ids == token, instead)
+        return ids
 
     def embed(self, input_ids):
         """Embeddings `[b, t, d]` of ids `[b, t]`."""
@@ -378,7 +378,8 @@ class LinMUForConditionalGeneration(VisionLayoutGeneration, LinMUPreTrainedModel
     ) -> LinMUCausalLMOutput:
         """
         Args:
-            labels (`torch.LongTensor` of shape `[b, t]`, *optional*): -100 where no loss is wanted.
+            labels (`torch.LongTensor` of shape `[b, t]`, *optional*): -100 where no loss is wanted; a placeholder
+                outside the vocabulary counts as such.
             vision_layout (`torch.LongTensor` of shape `[b, t, 4]`, *optional*): Span and coordinate of every token;
                 derived from the grids when absent.
             cu_seq_lens_q (`torch.IntTensor` of shape `[m + 1]`, *optional*): Where the sequences of a packed row
@@ -387,6 +388,8 @@ class LinMUForConditionalGeneration(VisionLayoutGeneration, LinMUPreTrainedModel
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): Last positions (0: all), or an index
                 into the positions, for which logits are computed.
         """
+        if isinstance(labels, torch.Tensor):
+            labels = self.model.embeddable(labels, instead=-100)
         check_head_inputs(input_ids, inputs_embeds, self.config.text_config.vocab_size, labels, logits_to_keep)
         outputs = self.model(
             input_ids=input_ids,
