@@ -10,6 +10,7 @@ from transformers import SiglipVisionConfig
 
 from linmu_hf import LinMUConfig, LinMUForConditionalGeneration, NVILAVisionConfig
 from linmu_hf.modeling import vision_nvila
+from linmu_hf.modeling.inputs import check_decoder_inputs
 from linmu_hf.modeling.token_layout import TokenLayout
 from linmu_hf.modeling.vision_nvila import Downsample, join_scales, merge_tiles, pool, resize_area, split_tiles
 
@@ -64,11 +65,16 @@ def test_area_interpolation():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_area_interpolation_is_exact_and_rounds_once(dtype):
+def test_area_interpolation_is_exact_and_rounds_once(dtype, monkeypatch):
+    interpolate, seen = torch.nn.functional.interpolate, []
+    monkeypatch.setattr(
+        torch.nn.functional, "interpolate", lambda x, **how: seen.append(x.dtype) or interpolate(x, **how)
+    )
     x = torch.randn(4, 4, 3).to(dtype)
     actual = resize_area(x, (6, 6))
     assert actual.dtype == dtype
     torch.testing.assert_close(actual, resize_area(x.double(), (6, 6)).to(dtype), atol=0, rtol=0)
+    assert seen[0] == (dtype if dtype == torch.float64 else torch.float32)
 
 
 def test_scales_are_joined_small_to_large():
@@ -160,6 +166,21 @@ def test_a_thumbnail_is_an_image_of_its_own_to_the_windows(shift, wrap):
     )
     assert all(torch.equal(*pair) for pair in zip(one.groups, two.groups, strict=True))
     assert torch.equal(one.slots, two.slots)
+
+
+def test_every_frame_of_a_span_is_a_whole_grid_and_none_is_missing():
+    """Tiles and a thumbnail are one span of two grids; what has a hole, or a frame too few, is no span."""
+    cells = [[0, 0, y, x] for y in range(4) for x in range(4)] + [[0, 1, y, x] for y in range(2) for x in range(2)]
+    layout = torch.tensor([[[-1] * 4, *cells, [-1] * 4]])
+    tokens = torch.zeros(1, layout.shape[1], dtype=torch.long)
+    check_decoder_inputs(tokens, vision_layout=layout)
+    no_first, hole, later = (layout.clone() for _ in range(3))
+    no_first[layout[..., 1] == 0] = -1
+    hole[0, 18] = -1
+    later[0, 17:21, 1] = 2
+    for wrong in (no_first, hole, later):
+        with pytest.raises(ValueError, match="vision_layout has a span that is no whole grid"):
+            check_decoder_inputs(tokens, vision_layout=wrong)
 
 
 def test_frames_of_one_size_are_a_video_to_the_windows():
