@@ -64,8 +64,8 @@ def linear_seconds(student: BenchmarkDecoder, tokens: int) -> tuple[float, float
 
 def passes_at(goal: float, rows: list[dict]) -> float | None:
     """
-    The length at which teacher / student reaches `goal`, where the teacher takes a n + b n^2 seconds (fitted to its two
-    longest prompts) and the student c n; `None` if none does.
+    The length at which teacher / student reaches `goal`, if the student takes c n seconds and the teacher a n + b n^2,
+    with a and b from its two longest prompts; `None` if none does.
     """
     teacher = [(row["tokens"], row["ttft_s"] / row["tokens"]) for row in rows if row["model"] == "teacher"]
     (n, short), (m, long) = teacher[-2:]

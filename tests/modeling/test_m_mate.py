@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import conv1d, layer_norm, softplus
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention, rotate_half
 
-from linmu_hf.modeling import flex_ma
+from linmu_hf.modeling import flex_ma, projection
 from linmu_hf.modeling.token_layout import TokenLayout
 from linmu_hf.ops.causal_conv import causal_conv
 from linmu_hf.ops.ssd import Segments, ssd, ssd_pair
@@ -148,7 +148,8 @@ def algorithm_1(mixer, u, rope, layout):
 @torch.no_grad()
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("layer_idx", range(4))
-def test_block_is_algorithm_1(layer_idx, options):
+def test_block_is_algorithm_1(layer_idx, options, monkeypatch):
+    monkeypatch.setattr(projection, "JOINT_FROM", 1)  # other tests have too few tokens for joint products
     mixer, u, rope, tokens, layout = setup(layer_idx, **options)
     torch.testing.assert_close(mixer(u, rope, tokens)[0], algorithm_1(mixer, u[0], rope, layout), atol=1e-9, rtol=1e-9)
 
@@ -199,6 +200,21 @@ def test_model_with_fast_scans_is_the_model_with_the_recurrence(backend, options
         results.append([logits, *torch.autograd.grad((weight * logits).sum(), parameters)])
     for fast, slow in zip(*results):
         torch.testing.assert_close(fast, slow, atol=1e-9 * float(slow.detach().abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("lengths", [(1, 5, 20), (20,), (2,)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_causal_conv_in_other_precisions(dtype, lengths):
+    """Values and gradients; some processors have a convolution of their own for these."""
+    x, weight = torch.randn(sum(lengths), 6), torch.randn(4, 6)
+    inputs = [x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()]
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    (y, tail), (right, right_tail) = (causal_conv(*tensors, Segments.build(lengths)) for tensors in (inputs, exact))
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(y.double(), right, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(tail.double(), right_tail)
+    for grad, right_grad in zip(torch.autograd.grad(y.sum(), inputs), torch.autograd.grad(right.sum(), exact)):
+        torch.testing.assert_close(grad.double(), right_grad, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("width", [2, 4, 7])
