@@ -147,7 +147,7 @@ class Scan(NamedTuple):
     C: torch.Tensor
     segments: Segments
     initial_states: torch.Tensor | None = None
-    index: torch.Tensor | None = None  # type: ignore[assignment]  # a tuple's method of this name is not needed
+    index: torch.Tensor | None = None  # type: ignore[assignment]  # a tuple has a method of that name
 
 
 def ssd_pair(first: Scan, second: Scan, *, normalized: bool = False, backend: str = "auto"):
