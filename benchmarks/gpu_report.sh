@@ -68,13 +68,13 @@ backends="auto triton mamba_ssm chunked"
 step correctness 240 "$PYTHON" benchmarks/correctness.py --device $device --backends $backends pair streaming \
     ${dry:+--shapes small} --json "$parts/correctness.json"
 if [ -n "$dry" ]; then
-    step tests 120 "$PYTHON" -m pytest -q --collect-only -m gpu tests/kernels
-    ops ops-forward 60 --lengths 64 128 --backends $backends --dtype float32 --repeats 1
-    ops ops-backward 60 --lengths 64 128 --backends $backends --dtype float32 --repeats 1 --backward
-    bench decoder 120 --model tiny --lengths 64 128 256 --batch-sizes 1 2 --repeats 1 --steps 2
-    bench graphs 120 --model tiny --lengths 64 --batch-sizes 1 2 --prefill-batch-sizes 2 --graphs --repeats 1 --steps 2
-    bench long 60 --model tiny --lengths 512 1024 --prefill-chunk 256 --teacher-max-tokens 512 --repeats 1 --steps 2
-    bench ablation 60 --model tiny --lengths 128 --ablate --repeats 1 --steps 2
+    step tests 300 "$PYTHON" -m pytest -q --collect-only -m gpu tests/kernels
+    ops ops-forward 300 --lengths 64 128 --backends $backends --dtype float32 --repeats 1
+    ops ops-backward 300 --lengths 64 128 --backends $backends --dtype float32 --repeats 1 --backward
+    bench decoder 300 --model tiny --lengths 64 128 256 --batch-sizes 1 2 --repeats 1 --steps 2
+    bench graphs 300 --model tiny --lengths 64 --batch-sizes 1 2 --prefill-batch-sizes 2 --graphs --repeats 1 --steps 2
+    bench long 300 --model tiny --lengths 512 1024 --prefill-chunk 256 --teacher-max-tokens 512 --repeats 1 --steps 2
+    bench ablation 300 --model tiny --lengths 128 --ablate --repeats 1 --steps 2
 else
     step tests 180 "$PYTHON" -m pytest -q -m gpu tests/kernels
     ops ops-forward 120 --shape 7b --lengths 8192 65536 --backends $backends --dtype bfloat16
@@ -89,7 +89,7 @@ fi
 # one by one: a backend that is named and missing is an error
 for backend in triton mamba_ssm chunked; do
     if [ -n "$dry" ]; then
-        bench "backend-$backend" 60 --model tiny --lengths 128 --no-teacher --backends "$backend" --repeats 1 --steps 2
+        bench "backend-$backend" 300 --model tiny --lengths 128 --no-teacher --backends "$backend" --repeats 1 --steps 2
     else
         bench "backend-$backend" 60 --model qwen2.5-vl-7b --lengths 32768 --no-teacher --backends "$backend"
     fi

@@ -283,6 +283,20 @@ def test_a_model_compiles_whole(monkeypatch):
     torch.testing.assert_close(compiled, run(model), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("scope", ["span", "sequence"])
+def test_a_model_that_sees_an_image(monkeypatch, scope):
+    """Both directions through the kernels, with gradients; the reverse one has tokens and decays of its own."""
+    model = tiny.plain(num_hidden_layers=1, reverse_scope=scope)
+    inputs = tiny.batch(tiny.Sample(3, ("image", 2, 3), 2), tiny.Sample(4), dtype=torch.float32)
+    results = []
+    for backend in ("recurrence", "triton"):
+        monkeypatch.setenv("LINMU_SSD_BACKEND", backend)
+        logits = model(**inputs).logits[inputs["attention_mask"].bool()]
+        leaves = [p for name, p in model.named_parameters() if "flex_ma" in name]
+        results.append([logits, *torch.autograd.grad(logits.square().mean(), leaves)])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
+
+
 def test_operators_without_gradients_are_sound_for_compilation():
     x, dt, A, B, C = make((66,), (2, 2, 1), states=False, dtype=torch.float32).values()
     states = torch.rand(66, 2, 5, 3)

@@ -12,7 +12,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from sm90 import SHARED_LIMIT, compile_launch
 
-from linmu_hf.ops import conv_triton, decode_triton, ssd_triton, ssd_triton_step, tuning
+from linmu_hf.ops import conv_triton, decode_triton, ssd_triton, ssd_triton_step
+from linmu_hf.ops import tuning_triton as tuning
 from linmu_hf.ops.ssd import Scan, Segments
 
 

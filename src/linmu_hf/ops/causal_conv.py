@@ -44,8 +44,13 @@ def causal_conv(xbc, weight, segments, tail=None):
 
 def _has_fast_depthwise(x) -> bool:
     """Whether oneDNN convolves such an x in one pass; PyTorch's own depthwise convolution is slower than the taps."""
-    single = x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    single = x.dtype == torch.float32 and x.device.type == "cpu" and _has_onednn()
     return single or multiplies_in_bfloat16(x)
+
+
+@torch.compiler.assume_constant_result
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available()
 
 
 class _Taps(torch.autograd.Function):
