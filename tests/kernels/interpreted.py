@@ -105,7 +105,7 @@ def test_windows_of_chunks(monkeypatch, chunks):
     """States that enter a window from the one before; a segment over several windows, several segments in one."""
     lengths = (130, 3, 64, 70)
     monkeypatch.setattr(module, "WINDOW_BYTES", chunks * 2 * 6 * 3 * 4)
-    plan = Plan(lengths, (4,), (True,), (True,), True)
+    plan = Plan(lengths, (4,), (True,), (True,), True, False)
     assert len(chunk_table(plan, chunks, torch.device("cpu")).windows) == -(-7 // chunks)
     scan(lengths, (2, 2, 1), normalized=True)
 
@@ -209,6 +209,21 @@ def test_half_precision(normalized):
     scan((70, 20), p=16, k=16, normalized=normalized, dtype=torch.float16, rtol=4e-3)
 
 
+def test_states_in_half_precision(monkeypatch):
+    """A model in bfloat16 without gradients. Sums over chunks stay in fp32: many chunks err like few."""
+    monkeypatch.setattr(module, "WINDOW_BYTES", 8 * 2 * 17 * 16 * 2)
+    inputs = make((700,), (2, 2, 1), 16, 16, dtype=torch.float32, states=False)
+    inputs |= {name: inputs[name].detach().abs() for name in "BC"}
+    x, dt, A, B, C = (value.detach() for value in inputs.values())
+    segments = Segments.build((700,))
+    y, finals, *_ = module.ssd_forward([x], [dt], [A], [B], [C], [], [], [700], [1], [False], [True], True, True)
+    expected_y, expected = ssd(x, dt, A, B, C, segments, normalized=True, backend="recurrence")
+    rounding = 2**-8
+    torch.testing.assert_close(y, expected_y, rtol=0, atol=rounding * float(expected_y.abs().max()))
+    torch.testing.assert_close(finals, expected, rtol=0, atol=rounding * float(expected.abs().max()))
+    assert not torch.equal(finals, module.ssd_triton(x, dt, A, B, C, segments, normalized=True)[1])
+
+
 def test_strong_decay_stays_finite():
     inputs = make((150,), (2, 2, 1), states=False, dtype=torch.float32)
     inputs["A"] = (inputs["A"] * 500).detach().requires_grad_()
@@ -242,7 +257,7 @@ def test_the_scan_is_sound_for_compilation(paired):
     scans = pair(((66, 2), (3,)), (True, False), True, False)[: 1 + paired]
     tensors = [[getattr(scan, name) for scan in scans] for name in ("x", "dt", "A", "B", "C")]
     lengths, counts = ([66, 2, 3], [2, 1]) if paired else ([66, 2], [2])
-    plan = lengths, counts, [True, False][: len(scans)], [True, False][: len(scans)], True
+    plan = lengths, counts, [True, False][: len(scans)], [True, False][: len(scans)], True, False
     inputs = (*tensors, [scans[0].initial_states], [], *plan)
     torch.library.opcheck(module.ssd_forward, inputs, test_utils=(*SOUND, "test_autograd_registration"))
     inputs = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, inputs)

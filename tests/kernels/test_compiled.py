@@ -61,6 +61,9 @@ def launches(monkeypatch, dtype, h, s, g, p, k, normalized, indexed=False, paire
         (y.sum() + finals.sum()).backward()
     with torch.no_grad():
         x, _, _, B, C, *_ = scan()
+        ssd_triton.ssd_triton(
+            x, dt, A, B, C, segments, normalized=normalized, index=index
+        )  # states in the other dtype
         states = torch.zeros(n, s, p + normalized, k)
         ssd_triton_step.ssd_step_triton(x, dt, A, B, C, states, normalized=normalized)
     channels = (h + 2 * g) * p
@@ -76,9 +79,14 @@ def launches(monkeypatch, dtype, h, s, g, p, k, normalized, indexed=False, paire
     y, _ = conv_triton.causal_conv_triton(mixed, torch.zeros(4, channels), segments, tail, index=index)
     y.sum().backward()
     unique = {
-        (kernel.fn.__name__, *sorted(options.items())): (kernel, args, options) for kernel, args, options in calls
+        (kernel.fn.__name__, *_dtypes(args), *sorted(options.items())): (kernel, args, options)
+        for kernel, args, options in calls
     }
     return list(unique.values())
+
+
+def _dtypes(args):
+    return [arg.dtype for arg in args if isinstance(arg, torch.Tensor)]
 
 
 @pytest.fixture

@@ -197,7 +197,9 @@ class FlexMA(nn.Module):
             y, states = ssd(**scan._asdict(), normalized=normalized)
         else:
             reverse, reverse_skip = self.reverse_scan(self._reverse_arguments, u, x, rope, layout)
-            (y, states), (y_reverse, _) = ssd_pair(scan, reverse, normalized=normalized)
+            (y, states), (y_reverse, _) = ssd_pair(
+                scan, reverse, normalized=normalized, final_states=cache_layer is not None
+            )
         if cache_layer is not None:
             cache_layer.store(tail, states, layout.batch, layout.rows)
         y = finish(y, scan.x, skip).to(u.dtype)

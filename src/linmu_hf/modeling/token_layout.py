@@ -122,7 +122,8 @@ class TokenLayout:
         scan_vision = is_vision.nonzero().squeeze(1)
         vision = real[scan_vision]
         coordinates = vision_layout.reshape(-1, 4)[vision].long()
-        sequence = torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, device=device))
+        sequence = torch.arange(len(lengths), device=device)
+        sequence = sequence.repeat_interleave(torch.tensor(lengths, device=device), output_size=sum(lengths))
         span = _relabel(sequence[scan_vision], coordinates[:, 0])
         grid, cells = _split_uneven(span, coordinates[:, 1:])
         extent = _extents(grid, cells)

@@ -76,11 +76,13 @@ class Segments:
         rank = torch.empty(len(chunks), dtype=torch.long)
         rank[longest_first] = torch.arange(len(chunks))
         rank = rank.to(device)
-        length = torch.tensor(lengths, device=device)
-        position = torch.arange(sum(lengths), device=device) - (length.cumsum(0) - length).repeat_interleave(length)
+        length, n = torch.tensor(lengths, device=device), sum(lengths)  # a size that is told is not waited for
+        position = torch.arange(n, device=device)
+        position = position - (length.cumsum(0) - length).repeat_interleave(length, output_size=n)
         step = position // chunk_size
         first_of_step = torch.tensor((0, *steps), device=device).cumsum(0)
-        slots = (first_of_step[step] + rank.repeat_interleave(length)) * chunk_size + position % chunk_size
+        ranks = rank.repeat_interleave(length, output_size=n)
+        slots = (first_of_step[step] + ranks) * chunk_size + position % chunk_size
         in_order = longest_first == list(range(len(chunks)))
         return cls(lengths, chunk_size, steps, None if in_order else rank, slots)
 
@@ -150,23 +152,25 @@ class Scan(NamedTuple):
     index: torch.Tensor | None = None  # type: ignore[assignment]  # a tuple has a method of that name
 
 
-def ssd_pair(first: Scan, second: Scan, *, normalized: bool = False, backend: str = "auto"):
+def ssd_pair(first: Scan, second: Scan, *, normalized: bool = False, final_states: bool = True, backend: str = "auto"):
     """
     Two scans of the same heads and sizes, as the two directions of a block are.
 
     Args:
         first, second (`Scan`): Their arguments.
         normalized, backend: As in [`ssd`].
+        final_states (`bool`, *optional*, defaults to `True`): Whether the final states of the first are wanted.
 
     Returns:
-        `tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]`: y and states of each;
-        our kernels, which take both scans in one launch, do not write the states of the second.
+        `tuple[tuple[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]`: y and states of
+        each; our kernels, which take both scans in one launch, do not write states that nobody wants, nor those of the
+        second.
     """
     if choose_backend(first.x, first.segments, backend) == "triton":
         from .ssd_triton import ssd_triton_pair
 
         with torch.autocast(first.x.device.type, enabled=False):
-            return ssd_triton_pair(first, second, normalized)
+            return ssd_triton_pair(first, second, normalized, final_states)
     results = (ssd(**scan._asdict(), normalized=normalized, backend=backend) for scan in (first, second))
     return tuple(results)
 

@@ -42,6 +42,7 @@ class Plan(NamedTuple):
         counts (`tuple[int, ...]`): Segments of each scan.
         starts, ends (`tuple[bool, ...]`): Whether a scan has initial states, and whether its final states are wanted.
         normalized (`bool`): As in [`~linmu_hf.ops.ssd.ssd`].
+        half_states (`bool`): Whether states wait in bfloat16 between the kernels; sums over chunks are in fp32 anyway.
     """
 
     lengths: tuple[int, ...]
@@ -49,6 +50,11 @@ class Plan(NamedTuple):
     starts: tuple[bool, ...]
     ends: tuple[bool, ...]
     normalized: bool
+    half_states: bool
+
+    @property
+    def states_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.half_states else torch.float32
 
     def states_before(self) -> int:
         return sum(count for count, start in zip(self.counts, self.starts) if start)
@@ -127,9 +133,9 @@ def launch(kernel, grid, *args, **options):
     kernel[grid](*args, **options)
 
 
-def _window(state_size: int) -> int:
+def _window(state_size: int, plan: Plan) -> int:
     """Chunks of a window."""
-    return max(1, WINDOW_BYTES // (4 * state_size))
+    return max(1, WINDOW_BYTES // (plan.states_dtype.itemsize * state_size))
 
 
 class _Launches:
@@ -139,7 +145,8 @@ class _Launches:
         (_, g, p), s, (_, h, k) = x[0].shape, dt[0].shape[-1], C[0].shape
         self.h, self.s, self.g, self.r, self.q, self.p, self.k = h, s, g, s // g, h // s, p, k
         self.size = (p + plan.normalized) * k
-        self.table = chunk_table(plan, _window(s * self.size), x[0].device)
+        self.table = chunk_table(plan, _window(s * self.size, plan), x[0].device)
+        self.states_dtype = plan.states_dtype
         self.x, self.dt, self.B, self.C = (
             tuple((t, t.stride(0), t.stride(1)) for t in tensors) for tensors in (x, dt, B, C)
         )
@@ -161,12 +168,21 @@ class _Launches:
             launch(kernel, shape(config), *args, **self.options, **config._asdict())
 
         configs = tuning.configurations(kernel, self.p, self.k, self.dtype)
-        key = (kernel.fn.__name__, self.dtype, self.r, self.q, self.p, self.k, *self.options.values())
+        key = (
+            kernel.fn.__name__,
+            self.dtype,
+            self.states_dtype,
+            self.r,
+            self.q,
+            self.p,
+            self.k,
+            *self.options.values(),
+        )
         run(tuning.choose(configs, key, shape(configs[0])[0], self.device, run))
 
     def window_buffers(self, like):
         chunks = max(stop - start for start, stop, _, _ in self.table.windows)
-        states = like.new_empty(chunks, self.s, self.size, dtype=torch.float32)
+        states = like.new_empty(chunks, self.s, self.size, dtype=self.states_dtype)
         return states, like.new_empty(chunks, self.s, dtype=torch.float32)
 
     def chunk_states(self, window, states, decays):
@@ -190,7 +206,7 @@ class _Launches:
 def ssd_forward(
     x: list[torch.Tensor], dt: list[torch.Tensor], A: list[torch.Tensor], B: list[torch.Tensor],
     C: list[torch.Tensor], initial_states: list[torch.Tensor], index: list[torch.Tensor],
-    lengths: list[int], counts: list[int], starts: list[bool], ends: list[bool], normalized: bool,
+    lengths: list[int], counts: list[int], starts: list[bool], ends: list[bool], normalized: bool, half_states: bool,
 ) -> list[torch.Tensor]:  # fmt: skip
     """
     One or two scans: lists have an entry for each, but for `initial_states`, which only those in `starts` have, and
@@ -200,7 +216,7 @@ def ssd_forward(
         `list[torch.Tensor]`: y of each scan, the final states that are wanted, the states that enter the windows, and
         the normalisers of each scan.
     """
-    plan = _plan(lengths, counts, starts, ends, normalized)
+    plan = _plan(lengths, counts, starts, ends, normalized, half_states)
     scan = _Launches(x, dt, A, B, C, index, plan)
     outputs = _outputs(x, dt, B, C, index, plan)
     y, finals, entries, sums = _split(outputs, len(x))
@@ -222,14 +238,15 @@ def ssd_forward(
     return outputs
 
 
-def _plan(lengths, counts, starts, ends, normalized) -> Plan:
-    return Plan(tuple(int(length) for length in lengths), tuple(counts), tuple(starts), tuple(ends), normalized)
+def _plan(lengths, counts, starts, ends, normalized, half_states) -> Plan:
+    lengths = tuple(int(length) for length in lengths)
+    return Plan(lengths, tuple(counts), tuple(starts), tuple(ends), normalized, half_states)
 
 
 def _outputs(x, dt, B, C, index, plan: Plan) -> list[torch.Tensor]:
     p, h, s, k = x[0].shape[2], C[0].shape[1], dt[0].shape[1], B[0].shape[2]
     state = (s, p + plan.normalized, k)
-    entries = _cut(plan, _window(s * (p + plan.normalized) * k))[3]
+    entries = _cut(plan, _window(s * (p + plan.normalized) * k, plan))[3]
     y = [
         (one.new_zeros if len(index) else one.new_empty)(len(one), h, p) for one in x
     ]  # rows that an index leaves out
@@ -243,8 +260,8 @@ def _split(outputs, scans: int):
 
 
 @ssd_forward.register_fake
-def _(x, dt, A, B, C, initial_states, index, lengths, counts, starts, ends, normalized):
-    return _outputs(x, dt, B, C, index, _plan(lengths, counts, starts, ends, normalized))
+def _(x, dt, A, B, C, initial_states, index, *plan):
+    return _outputs(x, dt, B, C, index, _plan(*plan))
 
 
 @torch.library.custom_op("linmu_hf::ssd_backward", mutates_args=())
@@ -253,10 +270,10 @@ def ssd_backward(
     x: list[torch.Tensor], dt: list[torch.Tensor], A: list[torch.Tensor], B: list[torch.Tensor],
     C: list[torch.Tensor], index: list[torch.Tensor],
     y: list[torch.Tensor], entries: torch.Tensor, sums: list[torch.Tensor],
-    lengths: list[int], counts: list[int], starts: list[bool], ends: list[bool], normalized: bool,
+    lengths: list[int], counts: list[int], starts: list[bool], ends: list[bool], normalized: bool, half_states: bool,
 ) -> list[torch.Tensor]:  # fmt: skip
     """Gradients of x, dt, A, B and C of each scan, in this order, and of all initial states."""
-    plan = _plan(lengths, counts, starts, ends, normalized)
+    plan = _plan(lengths, counts, starts, ends, normalized, half_states)
     scan = _Launches(x, dt, A, B, C, index, plan)
     table, scans = scan.table, len(x)
     grads = _gradients(x, dt, A, B, C, index, plan)
@@ -319,17 +336,17 @@ def _gradients(x, dt, A, B, C, index, plan: Plan) -> list[torch.Tensor]:
 
 
 @ssd_backward.register_fake
-def _(dy, dfinals, x, dt, A, B, C, index, y, entries, sums, lengths, counts, starts, ends, normalized):
-    return _gradients(x, dt, A, B, C, index, _plan(lengths, counts, starts, ends, normalized))
+def _(dy, dfinals, x, dt, A, B, C, index, y, entries, sums, *plan):
+    return _gradients(x, dt, A, B, C, index, _plan(*plan))
 
 
 def _save(ctx, inputs, output):
-    *tensors, initial_states, index, lengths, counts, starts, ends, normalized = inputs
-    y, _, entries, sums = _split(output, len(counts))
+    *tensors, initial_states, index = inputs[:7]
+    ctx.plan = inputs[7:]
+    y, _, entries, sums = _split(output, len(tensors[0]))
     groups = (*tensors, index, y, (entries,), sums)
     ctx.save_for_backward(*(t for group in groups for t in group))
     ctx.sizes = [len(group) for group in groups]
-    ctx.plan = lengths, counts, starts, ends, normalized
     ctx.initial = [(len(t), t.dtype) for t in initial_states]
     ctx.set_materialize_grads(False)
 
@@ -395,12 +412,15 @@ def _scan(scans: list[Scan], ends: tuple[bool, ...], normalized: bool):
         return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
     dtype = scans[0].x.dtype
+    tensors = [t for scan in scans for t in (*scan[:5], scan.initial_states) if t is not None]
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     outputs = ssd_forward(
         each("x", dtype), each("dt", torch.float32), each("A", torch.float32), each("B", dtype), each("C", dtype),
         [scan.initial_states for scan in scans if scan.initial_states is not None],
         [scan.index for scan in scans if scan.index is not None],
         [length for scan in scans for length in scan.segments.lengths], [len(scan.segments) for scan in scans],
         [scan.initial_states is not None for scan in scans], list(ends), normalized,
+        dtype == torch.bfloat16 and not learns,
     )  # fmt: skip
     return outputs[: len(scans)], outputs[len(scans)]
 

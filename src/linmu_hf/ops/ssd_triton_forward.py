@@ -3,7 +3,8 @@
     code            meaning
     chunks          [c, 3] first token, number of tokens and scan of each chunk of L tokens; none crosses a segment
     rows            rows of the inputs that hold the tokens of a chunk, through the token index if there is one
-    state           [c, s, p', k] fp32; p' = p, or p + 1 when normalised: the last row is z = sum decay dt B
+    state           [c, s, p', k] fp32, or bf16 without gradients; p' = p, or p + 1 when normalised: the last row is
+                    z = sum decay dt B
     x, dt, B, C     for each scan (pointer, stride of a row, stride of a head)
     A, index, y, .. for each scan a pointer
     S, R, Q         state heads, state heads per key/value head, query heads per state head
