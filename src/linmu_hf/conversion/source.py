@@ -12,7 +12,7 @@ from transformers import AutoProcessor, GenerationConfig, PreTrainedConfig, Proc
 from ..modeling.configuration_linmu import LinMUConfig
 from .checkpoint import StoredTensor, read_checkpoint, read_config
 from .nvila import DOWNLOADS as NVILA_DOWNLOADS
-from .nvila import check_top, in_parts, is_nvila, read_nvila
+from .nvila import TOKENIZER_FILES, check_top, in_parts, is_nvila, read_nvila
 
 
 # Families that Transformers knows, by `model_type`; NVILA is told by the keys of its config.json.
@@ -23,12 +23,7 @@ PROCESSOR_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
+    *TOKENIZER_FILES,
     "chat_template.json",
     "chat_template.jinja",
     "generation_config.json",
