@@ -9,7 +9,7 @@ from transformers import (
     AutoVideoProcessor,
 )
 from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
-from transformers.utils import is_torchvision_available
+from transformers.utils import DummyObject
 
 from .modeling.adapters import lora_targets
 from .modeling.configuration_linmu import PRESETS, LinMUConfig, LinMUTextConfig
@@ -31,8 +31,10 @@ AutoModelForImageTextToText.register(LinMUConfig, LinMUForConditionalGeneration)
 # A saved folder names its processor; LinMUConfig's own is that of a folder which names none.
 AutoProcessor.register(LinMUConfig, Qwen2_5_VLProcessor)
 AutoProcessor.register(NVILAVisionConfig, NVILAProcessor)
-AutoImageProcessor.register(NVILAVisionConfig, image_processor_classes={"pil": NVILAImageProcessor})
-if is_torchvision_available():  # without it AutoVideoProcessor does not exist, and NVILAProcessor does not need it
+# Without torchvision some of Transformers' Auto classes are mere dummies; NVILAProcessor does not need them.
+if not isinstance(AutoImageProcessor, DummyObject):
+    AutoImageProcessor.register(NVILAVisionConfig, image_processor_classes={"pil": NVILAImageProcessor})
+if not isinstance(AutoVideoProcessor, DummyObject):
     AutoVideoProcessor.register(NVILAVisionConfig, NVILAVideoProcessor)
 
 __all__ = [

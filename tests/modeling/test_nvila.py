@@ -179,6 +179,7 @@ def test_round_trip(vision, sample, tmp_path):
     assert half(**tiny.batch(sample, dtype=torch.float32)).logits.isfinite().all()  # pixels are cast
 
 
+@pytest.mark.extras
 @torch.no_grad()
 @pytest.mark.parametrize("place", ["whole", "parts"])
 def test_device_map(place, tmp_path):
@@ -209,6 +210,7 @@ def test_no_layer_of_the_tower_is_split():
     )
 
 
+@pytest.mark.extras
 def test_lora_leaves_tower_and_projector_alone():
     from peft import LoraConfig, inject_adapter_in_model
 
