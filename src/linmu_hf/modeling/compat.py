@@ -21,6 +21,8 @@ class MediaGeneration:
         if not hasattr(GenerationMixin, "_prepare_multimodal_encoder_kwargs_for_generation"):
             for kind, names in _PIXELS.items():
                 pixels, grid = (model_kwargs.pop(name, None) for name in names)
+                if pixels is None and grid is not None and kind not in media:
+                    raise ValueError(f"{names[1]} came without {names[0]}; pass both as the processor returned them")
                 if pixels is not None:
                     media[kind] = getattr(self, f"get_{kind}_features")(pixels, grid, return_dict=True)
         for kind in media if expand_size > 1 else ():
