@@ -41,7 +41,7 @@ test-matrix:
 
 # The Triton kernels without a GPU: their values in Triton's interpreter, then every configuration compiled for Hopper.
 kernels-check: $(READY)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpreted.py $(ARGS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpreted_*.py $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rP tests/kernels/test_compiled.py $(ARGS)
 
 lint: $(READY)

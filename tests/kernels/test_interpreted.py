@@ -1,4 +1,4 @@
-"""Runs `interpreted.py` in a process whose Triton interprets kernels: this one may have imported Triton already."""
+"""Runs `interpreted_*.py` in processes whose Triton interprets kernels: this one may have imported Triton already."""
 
 import os
 import subprocess
@@ -11,7 +11,8 @@ import pytest
 pytest.importorskip("triton", reason="Triton is for Linux")
 
 
-def test_interpreted():
+@pytest.mark.parametrize("kernels", ["scan", "decode"])
+def test_interpreted(kernels):
     command = [
         sys.executable,
         "-m",
@@ -19,7 +20,7 @@ def test_interpreted():
         "-q",
         "-p",
         "no:cacheprovider",
-        Path(__file__).parent / "interpreted.py",
+        Path(__file__).parent / f"interpreted_{kernels}.py",
     ]
     run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
