@@ -57,10 +57,10 @@ bench() { # bench LABEL SECONDS ARGUMENTS...
     step "$label" "$limit" "$PYTHON" -m linmu_hf.evaluation.benchmark_cli --device $device "$@" \
         --json "$parts/$label.json" --png "$OUTPUT/$name-$label.png"
 }
-ops() { # ops LABEL SECONDS ARGUMENTS...
-    local label=$1 limit=$2
-    shift 2
-    step "$label" "$limit" "$PYTHON" benchmarks/ops.py --device $device "$@" --json "$parts/$label.json"
+ops() { # ops SCRIPT LABEL SECONDS ARGUMENTS...
+    local script=$1 label=$2 limit=$3
+    shift 3
+    step "$label" "$limit" "$PYTHON" "benchmarks/$script" --device $device "$@" --json "$parts/$label.json"
 }
 
 # what matters most comes first, in case the time runs out
@@ -69,16 +69,19 @@ step correctness 240 "$PYTHON" benchmarks/correctness.py --device $device --back
     ${dry:+--shapes small} --json "$parts/correctness.json"
 if [ -n "$dry" ]; then
     step tests 300 "$PYTHON" -m pytest -q --collect-only -m gpu tests/kernels
-    ops ops-forward 300 --lengths 64 128 --backends $backends --dtype float32 --repeats 1
-    ops ops-backward 300 --lengths 64 128 --backends $backends --dtype float32 --repeats 1 --backward
+    ops ops.py ops-forward 300 --lengths 64 128 --backends $backends --dtype float32 --repeats 1
+    ops ops.py ops-backward 300 --lengths 64 128 --backends $backends --dtype float32 --repeats 1 --backward
+    ops around_scan.py around-scan 300 --lengths 256 512 --dtype bfloat16 --repeats 1 --backward
     bench decoder 300 --model tiny --lengths 64 128 256 --batch-sizes 1 2 --repeats 1 --steps 2
     bench graphs 300 --model tiny --lengths 64 --batch-sizes 1 2 --prefill-batch-sizes 2 --graphs --repeats 1 --steps 2
     bench long 300 --model tiny --lengths 512 1024 --prefill-chunk 256 --teacher-max-tokens 512 --repeats 1 --steps 2
     bench ablation 300 --model tiny --lengths 128 --ablate --repeats 1 --steps 2
 else
     step tests 180 "$PYTHON" -m pytest -q -m gpu tests/kernels
-    ops ops-forward 120 --shape 7b --lengths 8192 65536 --backends $backends --dtype bfloat16
-    ops ops-backward 120 --shape 7b --lengths 8192 32768 --backends $backends --dtype bfloat16 --backward
+    ops ops.py ops-forward 120 --shape 7b --lengths 8192 65536 --backends $backends --dtype bfloat16
+    ops ops.py ops-backward 120 --shape 7b --lengths 8192 32768 --backends $backends --dtype bfloat16 --backward
+    ops around_scan.py around-scan 60 --shape 7b --lengths 8192 65536 --dtype bfloat16
+    ops around_scan.py around-scan-backward 60 --shape 7b --lengths 32768 --dtype bfloat16 --backward
     bench decoder 420 --model qwen2.5-vl-7b --lengths 8192 16384 32768 65536 131072 --batch-sizes 1 8 32 --largest-batch
     # compiling takes about a minute for each model and batch
     bench graphs 300 --model qwen2.5-vl-7b --lengths 16384 --batch-sizes 1 8 --prefill-batch-sizes 4 --graphs

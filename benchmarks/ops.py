@@ -132,16 +132,8 @@ def step(function, inputs):
     torch.autograd.grad(y.sum(), inputs)
 
 
-def measure(t: int, arguments) -> dict[str, dict]:
-    """Best seconds and peak memory of every contestant at one length; the reason for those that cannot run."""
-    common = (DTYPES[arguments.dtype], arguments.device, arguments.backward)
-    shape = SHAPES[arguments.shape]
-    makers = {"sdpa": partial(attention, t, shape, *common), "fla": partial(simple_gla, t, shape, *common)}
-    makers |= {f"ssd {name}": partial(scan, t, shape, name, *common) for name in arguments.backends}
-    makers |= {
-        BOTH: partial(both_directions, t, shape, *common),
-        "mamba_ssm direct": partial(mamba, t, shape, *common),
-    }
+def contest(makers, arguments) -> dict[str, dict]:
+    """Best seconds and peak memory of every contestant; the reason for those that cannot run."""
     calls, results = {}, {}
     clock = Clock(arguments.device)
     with torch.set_grad_enabled(arguments.backward):
@@ -156,8 +148,21 @@ def measure(t: int, arguments) -> dict[str, dict]:
                 calls.pop(name, None)
         for _ in range(arguments.repeats):
             for name, call in calls.items():
-                seconds, peak, _ = clock(call)
-                results[name]["seconds"] = min(seconds, results[name]["seconds"])
+                results[name]["seconds"] = min(clock(call)[0], results[name]["seconds"])
+    return results
+
+
+def measure(t: int, arguments) -> dict[str, dict]:
+    """The contest at one length, and what the roofline says of each."""
+    common = (DTYPES[arguments.dtype], arguments.device, arguments.backward)
+    shape = SHAPES[arguments.shape]
+    makers = {"sdpa": partial(attention, t, shape, *common), "fla": partial(simple_gla, t, shape, *common)}
+    makers |= {f"ssd {name}": partial(scan, t, shape, name, *common) for name in arguments.backends}
+    makers |= {
+        BOTH: partial(both_directions, t, shape, *common),
+        "mamba_ssm direct": partial(mamba, t, shape, *common),
+    }
+    results = contest(makers, arguments)
     for name, result in results.items():
         if "seconds" in result:
             operations, moved = least_work(name, t, shape, common[0], arguments.backward)
@@ -166,17 +171,31 @@ def measure(t: int, arguments) -> dict[str, dict]:
     return results
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+def parser_of(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description.strip().splitlines()[0])
     parser.add_argument("--shape", default="small", choices=list(SHAPES))
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096])
-    parser.add_argument("--backends", nargs="+", default=["auto"], metavar="NAME", help="as in linmu_hf.ops.ssd.ssd")
     parser.add_argument("--backward", action="store_true", help="forward and backward together")
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES))
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, help="threads of PyTorch on the CPU")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    return parser
+
+
+def write(arguments, rows) -> None:
+    """What was measured, with its setting, where `--json` says."""
+    if arguments.json:
+        setting = {key: value for key, value in vars(arguments).items() if key != "json"}
+        setting["heads"] = dict(zip(("h", "s", "g", "p", "k", "normalized"), SHAPES[arguments.shape], strict=True))
+        result = {"setting": setting, "machine": machine(), "versions": versions(), "rows": rows}
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    parser.add_argument("--backends", nargs="+", default=["auto"], metavar="NAME", help="as in linmu_hf.ops.ssd.ssd")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -195,11 +214,7 @@ def main() -> None:
                 shown = f"{1e3 * result['seconds']:9.2f} ms {ratios}"
             print(f"{t:8d} {name:20s} {shown}", flush=True)
         rows.append({"tokens": t, "contestants": results})
-    if arguments.json:
-        setting = {key: value for key, value in vars(arguments).items() if key != "json"}
-        setting["heads"] = dict(zip(("h", "s", "g", "p", "k", "normalized"), SHAPES[arguments.shape], strict=True))
-        result = {"setting": setting, "machine": machine(), "versions": versions(), "rows": rows}
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    write(arguments, rows)
 
 
 if __name__ == "__main__":

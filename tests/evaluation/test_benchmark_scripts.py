@@ -76,6 +76,20 @@ def test_operations_that_cannot_run_are_listed_with_the_reason(backward):
     assert "abacus" in results["ssd abacus"]["error"]
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_what_stands_beside_a_scan_is_measured_too(backward):
+    import around_scan
+
+    arguments = argparse.Namespace(shape="small", backward=backward, dtype="float32", device="cpu", repeats=1)
+    results = around_scan.measure(512, arguments)
+    runs = {name for name, result in results.items() if "seconds" in result}
+    assert runs == {"convolution: pytorch", "windows: sdpa", "windows, shifted: sdpa"}
+    assert all(results[name]["plain_over_this"] == 1 for name in runs)
+    errors = " ".join(result["error"] for name, result in results.items() if name not in runs)
+    assert "causal_conv1d is not installed" in errors and "flash_attn is not installed" in errors
+    assert "x is torch.float32, and the kernels take float16 or bfloat16" in errors
+
+
 def test_the_least_work_of_an_operation():
     """Counted by hand for one token more: a scan pays the same for every token, attention for all before it."""
     import ops
@@ -129,9 +143,8 @@ def test_a_report_without_time_names_every_step(tmp_path):
     [file] = tmp_path.iterdir()
     assert file.name.endswith("-dry-run.json")
     failed = json.loads(file.read_text())["failed"]
-    assert {"correctness", "tests", "graphs", "ops-forward", "ops-backward", "decoder", "ablation", "long"} < set(
-        failed
-    )
+    steps = {"correctness", "tests", "graphs", "ops-forward", "ops-backward", "around-scan"}
+    assert steps | {"decoder", "ablation", "long"} < set(failed)
     assert set(failed.values()) == {"no time left"}
 
 

@@ -7,8 +7,11 @@ from test_ssd import assert_same, make, run
 from torch._dynamo.utils import counters
 
 from linmu_hf.ops import tuning_triton as tuning
-from linmu_hf.ops.causal_conv import causal_conv
+from linmu_hf.ops.causal_conv import Taps, by_causal_conv1d, causal_conv
+from linmu_hf.ops.causal_conv import unfit as causal_conv1d_unfit
 from linmu_hf.ops.ssd import Scan, Segments, ssd, ssd_step
+from linmu_hf.ops.varlen_attention import PACKAGES, unfit, varlen_attention
+from linmu_hf.ops.window_attention import by_size
 
 
 pytestmark = pytest.mark.gpu
@@ -76,6 +79,38 @@ def test_conv(tails):
         loss = y.square().sum() + last.square().sum()
         results.append([t.cpu().double() for t in (y, last, *torch.autograd.grad(loss, tensors))])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", PACKAGES)
+def test_windows_in_one_call(backend):
+    """The kernels of flash-attn and of PyTorch, against PyTorch's attention in float64."""
+    q, k, v = (torch.randn(3 + 3 + 70, heads, 128) for heads in (28, 4, 4))
+    offsets, weight = torch.tensor([0, 3, 6, 76], device="cuda", dtype=torch.int32), torch.randn(76, 28, 128)
+    if reason := unfit(backend, q.cuda().bfloat16()):
+        pytest.skip(reason)
+    results = []
+    for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float64)):
+        tensors = [t.bfloat16().to(device, dtype).requires_grad_() for t in (q, k, v)]
+        if device == "cuda":
+            y = varlen_attention(*tensors, offsets, 70, backend)
+        else:
+            y = by_size(*tensors, [(2, 3), (1, 70)])
+        grads = torch.autograd.grad((y * weight.to(y)).sum(), tensors)
+        results.append({str(i): t.detach().cpu().double() for i, t in enumerate((y, *grads))})
+    assert_same(*results, rtol=2e-2)
+
+
+def test_conv_by_causal_conv1d():
+    x, weight = torch.randn(203, 4608), torch.randn(4, 4608)
+    if reason := causal_conv1d_unfit(x.cuda(), weight):
+        pytest.skip(reason)
+    results = []
+    for form, device in ((by_causal_conv1d, "cuda"), (Taps.apply, "cpu")):
+        tensors = [t.to(device).requires_grad_() for t in (x, weight)]
+        y = form(*tensors)
+        grads = torch.autograd.grad(y.square().sum(), tensors)
+        results.append({str(i): t.detach().cpu().double() for i, t in enumerate((y, *grads))})
+    assert_same(*results, rtol=1e-4)
 
 
 def test_compiled_whole():

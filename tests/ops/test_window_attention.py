@@ -21,11 +21,16 @@ def naive(q, k, v, window):
 
 
 def by_window(window):
-    """Order that lays the tokens window by window, windows of one size together, and how many of which size."""
+    """
+    Order that lays the tokens window by window, windows of one size together, how many there are of which size, and
+    where each begins.
+    """
     members = [[i for i, w in enumerate(window) if w == number] for number in range(max(window) + 1)]
     members.sort(key=len)
     sizes = sorted({len(row) for row in members})
-    return [i for row in members for i in row], [(sum(len(row) == size for row in members), size) for size in sizes]
+    offsets = torch.tensor([0, *map(len, members)]).cumsum(0, dtype=torch.int32)
+    counts = [(sum(len(row) == size for row in members), size) for size in sizes]
+    return [i for row in members for i in row], counts, offsets
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)], ids=str)
@@ -35,8 +40,8 @@ def by_window(window):
 def test_equals_loops(window, heads):
     h, g = heads
     q, k, v = (torch.randn(len(window), count, 4, dtype=torch.float64, requires_grad=True) for count in (h, g, g))
-    order, sizes = by_window(window)
-    y = window_attention(*(t[order] for t in (q, k, v)), sizes)
+    order, sizes, offsets = by_window(window)
+    y = window_attention(*(t[order] for t in (q, k, v)), sizes, offsets)
     expected = naive(q, k, v, window)[order]
     torch.testing.assert_close(y, expected)
     weight = torch.randn_like(y)
@@ -51,8 +56,8 @@ def test_bfloat16_products(heads, scores, monkeypatch):
     monkeypatch.setattr(module, "multiplies_in_bfloat16", lambda x: x.dtype == torch.bfloat16)
     monkeypatch.setattr(module, "SCORES", scores)
     h, g = heads
-    order, sizes = by_window(window := [0, 1, 2] * 8 + [3, 3, 3])
+    order, sizes, offsets = by_window(window := [0, 1, 2] * 8 + [3, 3, 3])
     q, k, v = (torch.randn(len(window), count, 16, dtype=torch.bfloat16) for count in (h, g, g))
-    y = window_attention(*(t[order] for t in (q, k, v)), sizes)
+    y = window_attention(*(t[order] for t in (q, k, v)), sizes, offsets)
     expected = naive(*(t.double() for t in (q, k, v)), window)[order]
     assert (y.double() - expected).norm() < 0.01 * expected.norm()

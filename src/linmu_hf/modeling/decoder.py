@@ -18,11 +18,12 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
+from . import varlen
 from .cache import MMateCacheLayer, fitting_cache
 from .configuration_linmu import LAYER_TYPES, LinMUConfig, LinMUTextConfig
 from .flex_ma import FP32_PARAMETERS, ScanDirection, ZeroLinear
 from .m_mate import MMate
-from .packing import packed_lengths, positions_within
+from .packing import lengths_to_bounds, packed_lengths, positions_within
 from .remote_code import InstalledCode
 from .token_layout import TextStep, TokenLayout
 
@@ -61,18 +62,19 @@ class LinMUDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = Qwen2_5_VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen2_5_VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def mix(self, mixer_input, rope, layout=None, causal_mask=None, past_key_values=None):
-        """The mixer's output `[b, t, d]` for a normed input."""
+    def mix(self, mixer_input, rope, layout=None, attention=None, past_key_values=None):
+        """
+        The mixer's output `[b, t, d]` for a normed input. M-MATE reads the `layout`, full attention takes the mask and
+        the bounds of packed sequences in `attention` as keyword arguments.
+        """
         if self.is_m_mate:
             cache_layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
             return self.mixer(mixer_input, rope, layout, cache_layer)
-        return self.mixer(
-            mixer_input, attention_mask=causal_mask, position_embeddings=rope, past_key_values=past_key_values
-        )[0]
+        return self.mixer(mixer_input, position_embeddings=rope, past_key_values=past_key_values, **attention)[0]
 
-    def forward(self, hidden_states, rope, layout=None, causal_mask=None, past_key_values=None):
+    def forward(self, hidden_states, rope, layout=None, attention=None, past_key_values=None):
         mixer_input = self.input_layernorm(hidden_states)
-        mixer_output = self.mix(mixer_input, rope, layout, causal_mask, past_key_values)
+        mixer_output = self.mix(mixer_input, rope, layout, attention, past_key_values)
         hidden_states = hidden_states + mixer_output
         hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states, mixer_input, mixer_output
@@ -161,13 +163,13 @@ class LinMUTextModel(LinMUPreTrainedModel):
             use_cache = False
         packed = packed_lengths(inputs_embeds, attention_mask, position_ids, past_key_values, cu_seq_lens_q)
         past_key_values = fitting_cache(past_key_values, self.config) if use_cache and packed is None else None
-        rope, layout, causal_mask = self._prepare(
+        rope, layout, attention = self._prepare(
             inputs_embeds, attention_mask, position_ids, vision_layout, past_key_values, packed
         )
 
         hidden_states, inputs, outputs = inputs_embeds, [], []
         for layer in self.layers:
-            hidden_states, mixer_input, mixer_output = layer(hidden_states, rope, layout, causal_mask, past_key_values)
+            hidden_states, mixer_input, mixer_output = layer(hidden_states, rope, layout, attention, past_key_values)
             if output_mixer_states:
                 inputs.append(mixer_input)
                 outputs.append(mixer_output)
@@ -200,7 +202,7 @@ class LinMUTextModel(LinMUPreTrainedModel):
         )
 
     def _prepare(self, embeds, attention_mask, position_ids, vision_layout, past_key_values, packed=None):
-        """Rotary embeddings, token layout and (if a layer needs it) the causal mask: once per forward pass."""
+        """Rotary embeddings, and what M-MATE layers and those with full attention need: once per forward pass."""
         b, t, _ = embeds.shape
         # a device_map may put the embeddings elsewhere than the ids
         attention_mask, position_ids, vision_layout = (
@@ -220,18 +222,9 @@ class LinMUTextModel(LinMUPreTrainedModel):
         rope = self.rotary_emb(embeds, position_ids)
 
         masks = attention_mask if isinstance(attention_mask, dict) else dict.fromkeys(LAYER_TYPES, attention_mask)
-        layout = causal_mask = None
+        layout = attention = None
         if "full_attention" in self.config.layer_types:
-            causal_mask = masks["full_attention"]
-            if causal_mask is None or causal_mask.ndim == 2:
-                causal_mask = create_causal_mask(
-                    config=self.config,
-                    inputs_embeds=embeds,
-                    attention_mask=None if packed is not None else causal_mask,
-                    past_key_values=past_key_values,
-                    position_ids=text_positions,
-                    layer_idx=self.config.layer_types.index("full_attention"),
-                )
+            attention = self._attention(embeds, masks["full_attention"], text_positions, past_key_values, packed)
         if "m_mate" in self.config.layer_types:
             mask = masks["m_mate"]
             if mask is not None:
@@ -245,4 +238,23 @@ class LinMUTextModel(LinMUPreTrainedModel):
                 layout = TextStep(None if mask is None else mask[:, 0])
             else:
                 layout = TokenLayout.build(self.config, b, t, embeds.device, mask, vision_layout, packed)
-        return rope, layout, causal_mask
+        return rope, layout, attention
+
+    def _attention(self, embeds, causal_mask, text_positions, past_key_values, packed):
+        """Keyword arguments of full attention: its mask, and where the sequences of a packed row begin."""
+        bounds = {}
+        if packed is not None:  # kernels that take no mask are told so what belongs together
+            at, longest = lengths_to_bounds(packed, embeds.device).int(), max(packed)
+            bounds = {"cu_seq_lens_q": at, "cu_seq_lens_k": at, "max_length_q": longest, "max_length_k": longest}
+            if self.config._attn_implementation == varlen.NAME:
+                return {"attention_mask": None, **bounds}
+        if causal_mask is None or causal_mask.ndim == 2:
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=embeds,
+                attention_mask=causal_mask,
+                past_key_values=past_key_values,
+                position_ids=text_positions,
+                layer_idx=self.config.layer_types.index("full_attention"),
+            )
+        return {"attention_mask": causal_mask, **bounds}

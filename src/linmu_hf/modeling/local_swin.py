@@ -39,5 +39,5 @@ class LocalSwin(nn.Module):
         qk, v = qkv.unflatten(-1, (-1, self.head_dim)).split([self.heads + self.groups, self.groups], dim=1)
         qk = rotate(qk, tuple(t.index_select(0, places) for t in rope))
         q, k = qk.split([self.heads, self.groups], dim=1)
-        y = window_attention(q, k, v, [group.shape for group in windows.groups])
+        y = window_attention(q, k, v, [group.shape for group in windows.groups], windows.offsets)
         return y.flatten(1).index_select(0, windows.slots)

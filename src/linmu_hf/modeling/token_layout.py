@@ -37,14 +37,16 @@ class Windows:
     Args:
         groups (`tuple[torch.LongTensor, ...]`, each of shape `[windows, size]`): Vision tokens of each window.
         slots (`torch.LongTensor` of shape `[v]`): Place of each vision token when the groups are laid end to end.
+        offsets (`torch.IntTensor` of shape `[all windows + 1]`): Where each window then begins, and the end.
     """
 
     groups: tuple[torch.Tensor, ...]
     slots: torch.Tensor
+    offsets: torch.Tensor
 
     def to(self, device, **kwargs) -> "Windows":
         """The same on another device; further arguments as for `torch.Tensor.to`."""
-        return Windows(_moved(self.groups, device, kwargs), self.slots.to(device, **kwargs))
+        return Windows(*(_moved(getattr(self, field.name), device, kwargs) for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -254,4 +256,5 @@ def _windows(config, grid, position, extent, shift: bool) -> Windows:
     order = torch.cat([group.flatten() for group in groups])
     slots = torch.empty_like(order)
     slots[order] = torch.arange(len(order), device=device)
-    return Windows(tuple(groups), slots)
+    offsets = torch.nn.functional.pad(counts.sort().values.cumsum(0, dtype=torch.int32), (1, 0))
+    return Windows(tuple(groups), slots, offsets)

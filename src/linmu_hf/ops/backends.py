@@ -12,9 +12,12 @@ logger = logging.getLogger(__name__)
 
 REMEDIES = {
     "triton": "pip install triton (Linux with an NVIDIA or AMD GPU)",
-    "mamba_ssm": "pip install mamba-ssm (with the CUDA toolkit; see docs for an installation without compiling)",
+    "mamba_ssm": "pip install mamba-ssm (with the CUDA toolkit)",
+    "causal_conv1d": "pip install causal-conv1d (with the CUDA toolkit)",
+    "flash_attn": "pip install flash-attn (with the CUDA toolkit)",
+    "torch.nn.attention.varlen": "upgrade torch to 2.10 or later",
 }
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 ENVIRONMENT = "LINMU_SSD_BACKEND"  # what "auto" stands for, where it is set
@@ -47,15 +50,19 @@ def _interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def missing(package: str, x: torch.Tensor) -> str | None:
-    """Why the kernels of `package` cannot take a tensor like `x`, with the remedy; `None` if they can."""
+def missing(package: str, x: torch.Tensor, dtypes=DTYPES, instead: str = "chunked") -> str | None:
+    """
+    Why the kernels of `package`, which take `dtypes`, cannot take a tensor like `x`, with the remedy (for one, the
+    backend `instead`); `None` if they can.
+    """
     reason = _import_error(package)
     if reason:
         return reason
-    if x.dtype not in _DTYPES:
-        return f"x is {x.dtype}, and the kernels take float32, bfloat16 or float16: convert it, or use 'chunked'"
+    if x.dtype not in dtypes:
+        taken = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"x is {x.dtype}, and the kernels take {taken}: convert it, or use {instead!r}"
     if not x.is_cuda and not (package == "triton" and _interprets()):
-        return f"x is on {x.device.type!r}, and the kernels need a GPU: move it there, or use 'chunked'"
+        return f"x is on {x.device.type!r}, and the kernels need a GPU: move it there, or use {instead!r}"
     return None
 
 

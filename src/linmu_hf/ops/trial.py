@@ -1,6 +1,7 @@
-"""Our kernels are tried once on every device before `backend="auto"` relies on them there."""
+"""Kernels are tried once on every device before `"auto"` relies on them there."""
 
 import logging
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -8,45 +9,92 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-_TRIALS: dict[torch.device, str | None] = {}
+_TRIALS: dict[tuple[str, torch.device], str | None] = {}
 
 
 @torch.compiler.assume_constant_result
-def failed_trial(device: torch.device) -> str | None:
+def failed_trial(device: torch.device, kernels: str = "triton") -> str | None:
     """
-    What speaks against our kernels on a device, tried once on a small pair of scans; `None` if they answer and
-    differentiate like the recurrence. A driver, a GPU or a Triton that they were never tried on must not give wrong
-    answers.
+    What speaks against kernels on a device, tried once on small inputs; `None` if they answer and differentiate like
+    plain PyTorch. A driver, a GPU or a package that they were never tried with must not give wrong answers.
+
+    Args:
+        device (`torch.device`): Where they are to run.
+        kernels (`str`): `"triton"` (ours), `"flash_attn"`, `"torch_varlen"` or `"causal_conv1d"`.
     """
-    if device not in _TRIALS:
-        _TRIALS[device] = _try_kernels(device)
-        if _TRIALS[device]:
-            logger.warning(f"selective scan: {_TRIALS[device]}. Plain PyTorch takes over")
-    return _TRIALS[device]
+    key = kernels, device
+    if key not in _TRIALS:
+        _TRIALS[key] = _try(kernels, device)
+        if _TRIALS[key]:
+            logger.warning(f"{_TRIALS[key]}. Plain PyTorch takes over")
+    return _TRIALS[key]
 
 
-def _try_kernels(device: torch.device) -> str | None:
+def _try(kernels: str, device: torch.device) -> str | None:
+    name, results_of, bound = _KERNELS[kernels]
+    try:
+        expected, actual = results_of(device)
+    except Exception as error:
+        return f"{name} fail on {device} ({type(error).__name__}: {error})"
+    worst = max(float((one - right).abs().max() / right.abs().max()) for right, one in zip(expected, actual))
+    return None if worst < bound else f"{name} are wrong on {device} (relative error {worst:.2g})"
+
+
+def _leaves(device, dtype, *shapes) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
+    return [torch.rand(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
+
+
+def _results(loss, outputs, leaves) -> list[torch.Tensor]:
+    return [one.detach().cpu().float() for one in (*outputs, *torch.autograd.grad(loss, leaves))]
+
+
+def _scans(device) -> Iterator[list[torch.Tensor]]:
+    """Both directions of a block, by the recurrence and by our kernels."""
+    from .ssd import Scan, Segments, ssd_pair
+    from .ssd_triton import ssd_triton_pair
+
     lengths, (g, h, p, k) = (1, 150), (2, 4, 16, 32)
     n = sum(lengths)
-    shapes = {"x": (n, g, p), "dt": (n, h), "A": (h,), "B": (n, g, k), "C": (n, h, k)}
-    inputs = [torch.rand(shape, generator=generator) for shape in shapes.values()]
-    inputs[2] = -inputs[2]
-    results = []
-    try:
-        from .ssd import Scan, Segments, ssd_pair
-        from .ssd_triton import ssd_triton_pair
+    for form, where in ((partial(ssd_pair, backend="recurrence"), torch.device("cpu")), (ssd_triton_pair, device)):
+        leaves = _leaves(where, torch.float32, (n, g, p), (n, h), (h,), (n, g, k), (n, h, k))
+        x, dt, rate, B, C = leaves
+        backwards = torch.arange(n, device=where).flip(0)
+        first = Scan(x, dt, -rate, B, C, Segments.build(lengths, where))
+        second = Scan(x, dt * 0.5, -rate, B, C, Segments.build(lengths, where), index=backwards)
+        (y, states), (reverse, _) = form(first, second, normalized=True)
+        yield _results(y.square().sum() + reverse.square().sum() + states.sum(), (y, states, reverse), leaves)
 
-        for form, where in ((partial(ssd_pair, backend="recurrence"), torch.device("cpu")), (ssd_triton_pair, device)):
-            leaves = [value.to(where).requires_grad_() for value in inputs]
-            x, dt, A, B, C = leaves
-            backwards = torch.arange(n, device=where).flip(0)
-            first = Scan(x, dt, A, B, C, Segments.build(lengths, where))
-            second = Scan(x, dt * 0.5, A, B, C, Segments.build(lengths, where), index=backwards)
-            (y, states), (reverse, _) = form(first, second, normalized=True)
-            grads = torch.autograd.grad(y.square().sum() + reverse.square().sum() + states.sum(), leaves)
-            results.append([one.detach().cpu() for one in (y, states, reverse, *grads)])
-    except Exception as error:
-        return f"the Triton kernels fail on {device} ({type(error).__name__}: {error})"
-    worst = max(float((one - right).abs().max() / right.abs().max()) for right, one in zip(*results))
-    return None if worst < 1e-2 else f"the Triton kernels are wrong on {device} (relative error {worst:.2g})"
+
+def _windows(device, backend: str) -> Iterator[list[torch.Tensor]]:
+    """Attention inside windows of several sizes, by PyTorch in float32 and by a kernel in bfloat16."""
+    from .varlen_attention import varlen_attention
+    from .window_attention import by_size
+
+    sizes, lengths, (h, g, d) = ((2, 3), (1, 70)), (3, 3, 70), (4, 2, 64)
+    offsets = torch.tensor((0, *lengths), device=device).cumsum(0, dtype=torch.int32)
+    exact = partial(by_size, sizes=sizes), torch.device("cpu"), torch.float32
+    tried = partial(varlen_attention, offsets=offsets, longest=70, backend=backend), device, torch.bfloat16
+    for form, where, dtype in (exact, tried):
+        leaves = _leaves(where, dtype, *((sum(lengths), heads, d) for heads in (h, g, g)))
+        y = form(*(4 * leaf - 2 for leaf in leaves))
+        yield _results(y.float().square().sum(), [y], leaves)
+
+
+def _taps(device) -> Iterator[list[torch.Tensor]]:
+    """The short convolution, by its definition and by causal-conv1d."""
+    from .causal_conv import Taps, by_causal_conv1d
+
+    for form, where in ((Taps.apply, torch.device("cpu")), (by_causal_conv1d, device)):
+        leaves = _leaves(where, torch.float32, (70, 16), (4, 16))
+        y = form(*leaves)
+        yield _results(y.square().sum(), [y], leaves)
+
+
+# what a message calls the kernels, expected and actual results, and the relative error that is too much
+_KERNELS: dict[str, tuple[str, Callable, float]] = {
+    "triton": ("the Triton kernels", _scans, 1e-2),
+    "flash_attn": ("flash-attn's kernels", partial(_windows, backend="flash_attn"), 5e-2),
+    "torch_varlen": ("PyTorch's varlen kernels", partial(_windows, backend="torch_varlen"), 5e-2),
+    "causal_conv1d": ("causal-conv1d's kernels", _taps, 1e-2),
+}

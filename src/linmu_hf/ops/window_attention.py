@@ -1,4 +1,4 @@
-"""Softmax attention inside windows: the windows are a batch of short sequences."""
+"""Softmax attention inside windows: short sequences in one call where a kernel takes them, else a batch per size."""
 
 import math
 
@@ -6,13 +6,14 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from .backends import multiplies_in_bfloat16
+from .varlen_attention import choose_window_backend, varlen_attention
 
 
 # Scores that are held at once where attention is two matrix products.
 SCORES = 2**20
 
 
-def window_attention(q, k, v, sizes):
+def window_attention(q, k, v, sizes, offsets):
     """
     Attention of every token to the tokens of its own window (Sec. 3.1.2).
 
@@ -20,10 +21,21 @@ def window_attention(q, k, v, sizes):
         q (`torch.Tensor` of shape `[n, h, d]`): Queries, window by window.
         k, v (`torch.Tensor` of shape `[n, g, d]`): Keys and values; h is a multiple of g.
         sizes (`Sequence[tuple[int, int]]`): How many windows of how many tokens, in the order in which they lie.
+        offsets (`torch.IntTensor` of shape `[windows + 1]`): Where each window begins, and the end.
 
     Returns:
         `torch.Tensor` of shape `[n, h, d]`.
     """
+    if q.is_cuda and torch.is_autocast_enabled("cuda"):  # PyTorch's attention follows autocast by itself
+        q, k, v = (t.to(torch.get_autocast_dtype("cuda")) for t in (q, k, v))
+    backend = choose_window_backend(q)
+    if backend != "sdpa":
+        return varlen_attention(q, k, v, offsets, max(size for _, size in sizes), backend)
+    return by_size(q, k, v, sizes)
+
+
+def by_size(q, k, v, sizes):
+    """The same by PyTorch's attention, windows of one size as a batch."""
     lengths = [windows * size for windows, size in sizes]
     parts = zip(*(t.split(lengths) for t in (q, k, v)), strict=True)
     return torch.cat([_attend(*part, *size) for part, size in zip(parts, sizes, strict=True)])

@@ -1,0 +1,96 @@
+"""Softmax attention of sequences of any lengths in one call: by flash-attn, or by PyTorch's kernel of that name."""
+
+import importlib
+import inspect
+import math
+import os
+
+import torch
+
+from .backends import missing, say_once
+from .trial import failed_trial
+
+
+ENVIRONMENT = "LINMU_WINDOW_BACKEND"  # what attends inside windows, where it is set
+PACKAGES = {"flash_attn": "flash_attn", "torch_varlen": "torch.nn.attention.varlen"}
+CHOICES = ("auto", *PACKAGES, "sdpa")
+
+# what both kernels take
+DTYPES = (torch.float16, torch.bfloat16)
+LARGEST_HEAD = 256
+
+
+def varlen_attention(
+    q, k, v, offsets, longest: int, backend: str, causal: bool = False, scale: float | None = None
+):  # fmt: skip
+    """
+    Attention of every token to the tokens of its own sequence.
+
+    Args:
+        q (`torch.Tensor` of shape `[n, h, d]`): Queries, sequence by sequence.
+        k, v (`torch.Tensor` of shape `[n, g, d]`): Keys and values; h is a multiple of g.
+        offsets (`torch.IntTensor` of shape `[m + 1]`): Where each sequence begins, and the end.
+        longest (`int`): Tokens of the longest sequence.
+        backend (`str`): `"flash_attn"` or `"torch_varlen"`.
+        causal (`bool`, *optional*, defaults to `False`): To no later tokens.
+        scale (`float`, *optional*): Factor of the scores, by default `d ** -0.5`.
+
+    Returns:
+        `torch.Tensor` of shape `[n, h, d]`.
+    """
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    module = importlib.import_module(PACKAGES[backend])
+    if backend == "flash_attn":
+        return module.flash_attn_varlen_func(
+            q, k, v, offsets, offsets, longest, longest,
+            softmax_scale=scale, causal=causal, deterministic=torch.are_deterministic_algorithms_enabled(),
+        )  # fmt: skip
+    window = (-1, 0 if causal else -1)
+    grouped = q.shape[1] != k.shape[1]
+    return module.varlen_attn(
+        q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=window, enable_gqa=grouped
+    )
+
+
+def choose_window_backend(q: torch.Tensor) -> str:
+    """
+    What attends inside windows for queries such as q: on a GPU in half precision the first of `PACKAGES` that can run,
+    otherwise `"sdpa"`; or what the environment variable `LINMU_WINDOW_BACKEND` names.
+
+    Raises:
+        `ValueError`: The named backend is unknown, or cannot run here; the message says what it takes.
+    """
+    wanted = os.environ.get(ENVIRONMENT, "auto")
+    if wanted not in CHOICES:
+        raise ValueError(f"{ENVIRONMENT}={wanted} is unknown; choose one of {list(CHOICES)}")
+    if wanted in PACKAGES:
+        reason = unfit(wanted, q)
+        if reason:
+            raise ValueError(f"{ENVIRONMENT}={wanted} cannot run: {reason}")
+        return wanted
+    if wanted == "auto" and q.is_cuda:
+        reasons = {}
+        for name in PACKAGES:
+            reasons[name] = unfit(name, q) or failed_trial(q.device, name)
+            if reasons[name] is None:
+                say_once(f"windows: {name}")
+                return name
+        say_once(f"windows: sdpa, since {'; '.join(f'{name}: {reason}' for name, reason in reasons.items())}")
+    return "sdpa"
+
+
+def unfit(backend: str, q: torch.Tensor) -> str | None:
+    """Why a backend cannot take such queries; `None` if it can."""
+    reason = missing(PACKAGES[backend], q, DTYPES, "sdpa")
+    if reason is None and backend == "torch_varlen" and not _knows_groups():
+        reason = "this PyTorch's varlen_attn knows no grouped heads: upgrade torch"
+    if reason is None and (q.shape[-1] > LARGEST_HEAD or q.shape[-1] % 8):
+        reason = f"heads of {q.shape[-1]} channels: it takes multiples of 8 up to {LARGEST_HEAD}, use 'sdpa'"
+    return reason
+
+
+@torch.compiler.assume_constant_result
+def _knows_groups() -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"enable_gqa", "window_size"} <= set(inspect.signature(varlen_attn).parameters)

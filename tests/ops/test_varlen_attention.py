@@ -1,0 +1,146 @@
+"""Attention of many short sequences in one call: the two kernels that do it, and which of them is chosen."""
+
+import inspect
+
+import pytest
+import torch
+import varlen_kernels
+from test_window_attention import by_window, naive
+
+from linmu_hf.ops import backends, trial
+from linmu_hf.ops import varlen_attention as module
+from linmu_hf.ops import window_attention as windows
+from linmu_hf.ops.varlen_attention import ENVIRONMENT, PACKAGES, choose_window_backend, varlen_attention
+
+
+class OnGPU:
+    is_cuda, device, dtype, shape = True, torch.device("cuda:0"), torch.bfloat16, (5, 2, 64)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """All packages import; nothing was tried or said yet."""
+    monkeypatch.setattr(backends, "_import_error", lambda package: None)
+    monkeypatch.setattr(backends, "_said", set())
+    monkeypatch.setattr(module, "failed_trial", lambda device, kernels: None)
+
+
+@pytest.mark.parametrize("backend", PACKAGES)
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=str)
+def test_windows_by_a_kernel(monkeypatch, backend, heads):
+    calls = varlen_kernels.install(monkeypatch, backend)
+    monkeypatch.setattr(windows, "choose_window_backend", lambda q: backend)
+    window = [2, 0, 1, 1, 0, 1, 1]
+    h, g = heads
+    q, k, v = (torch.randn(len(window), count, 8, dtype=torch.float64, requires_grad=True) for count in (h, g, g))
+    order, sizes, offsets = by_window(window)
+    y = windows.window_attention(*(t[order] for t in (q, k, v)), sizes, offsets)
+    expected = naive(q, k, v, window)[order]
+    torch.testing.assert_close(y, expected)
+    weight = torch.randn_like(y)
+    for grad, right in zip(*(torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (y, expected))):
+        torch.testing.assert_close(grad, right)
+    assert calls == [q.shape]
+
+
+@pytest.mark.parametrize("backend", PACKAGES)
+def test_causal(monkeypatch, backend):
+    varlen_kernels.install(monkeypatch, backend)
+    q, k, v = torch.randn(3, 5, 2, 8, dtype=torch.float64)
+    offsets = torch.tensor([0, 2, 5], dtype=torch.int32)
+    y = varlen_attention(q, k, v, offsets, 3, backend, causal=True, scale=0.3)
+    for i, first in enumerate((0, 0, 2, 2, 2)):
+        weights = torch.einsum("hd,jhd->hj", q[i], k[first : i + 1]).mul(0.3).softmax(-1)
+        torch.testing.assert_close(y[i], torch.einsum("hj,jhd->hd", weights, v[first : i + 1]))
+
+
+def test_pytorch_has_the_kernel_that_is_called():
+    """The stand-in takes what this version takes."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    taken = inspect.signature(varlen_attn).parameters
+    assert list(taken)[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert {"scale", "window_size", "enable_gqa"} <= set(taken) and module._knows_groups()
+
+
+def test_a_pytorch_without_grouped_heads_is_told(installed, monkeypatch):
+    from torch.nn.attention import varlen
+
+    monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k: None)
+    assert module.unfit("torch_varlen", OnGPU()) == "this PyTorch's varlen_attn knows no grouped heads: upgrade torch"
+
+
+@pytest.mark.parametrize("works", [("flash_attn", "torch_varlen"), ("torch_varlen",), ()], ids=str)
+def test_a_gpu_takes_the_first_that_runs_and_says_so_once(installed, monkeypatch, caplog, works):
+    monkeypatch.setattr(module, "unfit", lambda name, q: None if name in works else "not here")
+    expected = (*works, "sdpa")[0]
+    with caplog.at_level("INFO"):
+        assert {choose_window_backend(OnGPU()) for _ in range(3)} == {expected}
+    assert len(caplog.records) == 1
+    assert f"windows: {expected}" in caplog.text
+    assert works or "flash_attn: not here; torch_varlen: not here" in caplog.text
+
+
+def test_what_failed_its_trial_is_passed_over_unless_named(installed, monkeypatch):
+    monkeypatch.setattr(module, "failed_trial", lambda device, kernels: f"{kernels} is wrong on {device}")
+    assert choose_window_backend(OnGPU()) == "sdpa"
+    monkeypatch.setenv(ENVIRONMENT, "flash_attn")
+    assert choose_window_backend(OnGPU()) == "flash_attn"
+
+
+def test_a_cpu_asks_for_nothing(monkeypatch, caplog):
+    monkeypatch.setattr(module, "unfit", None)
+    with caplog.at_level("INFO"):
+        assert choose_window_backend(torch.zeros(5, 2, 64)) == "sdpa"
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "wanted, tensor, message",
+    [
+        (
+            "fast",
+            {},
+            r"LINMU_WINDOW_BACKEND=fast is unknown; choose one of \['auto', 'flash_attn', 'torch_varlen', 's",
+        ),
+        ("flash_attn", {"dtype": torch.float32}, "float32, and the kernels take float16 or bfloat16: convert it, or"),
+        (
+            "torch_varlen",
+            {"is_cuda": False},
+            "cannot run: x is on 'cuda', and the kernels need a GPU: move it there, ",
+        ),
+        ("flash_attn", {"shape": (5, 2, 12)}, "heads of 12 channels: it takes multiples of 8 up to 256, use 'sdpa'"),
+    ],
+)
+def test_a_named_backend_that_cannot_run_says_why(installed, monkeypatch, wanted, tensor, message):
+    monkeypatch.setenv(ENVIRONMENT, wanted)
+    with pytest.raises(ValueError, match=message):
+        choose_window_backend(type("Tensor", (OnGPU,), tensor)())
+
+
+def test_a_package_that_is_missing_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda package: None)
+    monkeypatch.setattr(backends, "_probed", {})
+    monkeypatch.setenv(ENVIRONMENT, "flash_attn")
+    with pytest.raises(ValueError, match="flash_attn cannot run: flash_attn is not installed: pip install flash-attn"):
+        choose_window_backend(OnGPU())
+
+
+@pytest.mark.parametrize("backend", PACKAGES)
+def test_trial(monkeypatch, backend):
+    """Right kernels pass it; those that mix up windows, or the heads of a group, do not."""
+    varlen_kernels.install(monkeypatch, backend)
+    cpu, right = torch.device("cpu"), varlen_attention
+
+    def tried(kernel):
+        monkeypatch.setattr(trial, "_TRIALS", {})
+        monkeypatch.setattr(module, "varlen_attention", kernel)
+        return trial.failed_trial(cpu, backend)
+
+    assert tried(right) is None
+    shifted = tried(
+        lambda q, k, v, offsets, **options: right(q, k, v, offsets - offsets.new_tensor([0, 1, 0, 0]), **options)
+    )
+    assert "are wrong on cpu" in shifted
+    assert "are wrong on cpu" in tried(lambda q, k, v, **options: right(q, k.flip(1), v, **options))
+    assert "kernels fail on cpu (TypeError" in tried(lambda *args: None)

@@ -1,0 +1,50 @@
+"""Stand-ins for kernels of attention to sequences of any lengths: they refuse what those on a GPU refuse."""
+
+import sys
+from types import ModuleType
+
+import torch
+
+
+def install(monkeypatch, name: str) -> list[torch.Size]:
+    """Puts the stand-in of a backend in its place; the list gets the shape of the queries of every call."""
+    calls: list[torch.Size] = []
+
+    def attend(q, k, v, offsets, longest, scale, causal):
+        n, h, d = q.shape
+        assert k.shape == v.shape == (n, k.shape[1], d) and h % k.shape[1] == 0 and d % 8 == 0
+        assert q.dtype == k.dtype == v.dtype and all(t.stride(-1) == 1 for t in (q, k, v))
+        assert offsets.dtype == torch.int32 and offsets[0] == 0 and offsets[-1] == n
+        assert longest == offsets.diff().max()
+        calls.append(q.shape)
+        together = torch.block_diag(*(torch.ones(size, size) for size in offsets.diff().tolist())).bool()
+        if causal:
+            together = together.tril()
+        k, v = (t.repeat_interleave(h // t.shape[1], dim=1) for t in (k, v))
+        scores = torch.einsum("ihd,jhd->hij", q, k) * scale
+        return torch.einsum("hij,jhd->ihd", scores.masked_fill(~together, -torch.inf).softmax(-1), v)
+
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        softmax_scale=None, causal=False, deterministic=False,
+    ):  # fmt: skip
+        assert cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k
+        return attend(q, k, v, cu_seqlens_q, max_seqlen_q, softmax_scale, causal)
+
+    def varlen_attn(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *,
+        scale=None, window_size=(-1, -1), enable_gqa=False,
+    ):  # fmt: skip
+        assert cu_seq_q is cu_seq_k and max_q == max_k and window_size in ((-1, -1), (-1, 0))
+        assert enable_gqa or query.shape == key.shape
+        return attend(query, key, value, cu_seq_q, max_q, scale, window_size == (-1, 0))
+
+    if name == "flash_attn":
+        package = ModuleType("flash_attn")
+        package.flash_attn_varlen_func = flash_attn_varlen_func
+        monkeypatch.setitem(sys.modules, "flash_attn", package)
+    else:
+        from torch.nn.attention import varlen
+
+        monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    return calls
