@@ -6,6 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from linmu_hf.ops import trial
 from linmu_hf.ops.ssd import ssd_pair
@@ -32,6 +33,22 @@ def test_right_kernels_pass_and_are_tried_once(tried):
     calls = []
     assert tried(lambda *args, **kwargs: calls.append(1) or chunked(*args, **kwargs)) is None
     assert trial.failed_trial(torch.device("cpu")) is None and calls == [1]
+
+
+AROUND = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": partial(torch.autocast, "cpu", torch.bfloat16),
+    "default device": partial(torch.device, "meta"),
+    "fake tensors": FakeTensorMode,
+}
+
+
+@pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
+def test_what_is_around_the_first_use_does_not_matter(tried, around):
+    """`generate`, for one, runs without gradients."""
+    with around():
+        assert tried(chunked) is None
 
 
 @pytest.mark.parametrize("direction", [0, 1])

@@ -2,6 +2,8 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -24,7 +26,9 @@ def failed_trial(device: torch.device, kernels: str = "triton") -> str | None:
     """
     key = kernels, device
     if key not in _TRIALS:
-        _TRIALS[key] = _try(kernels, device)
+        # a new thread knows nothing of no_grad, inference_mode, autocast, default devices or tracing around the caller
+        with ThreadPoolExecutor(1) as thread:
+            _TRIALS[key] = thread.submit(_try, kernels, device).result()
         if _TRIALS[key]:
             logger.warning(f"{_TRIALS[key]}. Plain PyTorch takes over")
     return _TRIALS[key]
@@ -33,7 +37,8 @@ def failed_trial(device: torch.device, kernels: str = "triton") -> str | None:
 def _try(kernels: str, device: torch.device) -> str | None:
     name, results_of, bound = _KERNELS[kernels]
     try:
-        expected, actual = results_of(device)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            expected, actual = results_of(device)
     except Exception as error:
         return f"{name} fail on {device} ({type(error).__name__}: {error})"
     worst = max(float((one - right).abs().max() / right.abs().max()) for right, one in zip(expected, actual))
