@@ -1,6 +1,7 @@
 """Attention of many short sequences in one call: the two kernels that do it, and which of them is chosen."""
 
 import inspect
+import sys
 
 import pytest
 import torch
@@ -41,6 +42,23 @@ def test_windows_by_a_kernel(monkeypatch, backend, heads):
     for grad, right in zip(*(torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (y, expected))):
         torch.testing.assert_close(grad, right)
     assert calls == [q.shape]
+
+
+@pytest.mark.parametrize("backend", PACKAGES)
+def test_compiled_whole(monkeypatch, backend):
+    """What it takes to choose does not break the graph; the kernels themselves are operators that it holds."""
+    from torch.nn.attention import varlen
+
+    varlen_kernels.install(monkeypatch, "flash_attn")
+    monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", lambda q, k, v, *args, **options: q + k)
+    monkeypatch.setattr(varlen, "varlen_attn", lambda q, k, v, *args, enable_gqa, window_size, scale: q - k)
+    monkeypatch.setattr(module, "missing", lambda *args: None)
+    monkeypatch.setenv(ENVIRONMENT, backend)
+    torch._dynamo.reset()
+    q, k, v = torch.randn(3, 7, 2, 8)
+    _, sizes, offsets = by_window([2, 0, 1, 1, 0, 1, 1])
+    compiled = torch.compile(windows.window_attention, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(q, k, v, sizes, offsets), q + k if backend == "flash_attn" else q - k)
 
 
 @pytest.mark.parametrize("backend", PACKAGES)

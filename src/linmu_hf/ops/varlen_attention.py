@@ -1,6 +1,5 @@
 """Softmax attention of sequences of any lengths in one call: by flash-attn, or by PyTorch's kernel of that name."""
 
-import importlib
 import inspect
 import math
 import os
@@ -39,15 +38,18 @@ def varlen_attention(
         `torch.Tensor` of shape `[n, h, d]`.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    module = importlib.import_module(PACKAGES[backend])
     if backend == "flash_attn":
-        return module.flash_attn_varlen_func(
+        from flash_attn import flash_attn_varlen_func
+
+        return flash_attn_varlen_func(
             q, k, v, offsets, offsets, longest, longest,
             softmax_scale=scale, causal=causal, deterministic=torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
+    from torch.nn.attention.varlen import varlen_attn
+
     window = (-1, 0 if causal else -1)
     grouped = q.shape[1] != k.shape[1]
-    return module.varlen_attn(
+    return varlen_attn(
         q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=window, enable_gqa=grouped
     )
 
