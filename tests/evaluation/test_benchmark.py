@@ -335,6 +335,24 @@ def test_speedups_are_teacher_over_student():
     assert summary["growth_exponents"]["teacher"] == {"ttft": None, "decode": None}
 
 
+def test_the_fastest_teacher_counts():
+    def row(model, ttft, step):
+        return {"model": model, "tokens": 8, "ttft_s": ttft, "decode": {"1": {"tokens_per_s": 1 / step}}}
+
+    rows = [row("student", 1.0, 1.0), row("teacher", 6.0, 2.0), row("teacher, cudnn", 3.0, 4.0)]
+    assert summarise(rows)["speedups"] == [{"model": "student", "tokens": 8, "ttft": 3.0, "throughput": {"1": 2.0}}]
+
+
+def test_teachers_by_named_attention(tmp_path):
+    file = tmp_path / "bench.json"
+    arguments = ["--model", "small", "--lengths", "20", "--device", "cpu", "--repeats", "1", "--steps", "1"]
+    benchmark_cli.main([*arguments, "--teacher-backends", "math", "cudnn", "--json", str(file)])
+    rows = {row["model"]: row for row in json.loads(file.read_text())["rows"]}
+    assert list(rows) == ["student", "teacher", "teacher, math", "teacher, cudnn"]
+    assert rows["teacher, math"]["ttft_s"] > 0 and rows["teacher, math"]["decode"]["1"]["step_s"] > 0
+    assert rows["teacher, cudnn"]["error"] == "this attention cannot run here"
+
+
 def test_one_run_end_to_end(tmp_path, capsys):
     file, picture = tmp_path / "new" / "bench.json", tmp_path / "new" / "bench.png"
     arguments = ["--model", "small", "--lengths", "80", "40", "--grid", "4x4", "--device", "cpu", "--repeats", "1"]

@@ -5,6 +5,7 @@ in Sec. 4 of the paper; what it takes can be measured beside it. Positions are o
 """
 
 import copy
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -47,9 +48,12 @@ class Variant:
             try:
                 return function()
             except RuntimeError as error:
-                if not is_out_of_memory(error):
+                if is_out_of_memory(error):
+                    self.failure = "out of memory"
+                elif re.match("No (available kernel|viable backend)", str(error)):  # of the attention that was named
+                    self.failure = "this attention cannot run here"
+                else:
                     raise
-                self.failure = "out of memory"
         return None
 
 
@@ -189,7 +193,7 @@ def measure(
                     _decode_compiled(variants[row["model"]], row, caches, batch, steps, max(repeats, 3), clock, report)
         if largest and clock.cuda:
             for row in rows[-len(variants) :]:
-                if "decode" in row:
+                if "decode" in row and variants[row["model"]].patch is None:
                     row["largest_batch"] = _largest_batch(variants[row["model"]], caches[row["model"]])
                     if row["largest_batch"]:
                         one = {row["model"]: variants[row["model"]]}
@@ -309,7 +313,10 @@ def _largest_batch(variant: Variant, cache) -> int:
 
 
 def summarise(rows: list[dict]) -> dict:
-    """Growth exponents of every model, and the ratios teacher / model at every length that both reached."""
+    """
+    Growth exponents of every model, and at every length the ratios to the fastest teacher: models whose names begin
+    with that word.
+    """
     done = [row for row in rows if "ttft_s" in row]
     growth, ratios = {}, []
     for name in dict.fromkeys(row["model"] for row in done):
@@ -320,23 +327,26 @@ def summarise(rows: list[dict]) -> dict:
         growth[name]["decode"] = growth_exponent(
             [row["tokens"] for row in alone], [row["decode"]["1"]["step_s"] for row in alone]
         )
-    teachers = {row["tokens"]: row for row in done if row["model"] == "teacher"}
     for row in done:
-        teacher = teachers.get(row["tokens"])
-        if row["model"] == "teacher" or teacher is None:
+        teachers = [other for other in done if is_teacher(other["model"]) and other["tokens"] == row["tokens"]]
+        if is_teacher(row["model"]) or not teachers:
             continue
-        own, others = throughput(row), throughput(teacher)
+        own, others = throughput([row]), throughput(teachers)
         speedups = {batch: own[batch] / others[batch] for batch in own if batch in others}
-        ratio = teacher["ttft_s"] / row["ttft_s"]
+        ratio = min(teacher["ttft_s"] for teacher in teachers) / row["ttft_s"]
         ratios.append({"model": row["model"], "tokens": row["tokens"], "ttft": ratio, "throughput": speedups})
     return {"growth_exponents": growth, "speedups": ratios}
 
 
-def throughput(row: dict) -> dict[str, float]:
-    """Tokens per second of every batch, compiled or not, whichever is faster."""
-    entries = [*row["decode"].items(), *row.get("decode_graphs", {}).items()]
+def is_teacher(name: str) -> bool:
+    return name.startswith("teacher")
+
+
+def throughput(rows: list[dict]) -> dict[str, float]:
+    """Tokens per second of every batch, by whichever of the rows is fastest, compiled or not."""
     best: dict[str, float] = {}
-    for batch, entry in entries:
+    ways = [way for row in rows for way in (row["decode"], row.get("decode_graphs", {}))]
+    for batch, entry in (item for way in ways for item in way.items()):
         best[batch] = max(entry.get("tokens_per_s", 0.0), best.get(batch, 0.0))
     return {batch: tokens for batch, tokens in best.items() if tokens}
 

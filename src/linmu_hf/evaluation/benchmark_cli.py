@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from .benchmark import Clock, Variant, encode_seconds, measure, summarise
+from .benchmark import Clock, Variant, encode_seconds, is_teacher, measure, summarise
 from .benchmark_model import (
+    ATTENTIONS,
     PRESETS,
     PROMPTS,
     BenchmarkDecoder,
@@ -19,6 +20,7 @@ from .benchmark_model import (
     text_config,
     vision_config,
     vision_encoder,
+    with_attention,
     with_backend,
     without_flex_ma,
     without_local_swin,
@@ -46,6 +48,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--no-teacher", action="store_true", help="leave full attention out")
     parser.add_argument("--teacher-max-tokens", type=int, help="leave full attention out above this length")
+    parser.add_argument(
+        "--teacher-backends", nargs="+", default=[], choices=list(ATTENTIONS), metavar="NAME",
+        help=f"also full attention by these backends of PyTorch: {', '.join(ATTENTIONS)}; the fastest one counts",
+    )  # fmt: skip
     parser.add_argument("--backends", nargs="+", default=[], metavar="NAME", help="also the student with these scans")
     parser.add_argument("--ablate", action="store_true", help="also the student without either branch (Table 4)")
     parser.add_argument("--media", choices=["video", "image"], help="default: video, for nvila-8b image")
@@ -120,7 +126,10 @@ def build_variants(arguments: argparse.Namespace, config) -> dict[str, Variant]:
         full = type(config).from_dict(
             config.to_dict() | {"layer_types": ["full_attention"] * config.num_hidden_layers}
         )
-        variants["teacher"] = Variant(BenchmarkDecoder(full, dtype, arguments.device, student))
+        teacher = BenchmarkDecoder(full, dtype, arguments.device, student)
+        variants["teacher"] = Variant(teacher)
+        for name in arguments.teacher_backends:
+            variants[f"teacher, {name}"] = Variant(teacher, lambda name=name: with_attention(name))
     for name in arguments.backends:
         variants[f"student, {name}"] = Variant(student, lambda name=name: with_backend(name))
     if arguments.ablate:
@@ -153,7 +162,7 @@ def benchmark(arguments: argparse.Namespace) -> dict:
     rows: list[dict] = []
     for length in arguments.lengths:
         rows += measure(
-            {name: v for name, v in variants.items() if name != "teacher" or length <= limit},
+            {name: v for name, v in variants.items() if not is_teacher(name) or length <= limit},
             [length],
             layout_of=layouts.__getitem__,
             batches=arguments.batch_sizes,

@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig
 
 from ..modeling import flex_ma
@@ -67,6 +68,14 @@ SO400M = {
 }
 # Media and grid of a prompt that the command does not name. NVILA reads an image of 4:3 in 3 x 4 blocks of 16 x 16.
 PROMPTS = {"nvila-8b": ("image", "48x64")}
+
+
+ATTENTIONS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 
 
 def text_config(model: str) -> LinMUTextConfig:
@@ -274,6 +283,11 @@ def without_flex_ma():
 
     with patch.object(MMate, "forward", swin_only):
         yield
+
+
+def with_attention(name: str):
+    """PyTorch's attention by the named one of its backends, or not at all."""
+    return sdpa_kernel(ATTENTIONS[name])
 
 
 def with_backend(name: str):
