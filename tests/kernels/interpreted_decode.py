@@ -88,7 +88,8 @@ def test_decode_step_of_the_mixer(monkeypatch, options, masked):
     tokens = torch.randn(3, 3, config.hidden_size)
     angles = torch.rand(3, 3, config.head_dim)
     caches = MMateCacheLayer(), MMateCacheLayer()
-    masks = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 1, 1]]) if masked else [None] * 3
+    # the columns of a mask, as the decoder cuts them out: not contiguous
+    masks = torch.tensor([[1, 1, 0], [1, 0, 1], [1, 1, 1]]).T if masked else [None] * 3
     for u, angle, mask in zip(tokens, angles, masks):
         with torch.no_grad():
             results = []
