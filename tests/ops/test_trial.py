@@ -73,6 +73,16 @@ def test_wrong_gradients_are_noticed(tried, direction):
     assert "wrong on cpu" in tried(wrong)
 
 
+def test_gradients_that_are_not_a_number_are_noticed(tried):
+    """Values are right, and compared first."""
+
+    def wrong(first, second, **kwargs):
+        second = second._replace(C=second.C + (0 * second.C).sqrt())
+        return chunked(first, second, **kwargs)
+
+    assert "wrong on cpu (relative error nan)" in tried(wrong)
+
+
 def test_a_crash_is_noticed(tried):
     def crash(*args, **kwargs):
         raise RuntimeError("no kernel image is available")
