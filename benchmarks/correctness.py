@@ -114,7 +114,12 @@ def main() -> None:
             shown = "no result" if largest is None else f"largest error {largest:.1e} (limit {entry['limit']:.0e})"
             print(f"{backend:12s} {dtype_name:9s} {shown} {entry.get('failure', '')}")
     if arguments.json:
-        result = {"backends": worst, "device": arguments.device, "machine": machine(), "versions": versions()}
+        result = {
+            "backends": worst,
+            "device": arguments.device,
+            "machine": machine(arguments.device),
+            "versions": versions(),
+        }
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
     if wrong:
         sys.exit(f"wrong: {', '.join(wrong)}")

@@ -189,7 +189,7 @@ def write(arguments, rows) -> None:
     if arguments.json:
         setting = {key: value for key, value in vars(arguments).items() if key != "json"}
         setting["heads"] = dict(zip(("h", "s", "g", "p", "k", "normalized"), SHAPES[arguments.shape], strict=True))
-        result = {"setting": setting, "machine": machine(), "versions": versions(), "rows": rows}
+        result = {"setting": setting, "machine": machine(arguments.device), "versions": versions(), "rows": rows}
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -80,6 +80,15 @@ def test_prompts_have_the_tokens_that_were_asked_for(media, tokens, share):
     assert images == 1 if media == "video" else (vision[:, 1] == 0).all()
 
 
+def test_the_clock_watches_the_device_that_it_is_given(monkeypatch):
+    """With several GPUs the current one is another: it would have nothing to wait for, and hold no memory."""
+    watched = []
+    for name in ("synchronize", "reset_peak_memory_stats", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device=None: watched.append(device) or 5)
+    assert Clock("cuda:1")(lambda: "done")[1:] == (5, "done")
+    assert watched == [torch.device("cuda:1")] * 4
+
+
 def test_images_have_text_between_them():
     spans = prompt_layout(200, 1.0, (4, 8), "image")[0, :, 0].tolist()
     assert all(b in (-1, a) or a == -1 for a, b in itertools.pairwise(spans))

@@ -11,7 +11,7 @@ from linmu_hf.modeling import flex_ma
 from linmu_hf.modeling.cache import MMateCacheLayer
 from linmu_hf.modeling.flex_ma import FlexMA
 from linmu_hf.ops.causal_conv import causal_conv
-from linmu_hf.ops.conv_triton import causal_conv_triton, conv_forward
+from linmu_hf.ops.conv_triton import _tables, causal_conv_triton, conv_backward, conv_forward
 from linmu_hf.ops.ssd import Segments, ssd_step
 from linmu_hf.ops.ssd_triton_step import ssd_step_triton, step_forward
 
@@ -22,7 +22,10 @@ def test_operators_without_gradients_are_sound_for_compilation():
     torch.library.opcheck(step_forward, (x, dt, A, B, C, states, False), test_utils=SOUND)
     weight, tail = torch.randn(4, 5), torch.randn(1, 3, 5)
     checks = (*SOUND, "test_autograd_registration")
-    torch.library.opcheck(conv_forward, (x[:, 0].detach(), weight, tail, None, [66]), test_utils=checks)
+    x = x[:, 0].detach()
+    torch.library.opcheck(conv_forward, (x, weight, tail, None, [66]), test_utils=checks)
+    for before in (tail, None):
+        torch.library.opcheck(conv_backward, (torch.randn(66, 5), x, weight, before, None, [66]), test_utils=SOUND)
 
 
 @pytest.mark.parametrize("normalized", [False, True], ids=["plain", "normalised"])
@@ -68,6 +71,26 @@ def test_conv(width, lengths, tails, through_index):
     torch.testing.assert_close([t.double() for t in actual], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("first", ["compiled", "eager"])
+def test_conv_compiles_whole(first):
+    """Tables of a length are kept: those made while tracing are not taken for real ones, nor real ones for traced."""
+    _tables.cache_clear()
+    torch._dynamo.reset()
+    segments = Segments.build((70,))
+    inputs = [torch.randn(size, requires_grad=True) for size in ((70, 5), (4, 5), (1, 3, 5))]
+
+    def gradients(form):
+        y, last = form(*inputs)
+        return torch.autograd.grad(y.square().sum() + last.square().sum(), inputs)
+
+    def conv(x, weight, tail):
+        return causal_conv_triton(x, weight, segments, tail)
+
+    compiled = torch.compile(conv, backend="aot_eager", fullgraph=True)
+    forms = (compiled, conv) if first == "compiled" else (conv, compiled)
+    torch.testing.assert_close(*map(gradients, forms))
+
+
 def random_mixer(config):
     mixer = FlexMA(config, 0).requires_grad_(False)
     for parameter in mixer.parameters():
@@ -88,7 +111,8 @@ def test_decode_step_of_the_mixer(monkeypatch, options, masked):
     tokens = torch.randn(3, 3, config.hidden_size)
     angles = torch.rand(3, 3, config.head_dim)
     caches = MMateCacheLayer(), MMateCacheLayer()
-    masks = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 1, 1]]) if masked else [None] * 3
+    # the columns of a mask, as the decoder cuts them out: not contiguous
+    masks = torch.tensor([[1, 1, 0], [1, 0, 1], [1, 1, 1]]).T if masked else [None] * 3
     for u, angle, mask in zip(tokens, angles, masks):
         with torch.no_grad():
             results = []

@@ -217,6 +217,29 @@ def test_states_in_half_precision(monkeypatch):
     assert not torch.equal(finals, module.ssd_triton(x, dt, A, B, C, segments, normalized=True)[1])
 
 
+@pytest.fixture(params=["ieee", "tf32"])
+def precision(request):
+    """Set as `TrainingArguments(tf32=True)` sets it, after which PyTorch answers no questions in older words."""
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("PyTorch before 2.9 has the older words alone")
+    before, matmul.fp32_precision = matmul.fp32_precision, request.param
+    yield request.param
+    matmul.fp32_precision = before
+
+
+def test_products_are_as_precise_as_those_of_pytorch(monkeypatch, precision):
+    used = []
+
+    def noting(kernel, grid, *args, **options):
+        used.append(options.get("PRECISION", precision))
+        kernel[grid](*args, **options)
+
+    monkeypatch.setattr(module, "launch", noting)
+    ssd_triton(**make((5,), dtype=torch.float32), segments=Segments.build((5,)))[0].sum().backward()
+    assert set(used) == {precision}
+
+
 def test_strong_decay_stays_finite():
     inputs = make((150,), (2, 2, 1), states=False, dtype=torch.float32)
     inputs["A"] = (inputs["A"] * 500).detach().requires_grad_()

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is for Linux")
 
 
-@pytest.mark.parametrize("kernels", ["scan", "decode"])
+@pytest.mark.parametrize("kernels", ["scan", "decode", "model"])
 def test_interpreted(kernels):
     command = [
         sys.executable,

@@ -60,7 +60,7 @@ def test_auto_takes_the_first_that_runs_and_says_so_once(monkeypatch, caplog, wo
 
     monkeypatch.setattr(backends, "_said", set())
     monkeypatch.setattr(ssd_module, "missing", lambda name, x: None if name in works else "not here")
-    monkeypatch.setattr(ssd_module, "failed_trial", lambda device: None)
+    monkeypatch.setattr(ssd_module, "failed_trial", lambda device, kernels: None)
     expected = (*works, "chunked")[0]
     with caplog.at_level("INFO"):
         assert {choose_backend(OnGPU(), Segments.build((5,))) for _ in range(3)} == {expected}
@@ -68,11 +68,14 @@ def test_auto_takes_the_first_that_runs_and_says_so_once(monkeypatch, caplog, wo
     assert expected in caplog.text or "triton: not here; mamba_ssm: not here" in caplog.text
 
 
-def test_auto_passes_over_kernels_that_failed_their_trial(monkeypatch):
+@pytest.mark.parametrize("failed, taken", [(["triton"], "mamba_ssm"), (["triton", "mamba_ssm"], "chunked")])
+def test_auto_passes_over_kernels_that_failed_their_trial(monkeypatch, failed, taken):
+    """Where Triton does not work, the kernels of mamba-ssm, which are Triton's too, may not either."""
+
     class OnGPU:
         is_cuda, device = True, "cuda:0"
 
     monkeypatch.setattr(ssd_module, "missing", lambda name, x: None)
-    monkeypatch.setattr(ssd_module, "failed_trial", lambda device: f"wrong on {device}")
-    assert choose_backend(OnGPU(), Segments.build((5,))) == "mamba_ssm"
+    monkeypatch.setattr(ssd_module, "failed_trial", lambda device, kernels: "wrong" if kernels in failed else None)
+    assert choose_backend(OnGPU(), Segments.build((5,))) == taken
     assert choose_backend(OnGPU(), Segments.build((5,)), "triton") == "triton"  # a named one is not second-guessed

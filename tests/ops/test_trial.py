@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from linmu_hf.ops import trial
+from linmu_hf.ops import ssd, ssd_mamba_ssm, trial
 from linmu_hf.ops.ssd import ssd_pair
+from linmu_hf.ops.ssd_torch import ssd_chunked
 
 
 @pytest.fixture
@@ -71,6 +72,29 @@ def test_wrong_gradients_are_noticed(tried, direction):
         return chunked(*scans, **kwargs)
 
     assert "wrong on cpu" in tried(wrong)
+
+
+def test_gradients_that_are_not_a_number_are_noticed(tried):
+    """Values are right, and compared first."""
+
+    def wrong(first, second, **kwargs):
+        second = second._replace(C=second.C + (0 * second.C).sqrt())
+        return chunked(first, second, **kwargs)
+
+    assert "wrong on cpu (relative error nan)" in tried(wrong)
+
+
+@pytest.mark.parametrize("factor, found", [(1, None), (1.2, "mamba-ssm's kernels are wrong on cpu")])
+def test_mamba_ssm_is_tried_too(monkeypatch, factor, found):
+    def scan(*args):
+        y, states = ssd_chunked(*args)
+        return y, states * factor
+
+    monkeypatch.setattr(ssd_mamba_ssm, "ssd_mamba_ssm", scan)
+    monkeypatch.setattr(ssd, "missing", lambda name, x: None)
+    monkeypatch.setattr(trial, "_TRIALS", {})
+    said = trial.failed_trial(torch.device("cpu"), "mamba_ssm")
+    assert said is None if found is None else said.startswith(found)
 
 
 def test_a_crash_is_noticed(tried):

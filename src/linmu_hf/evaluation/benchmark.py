@@ -68,26 +68,27 @@ class Clock:
     """
 
     def __init__(self, device: str):
-        self.cuda = torch.device(device).type == "cuda"
+        self.device = torch.device(device)
+        self.cuda = self.device.type == "cuda"
         self.name = "process" if not self.cuda and torch.get_num_threads() == 1 else "wall"
         self._now = time.process_time if self.name == "process" else time.perf_counter
 
     def __call__(self, function):
         """`(seconds, bytes or None, result)`; the bytes are the most that was held at once, weights included."""
         if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
         elif Path("/proc/self/clear_refs").exists():
             Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident memory
         start = self._now()
         result = function()
         if self.cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
         return self._now() - start, self._peak(), result
 
     def _peak(self) -> int | None:
         if self.cuda:
-            return torch.cuda.max_memory_allocated()
+            return torch.cuda.max_memory_allocated(self.device)
         status = Path("/proc/self/status")
         lines = status.read_text().splitlines() if status.exists() else []
         return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)

@@ -180,14 +180,20 @@ def benchmark(arguments: argparse.Namespace) -> dict:
             for row in rows:
                 if row["tokens"] == length:
                     row["vision_encoder_s"] = seconds
-        results = {"setting": setting, "machine": machine(), "versions": versions(), "rows": rows, **summarise(rows)}
+        results = {
+            "setting": setting,
+            "machine": machine(arguments.device),
+            "versions": versions(),
+            "rows": rows,
+            **summarise(rows),
+        }
         if arguments.json:
             write_json(results, arguments.json)
     return results
 
 
-def machine() -> dict:
-    """What the figures were measured on."""
+def machine(device: str = "cuda") -> dict:
+    """What the figures were measured on; of several GPUs the one that `device` names."""
     facts = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     facts |= {"threads": torch.get_num_threads(), "system": platform.platform()}
     cpuinfo = Path("/proc/cpuinfo")
@@ -195,7 +201,7 @@ def machine() -> dict:
         models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         facts["processor"] = models[0] if models else facts["processor"]
     if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
+        properties = torch.cuda.get_device_properties(torch.device(device).index or 0)
         facts |= {"gpu": properties.name, "gpu_bytes": properties.total_memory, "cuda": torch.version.cuda}
     return facts
 

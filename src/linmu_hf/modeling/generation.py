@@ -68,7 +68,8 @@ def chunk_sizes(vision_layout, length: int, chunk_size: int, reverse_scope: str 
         length, chunk_size (`int`): Tokens in all, and of a chunk.
         reverse_scope (`str`): With `"sequence"`, all vision tokens of a row are one span.
     """
-    inside = torch.zeros(length + 1, dtype=torch.long)  # spans that a cut in front of a token would cut
+    # spans that a cut in front of a token would cut
+    inside = torch.zeros(length + 1, dtype=torch.long, device="cpu")
     for row in () if vision_layout is None else vision_layout[..., 0].cpu():
         places = (row >= 0).nonzero().flatten()
         row = row.clamp_max(0) if reverse_scope == "sequence" else row

@@ -132,7 +132,8 @@ def _(x, weight, tail, index, lengths):
 def conv_backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, tail: torch.Tensor | None, index: torch.Tensor | None,
     lengths: list[int],
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients of x, of the taps and of the tail; the last is empty without a tail."""
     dy, dx = dy.contiguous(), _rows_like(x, index)
     blocks, *_ = _tables(tuple(lengths), x.device)
     dweight = x.new_empty(len(blocks), *weight.shape, dtype=torch.float32)
@@ -142,12 +143,13 @@ def conv_backward(
             conv_grad_kernel, (len(blocks), triton.cdiv(x.shape[1], options["BC"])),
             dy, x, x.stride(0), weight, tail, blocks, index, dx, dweight, x.shape[1], **options,
         )  # fmt: skip
-    return dx, dweight.sum(0).to(weight.dtype)
+    dtail = x.new_empty(0) if tail is None else _tail_grad(dy, weight, tail, index, lengths)
+    return dx, dweight.sum(0).to(weight.dtype), dtail
 
 
 @conv_backward.register_fake
 def _(dy, x, weight, tail, index, lengths):
-    return _rows_like(x, index), torch.empty_like(weight)
+    return _rows_like(x, index), torch.empty_like(weight), x.new_empty(0) if tail is None else torch.empty_like(tail)
 
 
 def _save(ctx, inputs, output):
@@ -157,9 +159,8 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, dy):
     x, weight, tail, index = ctx.saved_tensors
-    dx, dweight = conv_backward(dy, x, weight, tail, index, ctx.lengths)
-    dtail = None if tail is None or not ctx.needs_input_grad[2] else _tail_grad(dy, weight, tail, index, ctx.lengths)
-    return dx, dweight, dtail, None, None
+    dx, dweight, dtail = conv_backward(dy, x, weight, tail, index, ctx.lengths)
+    return dx, dweight, None if tail is None else dtail, None, None
 
 
 def _tail_grad(dy, weight, tail, index, lengths):

@@ -185,7 +185,7 @@ def decode_triton(
             decode_kernel, (n, h, triton.cdiv(p, block)),
             x.contiguous(), b.contiguous(), c.contiguous(), tail.contiguous(), new_tail, taps.contiguous(),
             *(None if t is None else t.contiguous() for t in (cos, sin, b_directions, c_directions)),
-            dt.contiguous(), dt_bias, A_log, D, real, states, new_ones, y,
+            dt.contiguous(), dt_bias, A_log, D, None if real is None else real.contiguous(), states, new_ones, y,
             h, h * p // x.shape[1], p, k2, taps.shape[1], scale, SMALLEST,
             W=taps.shape[0], BP=block, BK=triton.next_power_of_2(k2), ROPE=cos is not None, FEATURES=featured,
             HAS_MASK=real is not None, num_warps=4,

@@ -199,7 +199,7 @@ def choose_backend(x, segments: Segments, backend: str = "auto") -> str:
     if x.is_cuda:
         reasons = {}
         for name in GPU_BACKENDS:
-            reasons[name] = missing(name, x) or (failed_trial(x.device) if name == "triton" else None)
+            reasons[name] = missing(name, x) or failed_trial(x.device, name)
             if reasons[name] is None:
                 say_once(f"selective scan: backend {name}")
                 return name

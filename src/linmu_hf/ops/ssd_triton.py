@@ -138,6 +138,14 @@ def _window(state_size: int, plan: Plan) -> int:
     return max(1, WINDOW_BYTES // (plan.states_dtype.itemsize * state_size))
 
 
+def _precision() -> str:
+    """What products in fp32 are: as PyTorch's own on a GPU."""
+    matmul = torch.backends.cuda.matmul
+    # once this was set, as Trainer does for tf32=True, PyTorch refuses to answer get_float32_matmul_precision
+    tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"
+
+
 class _Launches:
     """Sizes and arguments that the launches of one or two scans share."""
 
@@ -151,10 +159,9 @@ class _Launches:
             tuple((t, t.stride(0), t.stride(1)) for t in tensors) for tensors in (x, dt, B, C)
         )
         self.A, self.index = tuple(A), tuple(index) or None
-        precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
         self.options = {
             "L": CHUNK, "NORMALIZED": plan.normalized, "HAS_INDEX": bool(index), "PAIR": len(x) == 2,
-            "PRECISION": precision,
+            "PRECISION": _precision(),
         }  # fmt: skip
         self.dtype, self.device = x[0].dtype, x[0].device
 

@@ -22,7 +22,7 @@ def failed_trial(device: torch.device, kernels: str = "triton") -> str | None:
 
     Args:
         device (`torch.device`): Where they are to run.
-        kernels (`str`): `"triton"` (ours), `"flash_attn"`, `"torch_varlen"` or `"causal_conv1d"`.
+        kernels (`str`): `"triton"` (ours), `"mamba_ssm"`, `"flash_attn"`, `"torch_varlen"` or `"causal_conv1d"`.
     """
     key = kernels, device
     if key not in _TRIALS:
@@ -41,7 +41,8 @@ def _try(kernels: str, device: torch.device) -> str | None:
             expected, actual = results_of(device)
     except Exception as error:
         return f"{name} fail on {device} ({type(error).__name__}: {error})"
-    worst = max(float((one - right).abs().max() / right.abs().max()) for right, one in zip(expected, actual))
+    errors = [(one - right).abs().max() / right.abs().max() for right, one in zip(expected, actual)]
+    worst = float(torch.stack(errors).max())  # NaN if one of them is, which Python's max would pass over
     return None if worst < bound else f"{name} are wrong on {device} (relative error {worst:.2g})"
 
 
@@ -54,14 +55,17 @@ def _results(loss, outputs, leaves) -> list[torch.Tensor]:
     return [one.detach().cpu().float() for one in (*outputs, *torch.autograd.grad(loss, leaves))]
 
 
-def _scans(device) -> Iterator[list[torch.Tensor]]:
-    """Both directions of a block, by the recurrence and by our kernels."""
+def _scans(device, backend: str) -> Iterator[list[torch.Tensor]]:
+    """Both directions of a block, by the recurrence and by the kernels of a backend."""
     from .ssd import Scan, Segments, ssd_pair
-    from .ssd_triton import ssd_triton_pair
 
+    if backend == "triton":
+        from .ssd_triton import ssd_triton_pair as tried
+    else:
+        tried = partial(ssd_pair, backend=backend)
     lengths, (g, h, p, k) = (1, 150), (2, 4, 16, 32)
     n = sum(lengths)
-    for form, where in ((partial(ssd_pair, backend="recurrence"), torch.device("cpu")), (ssd_triton_pair, device)):
+    for form, where in ((partial(ssd_pair, backend="recurrence"), torch.device("cpu")), (tried, device)):
         leaves = _leaves(where, torch.float32, (n, g, p), (n, h), (h,), (n, g, k), (n, h, k))
         x, dt, rate, B, C = leaves
         backwards = torch.arange(n, device=where).flip(0)
@@ -98,7 +102,8 @@ def _taps(device) -> Iterator[list[torch.Tensor]]:
 
 # what a message calls the kernels, expected and actual results, and the relative error that is too much
 _KERNELS: dict[str, tuple[str, Callable, float]] = {
-    "triton": ("the Triton kernels", _scans, 1e-2),
+    "triton": ("the Triton kernels", partial(_scans, backend="triton"), 1e-2),
+    "mamba_ssm": ("mamba-ssm's kernels", partial(_scans, backend="mamba_ssm"), 5e-2),
     "flash_attn": ("flash-attn's kernels", partial(_windows, backend="flash_attn"), 5e-2),
     "torch_varlen": ("PyTorch's varlen kernels", partial(_windows, backend="torch_varlen"), 5e-2),
     "causal_conv1d": ("causal-conv1d's kernels", _taps, 1e-2),
