@@ -78,7 +78,7 @@ if [ -n "$dry" ]; then
     bench long 300 --model tiny --lengths 512 1024 --prefill-chunk 256 --teacher-max-tokens 512 --repeats 1 --steps 2
     bench ablation 300 --model tiny --lengths 128 --ablate --repeats 1 --steps 2
 else
-    step tests 180 "$PYTHON" -m pytest -q -m gpu tests/kernels
+    step tests 300 "$PYTHON" -m pytest -q -m gpu tests/kernels
     ops ops.py ops-forward 120 --shape 7b --lengths 8192 65536 --backends $backends --dtype bfloat16
     ops ops.py ops-backward 120 --shape 7b --lengths 8192 32768 --backends $backends --dtype bfloat16 --backward
     ops around_scan.py around-scan 60 --shape 7b --lengths 8192 65536 --dtype bfloat16
