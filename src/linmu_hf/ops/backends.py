@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import logging
 import os
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -91,3 +92,25 @@ def say_once(message: str) -> None:
     if message not in _said:
         _said.add(message)
         logger.info(message)
+
+
+def first_that_runs(what: str, reasons: Mapping[str, Callable[[], str | None]], otherwise: str) -> str | None:
+    """
+    The first of several kernels for `what` against which nothing speaks, or `None`; said once, with what speaks
+    against those before it.
+
+    Args:
+        reasons (`dict[str, Callable]`): Gives for every name, in order of preference, why it cannot run.
+        otherwise (`str`): What is said to take over if none can.
+    """
+    found: dict[str, str] = {}
+    chosen = None
+    for name, reason_of in reasons.items():
+        reason = reason_of()
+        if reason is None:
+            chosen = name
+            break
+        found[name] = reason
+    because = f", since {'; '.join(f'{name}: {reason}' for name, reason in found.items())}" if found else ""
+    say_once(f"{what}: {chosen or otherwise}{because}")
+    return chosen

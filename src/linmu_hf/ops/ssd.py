@@ -20,11 +20,12 @@ divided by. States then have a row for it, [m, s, p + 1, k], and y has p channel
 
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from .backends import ENVIRONMENT, kernels_serve, missing, say_once
+from .backends import ENVIRONMENT, first_that_runs, kernels_serve, missing
 from .ssd_torch import SMALLEST, ssd_chunked, ssd_recurrence, ssd_streaming
 from .trial import failed_trial
 
@@ -197,14 +198,15 @@ def choose_backend(x, segments: Segments, backend: str = "auto") -> str:
     if backend != "auto":
         return backend
     if x.is_cuda:
-        reasons = {}
-        for name in GPU_BACKENDS:
-            reasons[name] = missing(name, x) or failed_trial(x.device, name)
-            if reasons[name] is None:
-                say_once(f"selective scan: backend {name}")
-                return name
-        say_once(f"selective scan: plain PyTorch, since {'; '.join(f'{k}: {v}' for k, v in reasons.items())}")
+        reasons = {name: partial(_unfit, name, x) for name in GPU_BACKENDS}
+        chosen = first_that_runs("selective scan", reasons, "plain PyTorch")
+        if chosen is not None:
+            return chosen
     return "streaming" if max(segments.lengths) > STREAMING_THRESHOLD else "chunked"
+
+
+def _unfit(backend: str, x: torch.Tensor) -> str | None:
+    return missing(backend, x) or failed_trial(x.device, backend)
 
 
 def _with_copies(form, x, dt, A, B, C, segments, initial_states, normalized, index):

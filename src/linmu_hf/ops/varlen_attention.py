@@ -3,10 +3,11 @@
 import inspect
 import math
 import os
+from functools import partial
 
 import torch
 
-from .backends import missing, say_once
+from .backends import first_that_runs, missing
 from .trial import failed_trial
 
 
@@ -71,13 +72,8 @@ def choose_window_backend(q: torch.Tensor) -> str:
             raise ValueError(f"{ENVIRONMENT}={wanted} cannot run: {reason}")
         return wanted
     if wanted == "auto" and q.is_cuda:
-        reasons = {}
-        for name in PACKAGES:
-            reasons[name] = unfit(name, q) or failed_trial(q.device, name)
-            if reasons[name] is None:
-                say_once(f"windows: {name}")
-                return name
-        say_once(f"windows: sdpa, since {'; '.join(f'{name}: {reason}' for name, reason in reasons.items())}")
+        reasons = {name: partial(_unfit_or_wrong, name, q) for name in PACKAGES}
+        return first_that_runs("windows", reasons, "sdpa") or "sdpa"
     return "sdpa"
 
 
@@ -89,6 +85,10 @@ def unfit(backend: str, q: torch.Tensor) -> str | None:
     if reason is None and (q.shape[-1] > LARGEST_HEAD or q.shape[-1] % 8):
         reason = f"heads of {q.shape[-1]} channels: it takes multiples of 8 up to {LARGEST_HEAD}, use 'sdpa'"
     return reason
+
+
+def _unfit_or_wrong(backend: str, q: torch.Tensor) -> str | None:
+    return unfit(backend, q) or failed_trial(q.device, backend)
 
 
 @torch.compiler.assume_constant_result
