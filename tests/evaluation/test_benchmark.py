@@ -359,7 +359,7 @@ def test_teachers_by_named_attention(tmp_path):
     rows = {row["model"]: row for row in json.loads(file.read_text())["rows"]}
     assert list(rows) == ["student", "teacher", "teacher, math", "teacher, cudnn"]
     assert rows["teacher, math"]["ttft_s"] > 0 and rows["teacher, math"]["decode"]["1"]["step_s"] > 0
-    assert rows["teacher, cudnn"]["error"] == "this attention cannot run here"
+    assert rows["teacher, cudnn"]["error"].startswith("RuntimeError: No ")  # available kernel, or viable backend
 
 
 def test_one_run_end_to_end(tmp_path, capsys):
