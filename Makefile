@@ -7,7 +7,7 @@ RUNS ?= runs
 TEACHER ?= qwen
 ON = $(if $(filter qwen,$(TEACHER)),,-$(notdir $(TEACHER)))
 
-.PHONY: quickstart testbed-full check-teacher bench-cpu test conformance test-matrix kernels-check lint format typecheck clean
+.PHONY: quickstart testbed-full check-teacher bench-cpu test conformance test-matrix kernels-check gpu-packages lint format typecheck clean
 
 quickstart: $(READY)
 	$(BIN)/python -m linmu_hf.testbed.quickstart --output $(RUNS)/quickstart$(ON) --teacher $(TEACHER) $(ARGS)
@@ -39,9 +39,24 @@ conformance: $(READY)
 test-matrix:
 	$(PYTHON) tools/matrix.py $(MINORS) --output $(RUNS)/matrix.json --pytest-args="-n 2 --dist loadscope $(ARGS)"
 
-# The Triton kernels without a GPU: their values in Triton's interpreter, then every configuration compiled for Hopper.
-kernels-check: $(READY)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpreted_*.py $(ARGS)
+# Kernels to compare with, for a GPU machine without network: gpu_report.sh takes those packages that the machine
+# lacks, from a folder for each. They hold no compiled code; mamba-ssm is built without its CUDA extension.
+GPU_PACKAGES := build/gpu-packages
+gpu-packages: $(GPU_PACKAGES)/.ready
+$(GPU_PACKAGES)/.ready: $(READY)
+	rm -rf $(GPU_PACKAGES)
+	for package in mamba_ssm:mamba-ssm einops:einops fla:fla-core; do \
+		MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE $(BIN)/python -m pip install --quiet -c constraints.txt \
+			--disable-pip-version-check --no-deps --no-build-isolation \
+			--target $(GPU_PACKAGES)/$${package%:*} $${package#*:} || exit 1; \
+	done
+	touch $@
+
+# The Triton kernels without a GPU: their values in Triton's interpreter, with those of mamba-ssm, then every
+# configuration compiled for Hopper.
+kernels-check: $(READY) gpu-packages
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=$(GPU_PACKAGES)/mamba_ssm:$(GPU_PACKAGES)/einops \
+		$(BIN)/python -m pytest tests/kernels/interpreted_*.py $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rP tests/kernels/test_compiled.py $(ARGS)
 
 lint: $(READY)

@@ -4,8 +4,9 @@
 #     benchmarks/gpu_report.sh [--dry-run]
 #
 # First whether every backend is right on this device, then the operations, then student and teacher at the shape of
-# Qwen2.5-VL-7B with random weights. Needs this package, PyTorch and nothing else: what is missing is reported as
-# missing. Uses no network. PYTHON names the interpreter, MINUTES the time, OUTPUT the folder of the results.
+# Qwen2.5-VL-7B with random weights. Needs this package's core and nothing else: what is missing is reported as
+# missing. Uses no network; kernels to compare with can be brought along in build/gpu-packages (`make gpu-packages`).
+# PYTHON names the interpreter, MINUTES the time, OUTPUT the folder of the results.
 # With --dry-run the same steps at small shapes on the CPU.
 set -u
 cd "$(dirname "$0")/.." || exit 1
@@ -14,6 +15,15 @@ PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || command -
 OUTPUT=${OUTPUT:-benchmarks/results}
 MINUTES=${MINUTES:-25}
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+for folder in build/gpu-packages/*/; do
+    [ -d "$folder" ] || continue
+    module=$(basename "$folder")
+    if "$PYTHON" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$module') is not None)"; then
+        PYTHONPATH="$PYTHONPATH:$PWD/${folder%/}"
+        echo "$module: as brought along"
+    fi
+done
 
 case "${1:-}" in
     "") device=cuda; dry= ;;

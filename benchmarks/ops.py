@@ -73,8 +73,9 @@ def both_directions(t, shape, dtype, device, gradients):
 
 
 def mamba(t, shape, dtype, device, gradients):
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    from linmu_hf.ops.ssd_mamba_ssm import chunk_scan
 
+    mamba_chunk_scan_combined = chunk_scan()
     h, _, _, p, k, _ = shape
     inputs = scan_inputs(t, (h, h, h, p, k, False), dtype, device, gradients)
     x, dt, A, B, C = inputs

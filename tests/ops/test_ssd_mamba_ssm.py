@@ -1,11 +1,13 @@
 """The adapter to mamba-ssm against the recurrence; a stand-in for the package takes what its kernels take."""
 
+import importlib
 import sys
 from types import ModuleType
 
 import pytest
 from test_ssd import HEADS, assert_same, make, run
 
+from linmu_hf.ops import backends
 from linmu_hf.ops import ssd_mamba_ssm as module
 from linmu_hf.ops.ssd import Segments
 from linmu_hf.ops.ssd_mamba_ssm import ssd_mamba_ssm, tokens_per_call
@@ -65,3 +67,44 @@ def test_tokens_per_call_of_a_7b_model():
     assert 299_000 < tokens_per_call(28, 128, 256) < 300_000
     with pytest.raises(ValueError, match="8 heads with states of 65536 x 65536 do not fit"):
         tokens_per_call(8, 65536, 65536)
+
+
+@pytest.fixture
+def package(monkeypatch, tmp_path):
+    """Writes a package `mamba_ssm` with the given `__init__` and kernels, and forgets it afterwards."""
+
+    def write(init, kernels="mamba_chunk_scan_combined = 'the kernel'"):
+        folder = tmp_path / "mamba_ssm" / "ops" / "triton"
+        folder.mkdir(parents=True)
+        (tmp_path / "mamba_ssm" / "__init__.py").write_text(init)
+        for path in (folder.parent, folder):
+            (path / "__init__.py").write_text("")
+        (folder / "ssd_combined.py").write_text(kernels)
+        importlib.invalidate_caches()
+
+    def forget():
+        for name in [name for name in sys.modules if name.partition(".")[0] == "mamba_ssm"]:
+            del sys.modules[name]
+
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(backends, "_probed", {})
+    forget()
+    yield write
+    forget()
+
+
+@pytest.mark.parametrize("init", ["", "import an_extension_that_was_not_built"], ids=["whole", "without extension"])
+def test_the_kernels_are_found(package, init):
+    package(init)
+    assert backends._import_error("mamba_ssm") is None
+    assert module.chunk_scan() == "the kernel"
+    if init:  # a broken package stays broken for everybody else
+        with pytest.raises(ModuleNotFoundError, match="an_extension_that_was_not_built"):
+            importlib.import_module("mamba_ssm")
+
+
+def test_kernels_that_do_not_import_are_missing(package):
+    package("import an_extension_that_was_not_built", "import something_else")
+    assert "does not import (ModuleNotFoundError: No module named 'something_else'): pip install mamba-ssm" in (
+        backends._import_error("mamba_ssm")
+    )

@@ -39,7 +39,12 @@ def _probe(package: str) -> str | None:
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed: {REMEDIES[package]}"
     try:
-        importlib.import_module(package)
+        if package == "mamba_ssm":
+            from .ssd_mamba_ssm import chunk_scan
+
+            chunk_scan()
+        else:
+            importlib.import_module(package)
     except Exception as error:  # a package built for another torch raises whatever its loader raises
         return f"{package} does not import ({type(error).__name__}: {error}): {REMEDIES[package]}"
     return None

@@ -5,17 +5,53 @@ repeated and segments of one length go together as a batch. They count offsets i
 than that can address, and a longer segment is cut into calls that hand on their states.
 """
 
+import importlib
+import importlib.util
+import sys
+from types import ModuleType
+
 import torch
 
 
 CHUNK = 128
 LAST_OFFSET = 2**31 - 1
 
+KERNELS = "mamba_ssm.ops.triton.ssd_combined"
+
+
+def chunk_scan():
+    """
+    `mamba_chunk_scan_combined`. It needs PyTorch, Triton and einops, but the package also imports its CUDA extensions
+    and its models; where one of them does not import (a wheel built without CUDA has no extension), the kernels are
+    imported without the package's own `__init__`.
+
+    Raises:
+        `ImportError`: Or whatever else importing the kernels raises.
+    """
+    if KERNELS not in sys.modules:
+        try:
+            importlib.import_module(KERNELS)
+        except Exception:
+            _import_without_package()
+    return sys.modules[KERNELS].mamba_chunk_scan_combined
+
+
+def _import_without_package() -> None:
+    package, _, _ = KERNELS.partition(".")
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.submodule_search_locations is None:
+        raise ModuleNotFoundError(f"no package {package}")
+    sys.modules[package] = bare = ModuleType(package)
+    bare.__path__ = list(spec.submodule_search_locations)
+    try:
+        importlib.import_module(KERNELS)
+    finally:
+        del sys.modules[package]  # whoever imports the package itself finds it as it was
+
 
 def ssd_mamba_ssm(x, dt, A, B, C, segments, initial_states=None):
     """Arguments and results as in [`~linmu_hf.ops.ssd.ssd`], without `normalized` and `index`."""
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
+    mamba_chunk_scan_combined = chunk_scan()
     (n, g, p), s, (h, k), dtype = x.shape, dt.shape[-1], C.shape[1:], x.dtype
     x, B = (t.to(dtype).repeat_interleave(h // g, dim=1) for t in (x, B))
     dt, A = dt.float().repeat_interleave(h // s, dim=-1), A.float().repeat_interleave(h // s)

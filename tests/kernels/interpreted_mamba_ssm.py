@@ -1,0 +1,46 @@
+"""The adapter to mamba-ssm over that package's own kernels, run in Python by Triton's interpreter.
+
+Run with `make kernels-check`, which brings the package. Its kernels ask for a CUDA device; stand-ins answer.
+"""
+
+import importlib.util
+import os
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_ssd import HEADS, assert_same, make, run
+
+from linmu_hf.ops import ssd_mamba_ssm as module
+from linmu_hf.ops.ssd_torch import ssd_recurrence
+
+
+if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("mamba_ssm") is None:
+    raise RuntimeError("these tests run mamba-ssm in Triton's interpreter: make kernels-check")
+
+
+@pytest.fixture(autouse=True)
+def device_without_cuda(monkeypatch):
+    monkeypatch.setenv("MAMBA_DETERMINISTIC", "1")  # no autotuning, which would measure times
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    properties = SimpleNamespace(total_memory=2**33, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
+
+
+@pytest.mark.parametrize("heads, states", [("s = h", False), ("g < s < h", True)])
+def test_adapter(heads, states):
+    lengths = (130, 3, 130)
+    inputs = make(lengths, HEADS[heads], states=states)
+    low = {name: tensor.detach().float().requires_grad_() for name, tensor in inputs.items()}
+    actual = {name: value.double() for name, value in run(module.ssd_mamba_ssm, low, lengths).items()}
+    assert_same(actual, run(ssd_recurrence, inputs, lengths), rtol=1e-5)
+
+
+def test_a_long_segment_is_cut_into_calls(monkeypatch):
+    monkeypatch.setattr(module, "tokens_per_call", lambda *_: module.CHUNK)
+    lengths = (module.CHUNK + 2,)
+    inputs = make(lengths, HEADS["one group"])
+    low = {name: tensor.detach().float().requires_grad_() for name, tensor in inputs.items()}
+    actual = {name: value.double() for name, value in run(module.ssd_mamba_ssm, low, lengths).items()}
+    assert_same(actual, run(ssd_recurrence, inputs, lengths), rtol=1e-5)
