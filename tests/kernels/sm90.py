@@ -22,6 +22,7 @@ class Compiled(NamedTuple):
     shared: int
     registers: int
     spilled_bytes: int
+    products: tuple[int, int]  # instructions of warp groups (Hopper's, which read shared memory), of single warps
 
 
 def compile_launch(kernel, args, options) -> Compiled:
@@ -51,6 +52,7 @@ def compile_launch(kernel, args, options) -> Compiled:
         signature[name], constants[(names.index(name),)] = "constexpr", options.pop(name)
     source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=HOPPER, options=options)
+    products = tuple(compiled.asm["ptx"].count(name) for name in ("wgmma.mma_async", "mma.sync"))
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(compiled.asm["ptx"])
@@ -58,4 +60,4 @@ def compile_launch(kernel, args, options) -> Compiled:
         report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     spilled = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)]
     registers = int(re.search(r"Used (\d+) registers", report).group(1))
-    return Compiled(compiled.metadata.shared, registers, max(spilled, default=0))
+    return Compiled(compiled.metadata.shared, registers, max(spilled, default=0), products)

@@ -102,3 +102,12 @@ def test_a_crash_is_noticed(tried):
         raise RuntimeError("no kernel image is available")
 
     assert tried(crash) == "the Triton kernels fail on cpu (RuntimeError: no kernel image is available)"
+
+
+def test_nothing_is_tried_or_remembered_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(trial, "_TRIALS", {})
+    monkeypatch.setattr(trial, "_try", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert "while a CUDA graph is captured" in trial.failed_trial(torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert trial.failed_trial(torch.device("cuda:0")) is None

@@ -26,6 +26,8 @@ def failed_trial(device: torch.device, kernels: str = "triton") -> str | None:
     """
     key = kernels, device
     if key not in _TRIALS:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return "nothing can be tried while a CUDA graph is captured: run the model once before"
         # a new thread knows nothing of no_grad, inference_mode, autocast, default devices or tracing around the caller
         with ThreadPoolExecutor(1) as thread:
             _TRIALS[key] = thread.submit(_try, kernels, device).result()
