@@ -26,11 +26,11 @@ def installed(monkeypatch):
     monkeypatch.setattr(module, "failed_trial", lambda device, kernels: None)
 
 
-@pytest.mark.parametrize("backend", PACKAGES)
+@pytest.mark.parametrize("kernel", [*PACKAGES, "torch_varlen 2.11"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)], ids=str)
-def test_windows_by_a_kernel(monkeypatch, backend, heads):
-    calls = varlen_kernels.install(monkeypatch, backend)
-    monkeypatch.setattr(windows, "choose_window_backend", lambda q: backend)
+def test_windows_by_a_kernel(monkeypatch, kernel, heads):
+    calls = varlen_kernels.install(monkeypatch, kernel)
+    monkeypatch.setattr(windows, "choose_window_backend", lambda q: kernel.split()[0])
     window = [2, 0, 1, 1, 0, 1, 1]
     h, g = heads
     q, k, v = (torch.randn(len(window), count, 8, dtype=torch.float64, requires_grad=True) for count in (h, g, g))
@@ -51,7 +51,7 @@ def test_compiled_whole(monkeypatch, backend):
 
     varlen_kernels.install(monkeypatch, "flash_attn")
     monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", lambda q, k, v, *args, **options: q + k)
-    monkeypatch.setattr(varlen, "varlen_attn", lambda q, k, v, *args, enable_gqa, window_size, scale: q - k)
+    monkeypatch.setattr(varlen, "varlen_attn", lambda q, k, v, *args, window_size, scale: q - k)
     monkeypatch.setattr(module, "missing", lambda *args: None)
     monkeypatch.setenv(ENVIRONMENT, backend)
     torch._dynamo.reset()
@@ -78,14 +78,14 @@ def test_pytorch_has_the_kernel_that_is_called():
 
     taken = inspect.signature(varlen_attn).parameters
     assert list(taken)[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
-    assert {"scale", "window_size", "enable_gqa"} <= set(taken) and module._knows_groups()
+    assert {"scale", "window_size"} <= set(taken) and module._knows("window_size")
 
 
-def test_a_pytorch_without_grouped_heads_is_told(installed, monkeypatch):
+def test_a_pytorch_without_a_causal_window_is_told(installed, monkeypatch):
     from torch.nn.attention import varlen
 
     monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k: None)
-    assert module.unfit("torch_varlen", OnGPU()) == "this PyTorch's varlen_attn knows no grouped heads: upgrade torch"
+    assert module.unfit("torch_varlen", OnGPU()) == "this PyTorch's varlen_attn knows no window_size: upgrade torch"
 
 
 @pytest.mark.parametrize("works", [("flash_attn", "torch_varlen"), ("torch_varlen",), ()], ids=str)

@@ -7,7 +7,10 @@ import torch
 
 
 def install(monkeypatch, name: str) -> list[torch.Size]:
-    """Puts the stand-in of a backend in its place; the list gets the shape of the queries of every call."""
+    """
+    Puts the stand-in of a backend in its place (`"torch_varlen 2.11"` is that of a PyTorch whose kernel knows no
+    grouped heads); the list gets the shape of the queries of every call.
+    """
     calls: list[torch.Size] = []
 
     def attend(q, k, v, offsets, longest, scale, causal):
@@ -46,5 +49,12 @@ def install(monkeypatch, name: str) -> list[torch.Size]:
     else:
         from torch.nn.attention import varlen
 
-        monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+        def older(
+            query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)
+        ):  # fmt: skip
+            return varlen_attn(
+                query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size
+            )
+
+        monkeypatch.setattr(varlen, "varlen_attn", older if name.endswith("2.11") else varlen_attn)
     return calls

@@ -48,11 +48,13 @@ def varlen_attention(
         )  # fmt: skip
     from torch.nn.attention.varlen import varlen_attn
 
-    window = (-1, 0 if causal else -1)
-    grouped = q.shape[1] != k.shape[1]
-    return varlen_attn(
-        q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=window, enable_gqa=grouped
-    )
+    options = {"scale": scale, "window_size": (-1, 0 if causal else -1)}
+    if q.shape[1] != k.shape[1]:
+        if _knows("enable_gqa"):
+            options["enable_gqa"] = True
+        else:  # of torch 2.11 and older
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    return varlen_attn(q, k, v, offsets, offsets, longest, longest, **options)
 
 
 def choose_window_backend(q: torch.Tensor) -> str:
@@ -80,8 +82,8 @@ def choose_window_backend(q: torch.Tensor) -> str:
 def unfit(backend: str, q: torch.Tensor) -> str | None:
     """Why a backend cannot take such queries; `None` if it can."""
     reason = missing(PACKAGES[backend], q, DTYPES, "sdpa")
-    if reason is None and backend == "torch_varlen" and not _knows_groups():
-        reason = "this PyTorch's varlen_attn knows no grouped heads: upgrade torch"
+    if reason is None and backend == "torch_varlen" and not _knows("window_size"):
+        reason = "this PyTorch's varlen_attn knows no window_size: upgrade torch"
     if reason is None and (q.shape[-1] > LARGEST_HEAD or q.shape[-1] % 8):
         reason = f"heads of {q.shape[-1]} channels: it takes multiples of 8 up to {LARGEST_HEAD}, use 'sdpa'"
     return reason
@@ -92,7 +94,8 @@ def _unfit_or_wrong(backend: str, q: torch.Tensor) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def _knows_groups() -> bool:
+def _knows(parameter: str) -> bool:
+    """Whether this PyTorch's varlen_attn has such a parameter."""
     from torch.nn.attention.varlen import varlen_attn
 
-    return {"enable_gqa", "window_size"} <= set(inspect.signature(varlen_attn).parameters)
+    return parameter in inspect.signature(varlen_attn).parameters
