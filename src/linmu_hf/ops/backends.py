@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 REMEDIES = {
     "triton": "pip install triton (Linux with an NVIDIA or AMD GPU)",
-    "mamba_ssm": "pip install mamba-ssm (with the CUDA toolkit)",
+    "mamba_ssm": "pip install mamba-ssm einops (MAMBA_SKIP_CUDA_BUILD=TRUE spares the CUDA toolkit)",
     "causal_conv1d": "pip install causal-conv1d (with the CUDA toolkit)",
     "flash_attn": "pip install flash-attn (with the CUDA toolkit)",
     "torch.nn.attention.varlen": "upgrade torch to 2.10 or later",
