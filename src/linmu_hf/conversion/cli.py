@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--calibrate-samples", type=int, default=64, help="how many (default: %(default)s)")
     parser.add_argument("--calibrate-split", default="train", help="of that dataset (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="check everything and report, write nothing")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that is in the output folder")
     parser.add_argument("--json", metavar="FILE", help="write the report there too")
     parser.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload the result to this model on the Hub")
     parser.add_argument("--private", action="store_true", default=None, help="with --push-to-hub: a private model")
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace, options: dict) -> dict:
         _push(args, prepare_repo(args.push_to_hub, private=args.private, revision=args.hub_revision))
         return finished
 
-    check_output(args.output, args.overwrite)
+    check_output(args.output, args.overwrite, args.teacher)
     if args.json and not Path(args.json).expanduser().absolute().parent.is_dir():
         raise FileNotFoundError(f"--json {args.json}: its folder does not exist")
     settings = {
