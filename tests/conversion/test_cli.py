@@ -78,7 +78,9 @@ def test_bad_calibration_data_stops_before_work(teacher, dataset, tmp_path, caps
         assert message in capsys.readouterr().err
     assert main([*flags, "--calibrate", str(dataset), "--calibrate-split", "dev"]) == 2
     assert "has no split 'dev': it has ['train']" in capsys.readouterr().err
-    assert main([*flags, "--json", str(tmp_path / "no" / "report.json")]) == 2
+    for report, message in {tmp_path / "no" / "report.json": "does not exist", tmp_path: "is a folder"}.items():
+        assert main([*flags, "--json", str(report)]) == 2
+        assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
 
 

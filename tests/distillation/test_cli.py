@@ -63,6 +63,7 @@ def test_command_runs_all_stages(folders, tmp_path, capsys):
         ({"dataset_train_split": "dev"}, "has no split 'dev'"),
         ({"stage_steps": "1 1"}, "stage_steps=[1, 1] must have 3 entries"),
         ({"json": "/nowhere/report.json"}, "its folder does not exist"),
+        ({"json": "/"}, "--json / is a folder: name a file"),
     ],
 )
 def test_one_line_for_each_error(folders, tmp_path, capsys, changes, message):

@@ -50,6 +50,8 @@ def test_errors_are_one_line(teacher_folder, text_only_folder, dataset_folder, t
     assert "no split 'dev': it has ['train', 'test']" in message(capsys, *model, *data, "--split", "dev")
     assert "there is no folder" in message(capsys, *model, "--dataset", tmp_path / "none")
     assert "--limit 0 must be at least 1" in message(capsys, *model, *data, "--limit", 0)
+    assert "is a folder: name a file" in message(capsys, *model, *data, "--json", tmp_path)
+    assert "--device gpu is unknown: give cpu or cuda" in message(capsys, *model, *data, "--device", "gpu")
 
     turns = [
         {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "row 1 column 1?"}]},

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..data import check_dataset, encode_rows, load_rows
 from ..hub import find_origin, prepare_repo, push_folder, write_model_card
 from ..modeling.configuration_linmu import MIXER_FIELDS, PRESETS, LinMUTextConfig
-from .checkpoint import write_text
+from .checkpoint import check_report, write_text
 from .convert import check_output, convert
 from .plan import FLOAT_DTYPES
 from .teacher import load_processor
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         print("linmu-convert: interrupted; the same command takes it up again", file=sys.stderr)
         return 130
     if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        Path(args.json).expanduser().write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
@@ -90,8 +90,7 @@ def run(args: argparse.Namespace, options: dict) -> dict:
         return finished
 
     check_output(args.output, args.overwrite, args.teacher)
-    if args.json and not Path(args.json).expanduser().absolute().parent.is_dir():
-        raise FileNotFoundError(f"--json {args.json}: its folder does not exist")
+    check_report(args.json)
     settings = {
         "dtype": args.dtype,
         "keep_attention": args.keep_attention,

@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import AutoProcessor, HfArgumentParser
 from transformers.utils import logging
 
+from ..conversion.checkpoint import check_report
 from ..conversion.source import read_raw_config
 from ..conversion.teacher import load_teacher
 from ..data import load_rows
@@ -119,8 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.set_verbosity_warning()
     try:
         script, config = parser.parse_args_into_dataclasses(argv)
-        if script.json and not Path(script.json).expanduser().parent.is_dir():
-            raise ValueError(f"--json {script.json}: its folder does not exist")
+        check_report(script.json)
         report = run(script, config)
     except (OSError, ValueError, FloatingPointError) as error:
         print(f"linmu-distill: error: {first_line(error)}", file=sys.stderr)

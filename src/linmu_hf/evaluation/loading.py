@@ -17,6 +17,18 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def check_device(name: str | None) -> torch.device:
+    """The device of that name, by default a GPU if there is one; a one-line `ValueError` if there is no such device."""
+    name = name or default_device()
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name} is unknown: give cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name} needs a CUDA GPU and a PyTorch built for it; give --device cpu")
+    return device
+
+
 def check_model(path: str) -> None:
     """Raises a one-line `ValueError` unless `path` is an image-text-to-text model, reading only its configuration."""
     folder = Path(path).expanduser()
