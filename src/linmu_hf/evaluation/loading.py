@@ -18,7 +18,7 @@ def default_device() -> str:
 
 
 def check_device(name: str | None) -> torch.device:
-    """The device of that name, by default a GPU if there is one; a one-line `ValueError` if there is no such device."""
+    """The device of that name, by default a GPU if there is one; a one-line `ValueError` if it is not there."""
     name = name or default_device()
     try:
         device = torch.device(name)
