@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     options = {name: getattr(args, name) for name in MIXER_FIELDS if hasattr(args, name)}
     try:
         report = run(args, options)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"linmu-convert: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
             converse(conversation, images, videos)
         else:
             conversation.ask(arguments.question, images, videos, stream=True)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         sys.exit(f"linmu-chat: error: {error}")
     except KeyboardInterrupt:
         print()

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from ..conversion.nvila import is_nvila
-from ..conversion.source import open_source, read_raw_config
+from ..conversion.source import open_source, read_processor, read_raw_config
 from ..conversion.teacher import load_teacher
 
 
@@ -82,7 +82,7 @@ def load_processor(path: str) -> Any:
     if _is_nvila(path):
         return open_source(path).load_processor()
     try:
-        return AutoProcessor.from_pretrained(path)
+        return read_processor(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {first_line(error)}") from error
 
