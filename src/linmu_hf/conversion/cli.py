@@ -5,7 +5,7 @@ import json
 import sys
 import types
 import typing
-from dataclasses import MISSING, fields
+from dataclasses import Field, fields
 from functools import partial
 from pathlib import Path
 
@@ -55,11 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("M-MATE options", "over the preset; lists as 16,4,4; none for None")
     kinds = {field.name: field for field in fields(LinMUTextConfig)}
     for name in MIXER_FIELDS:
-        default = kinds[name].default
-        shown = "" if default is MISSING else f"default: {_shown(default)}"
-        group.add_argument(
-            _flag(name), dest=name, type=_reader(name, kinds[name].type), default=argparse.SUPPRESS, help=shown
-        )
+        shown = f"default: {_shown(kinds[name].default)}"
+        group.add_argument(_flag(name), dest=name, type=_reader(kinds[name]), default=argparse.SUPPRESS, help=shown)
     return parser
 
 
@@ -171,15 +168,16 @@ def _layers(text: str) -> tuple[int, ...] | str:
         raise argparse.ArgumentTypeError(f'{text!r} must be layer numbers such as 3,11, or "all"') from None
 
 
-def _reader(name: str, kind):
+def _reader(field: Field):
     """Turns a flag's text into a value of the field's type, taken from its annotation."""
 
     def read(text: str):
         try:
-            return _parse(text, kind)
+            return _parse(text, field.type)
         except (KeyError, ValueError):
-            wanted = getattr(kind, "__name__", None) if isinstance(kind, type) else str(kind)
-            raise argparse.ArgumentTypeError(f"{text!r} must be {wanted}") from None
+            wanted = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+            example = _shown(field.default)
+            raise argparse.ArgumentTypeError(f"{text!r} must be {wanted}, such as {example}") from None
 
     return read
 
