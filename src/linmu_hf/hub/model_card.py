@@ -190,7 +190,7 @@ def add_retention(card: str, results: dict[str, Any], model: str | None = None) 
     return f"{before.rstrip()}\n\n{section}" + (f"\n{heading}{after}" if heading else "")
 
 
-def _introduction(folder: Path, config: LinMUConfig, origin: Origin, stages: "Sequence[Stage]") -> str:
+def _introduction(folder: Path, config, origin: Origin, stages: "Sequence[Stage]") -> str:
     text = config.text_config
     kept = [index for index, kind in enumerate(text.layer_types) if kind != "m_mate"]
     count = sum(tensor.numel for tensor in read_checkpoint(folder).values())
