@@ -73,6 +73,8 @@ def load_model(path: str, *, device: str | None = None, dtype: str = "auto") -> 
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {first_line(error)}") from error
+    except RuntimeError as error:  # shapes that differ: Transformers has printed which
+        raise ValueError(f"{path}: the weights do not fit its config.json, see above; save the model again") from error
     return model.to(device or default_device()).eval(), processor
 
 
