@@ -96,6 +96,7 @@ def test_metadata_and_text(folder, rows):
 def test_a_converted_model_says_that_it_is_not_distilled(folder):
     write_model_card(folder, Origin("teacher"))
     text = (folder / "README.md").read_text()
+    assert 'pip install "linmu-hf[video]"' in text  # the processor of the example needs torchvision
     assert "needs distillation" in text and "## Training" not in text and "loss_curves" not in text
     assert "base_model" not in text and "\nlicense" not in text and "was not found" in text
 

@@ -32,7 +32,7 @@ USE = f"""\
 ## Use
 
 ```bash
-pip install linmu-hf
+pip install "linmu-hf[video]"
 ```
 
 ```python
