@@ -20,11 +20,7 @@ def main(teacher: str, dataset: str, output: str, align_steps: int = 30, stage_s
 
     config = DistillConfig(
         output_dir=f"{output}/student",
-        align_steps=[
-            align_steps,
-            0,
-            0,
-        ],  # every M-MATE block on the teacher's own layer input: cheap, and most of the way
+        align_steps=[align_steps, 0, 0],  # every block on the teacher's own layer input: cheap, and most of the way
         align_learning_rate=2e-3,
         stage_steps=[stage_steps, stage_steps, 0],  # 0 leaves stage 3 out; the paper's numbers are the defaults
         stage_learning_rates=[1e-3, 1e-3, 3e-4],

@@ -173,8 +173,17 @@ def test_output_in_the_way(refused, teacher, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
     refused(teacher, "exists and is not empty")
+    refused(teacher, "holds no model that overwrite could replace", ["--overwrite"], overwrite=True)
     (tmp_path / "out" / "thesis.tex").unlink()
     convert(str(teacher), str(tmp_path / "out"))  # an empty folder is no obstacle
+
+
+def test_overwrite_spares_the_teacher(teacher, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for output in (teacher, tmp_path):
+        with pytest.raises(FileExistsError, match="holds the teacher, which overwrite would delete"):
+            convert(str(teacher), str(output), overwrite=True)
+    load_teacher(teacher)
 
 
 def test_load_teacher_refuses_the_same(teacher, tmp_path):

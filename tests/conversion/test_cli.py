@@ -52,6 +52,19 @@ def test_every_option_has_a_flag():
     assert {"--" + name.replace("_", "-") for name in MIXER_FIELDS} <= flags
 
 
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (("--scan-rope", "yes"), "'yes' must be bool, such as true"),
+        (("--window-size", "big"), "'big' must be list[int] | tuple[int, ...], such as 16,4,4"),
+    ],
+)
+def test_values_of_another_kind_are_refused_with_an_example(flag, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["--teacher", "here", "--output", "there", *flag])
+    assert message in capsys.readouterr().err
+
+
 def test_dry_run(teacher, tmp_path):
     assert main(["--teacher", str(teacher), "--output", str(tmp_path / "out"), "--dry-run"]) == 0
     assert not any(tmp_path.iterdir())
@@ -78,7 +91,9 @@ def test_bad_calibration_data_stops_before_work(teacher, dataset, tmp_path, caps
         assert message in capsys.readouterr().err
     assert main([*flags, "--calibrate", str(dataset), "--calibrate-split", "dev"]) == 2
     assert "has no split 'dev': it has ['train']" in capsys.readouterr().err
-    assert main([*flags, "--json", str(tmp_path / "no" / "report.json")]) == 2
+    for report, message in {tmp_path / "no" / "report.json": "does not exist", tmp_path: "is a folder"}.items():
+        assert main([*flags, "--json", str(report)]) == 2
+        assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
 
 

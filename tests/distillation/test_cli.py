@@ -1,8 +1,10 @@
+import copy
 import json
 
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
+from linmu_hf import LinMUConfig, LinMUForConditionalGeneration
 from linmu_hf.distillation.cli import main
 
 
@@ -61,6 +63,7 @@ def test_command_runs_all_stages(folders, tmp_path, capsys):
         ({"dataset_train_split": "dev"}, "has no split 'dev'"),
         ({"stage_steps": "1 1"}, "stage_steps=[1, 1] must have 3 entries"),
         ({"json": "/nowhere/report.json"}, "its folder does not exist"),
+        ({"json": "/"}, "--json / is a folder: name a file"),
     ],
 )
 def test_one_line_for_each_error(folders, tmp_path, capsys, changes, message):
@@ -68,6 +71,24 @@ def test_one_line_for_each_error(folders, tmp_path, capsys, changes, message):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("linmu-distill: error: ") and message in error
     assert not (tmp_path / "out" / "distillation.json").exists()
+
+
+def test_another_teacher_leaves_nothing_in_the_way(folders, teacher_config, processor, tmp_path, capsys):
+    other = copy.deepcopy(teacher_config)
+    other.text_config.num_hidden_layers = 2
+    LinMUForConditionalGeneration(LinMUConfig.from_teacher(other, keep_attention="all")).save_pretrained(
+        tmp_path / "other"
+    )
+    processor.save_pretrained(tmp_path / "other")
+    assert main(command(folders, tmp_path / "out", teacher=tmp_path / "other")) == 2
+    assert "num_hidden_layers is 3 in the student and 2 in the teacher" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_must_not_be_a_file(folders, tmp_path, capsys):
+    (tmp_path / "out").write_text("")
+    assert main(command(folders, tmp_path / "out")) == 2
+    assert "out is a file: name a folder" in capsys.readouterr().err
 
 
 def test_teacher_must_be_named(folders, tmp_path, capsys):

@@ -425,3 +425,8 @@ def test_bad_arguments_give_one_clear_error(arguments, capsys):
     text = stopped.value.code if isinstance(stopped.value.code, str) else capsys.readouterr().err.splitlines()[-1]
     assert len(text.splitlines()) == 1 and text.startswith("linmu-bench: error: ")
     assert BAD[arguments] in text
+
+
+def test_a_text_model_is_refused(text_only_folder):
+    with pytest.raises(SystemExit, match="a 'qwen2' model: give a"):
+        benchmark_cli.main(["--model", str(text_only_folder)])

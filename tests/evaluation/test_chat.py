@@ -81,6 +81,7 @@ def test_errors_are_one_line(teacher_folder, picture, tmp_path, monkeypatch):
         "text.mp4 is not a video": ("--model", teacher_folder, "--video", tmp_path / "text.mp4", "?"),
         "empty is empty": ("--model", teacher_folder, "--video", tmp_path / "empty", "?"),
         "is not a folder": ("--model", tmp_path / "none", "--image", picture, "?"),
+        "--device gpu is unknown: give cpu or cuda": ("--model", teacher_folder, "--device", "gpu", "?"),
         "name a model with --model": ("?",),
     }
     for expected, arguments in cases.items():

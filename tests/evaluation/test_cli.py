@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 from datasets import Dataset
@@ -50,6 +51,8 @@ def test_errors_are_one_line(teacher_folder, text_only_folder, dataset_folder, t
     assert "no split 'dev': it has ['train', 'test']" in message(capsys, *model, *data, "--split", "dev")
     assert "there is no folder" in message(capsys, *model, "--dataset", tmp_path / "none")
     assert "--limit 0 must be at least 1" in message(capsys, *model, *data, "--limit", 0)
+    assert "is a folder: name a file" in message(capsys, *model, *data, "--json", tmp_path)
+    assert "--device gpu is unknown: give cpu or cuda" in message(capsys, *model, *data, "--device", "gpu")
 
     turns = [
         {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "row 1 column 1?"}]},
@@ -57,3 +60,11 @@ def test_errors_are_one_line(teacher_folder, text_only_folder, dataset_folder, t
     ]
     Dataset.from_list([{"messages": turns, "task": "cell"}]).save_to_disk(tmp_path / "no-image")
     assert "asks for 1 images" in message(capsys, *model, "--dataset", tmp_path / "no-image")
+
+
+def test_weights_of_another_shape(student_folder, dataset_folder, tmp_path, capsys):
+    folder = shutil.copytree(student_folder, tmp_path / "student")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["state_size"] //= 2
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "the weights do not fit" in message(capsys, "--model", folder, "--dataset", dataset_folder)

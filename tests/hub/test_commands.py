@@ -11,9 +11,13 @@ from PIL import Image as Picture
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from linmu_hf.conversion import cli as conversion
+from linmu_hf.conversion import source
 from linmu_hf.distillation import DistillConfig, DistillTrainer, distill
 from linmu_hf.distillation import cli as distillation
+from linmu_hf.evaluation import chat
+from linmu_hf.evaluation import cli as evaluation
 from linmu_hf.hub import check_folder
+from linmu_hf.hub import cli as push
 from linmu_hf.testbed.processor import build_processor
 from linmu_hf.testbed.qwen2_5_vl import teacher_config
 
@@ -47,6 +51,38 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("commands") / "data"
     DatasetDict({"train": Dataset.from_list(rows, features=features)}).save_to_disk(folder)
     return folder
+
+
+def test_each_command_names_the_extra_of_the_processor(teacher, data, saved, tmp_path, monkeypatch, capsys):
+    def unavailable(*args, **kwargs):
+        raise ImportError("\nQwen2VLVideoProcessor requires the Torchvision library but it was not found")
+
+    monkeypatch.setattr(source.AutoProcessor, "from_pretrained", unavailable)
+    monkeypatch.setattr(source, "is_torchvision_available", lambda: False)
+    out, student = str(tmp_path / "out"), str(saved)
+    for main, arguments in {
+        conversion.main: ["--teacher", str(teacher), "--output", out, "--calibrate", str(data)],
+        distillation.main: [
+            "--model",
+            student,
+            "--teacher",
+            str(teacher),
+            "--dataset",
+            str(data),
+            "--output_dir",
+            out,
+        ],
+        evaluation.main: ["--model", student, "--dataset", str(data), "--split", "train"],
+        chat.main: ["--model", student, "?"],
+        push.main: [student, "org/model"],
+    }.items():
+        try:
+            code = main(arguments)
+        except SystemExit as exit:
+            code = exit.code
+        error = code if isinstance(code, str) else capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("linmu-") and error.endswith('needs torchvision: pip install "linmu-hf[video]"'), error
+    assert not (tmp_path / "out").exists()
 
 
 # ---- linmu-convert

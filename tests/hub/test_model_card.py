@@ -1,6 +1,7 @@
 """Model cards: what they say, where they are written, and that their example runs as written."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -95,8 +96,19 @@ def test_metadata_and_text(folder, rows):
 def test_a_converted_model_says_that_it_is_not_distilled(folder):
     write_model_card(folder, Origin("teacher"))
     text = (folder / "README.md").read_text()
+    assert 'pip install "linmu-hf[video]"' in text  # the processor of the example needs torchvision
     assert "needs distillation" in text and "## Training" not in text and "loss_curves" not in text
     assert "base_model" not in text and "\nlicense" not in text and "was not found" in text
+
+
+def test_a_model_that_keeps_all_attention_is_the_teacher(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["layer_types"] = ["full_attention"] * 4
+    (folder / "config.json").write_text(json.dumps(config))
+    write_model_card(folder, Origin("teacher"))
+    text = (folder / "README.md").read_text()
+    assert "full attention in every layer" in text and "0 of 4 with M-MATE" in text
+    assert not [word for word in ("distillation", "windows", "constant size", "linear-attention") if word in text]
 
 
 def test_names_of_files_are_those_of_a_distillation():
@@ -226,3 +238,10 @@ def test_origin_from_the_student(tmp_path):
 def test_a_card_that_is_no_card_stops_nothing(tmp_path):
     card(tmp_path / "teacher", license="[unclosed")
     assert find_origin(tmp_path / "teacher") == Origin("teacher", None, {})
+
+
+def test_a_card_without_metadata_is_no_cause_for_warnings(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
+    (tmp_path / "README.md").write_text("# A teacher\n")
+    assert find_origin(tmp_path).license == {}
+    assert not caplog.records

@@ -244,6 +244,17 @@ def write_index(folder: Path, shards: dict[str, list[OutputTensor]]) -> None:
     write_text(folder / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
+def check_report(file: str | None) -> None:
+    """Raises an `OSError` if `--json FILE` cannot be written: before the work that it will report."""
+    if file is None:
+        return
+    path = Path(file).expanduser().absolute()
+    if path.is_dir():
+        raise IsADirectoryError(f"--json {file} is a folder: name a file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--json {file}: its folder does not exist")
+
+
 def write_text(file: Path, text: str) -> None:
     """Writes a text file that is either the old one or the new one, also after a crash."""
     part = file.with_name(file.name + ".part")

@@ -5,14 +5,14 @@ import json
 import sys
 import types
 import typing
-from dataclasses import MISSING, fields
+from dataclasses import Field, fields
 from functools import partial
 from pathlib import Path
 
 from ..data import check_dataset, encode_rows, load_rows
 from ..hub import find_origin, prepare_repo, push_folder, write_model_card
 from ..modeling.configuration_linmu import MIXER_FIELDS, PRESETS, LinMUTextConfig
-from .checkpoint import write_text
+from .checkpoint import check_report, write_text
 from .convert import check_output, convert
 from .plan import FLOAT_DTYPES
 from .teacher import load_processor
@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--calibrate-samples", type=int, default=64, help="how many (default: %(default)s)")
     parser.add_argument("--calibrate-split", default="train", help="of that dataset (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="check everything and report, write nothing")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that is in the output folder")
     parser.add_argument("--json", metavar="FILE", help="write the report there too")
     parser.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload the result to this model on the Hub")
     parser.add_argument("--private", action="store_true", default=None, help="with --push-to-hub: a private model")
@@ -55,11 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("M-MATE options", "over the preset; lists as 16,4,4; none for None")
     kinds = {field.name: field for field in fields(LinMUTextConfig)}
     for name in MIXER_FIELDS:
-        default = kinds[name].default
-        shown = "" if default is MISSING else f"default: {_shown(default)}"
-        group.add_argument(
-            _flag(name), dest=name, type=_reader(name, kinds[name].type), default=argparse.SUPPRESS, help=shown
-        )
+        shown = f"default: {_shown(kinds[name].default)}"
+        group.add_argument(_flag(name), dest=name, type=_reader(kinds[name]), default=argparse.SUPPRESS, help=shown)
     return parser
 
 
@@ -69,14 +66,14 @@ def main(argv: list[str] | None = None) -> int:
     options = {name: getattr(args, name) for name in MIXER_FIELDS if hasattr(args, name)}
     try:
         report = run(args, options)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"linmu-convert: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("linmu-convert: interrupted; the same command takes it up again", file=sys.stderr)
         return 130
     if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        Path(args.json).expanduser().write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
@@ -89,9 +86,8 @@ def run(args: argparse.Namespace, options: dict) -> dict:
         _push(args, prepare_repo(args.push_to_hub, private=args.private, revision=args.hub_revision))
         return finished
 
-    check_output(args.output, args.overwrite)
-    if args.json and not Path(args.json).expanduser().absolute().parent.is_dir():
-        raise FileNotFoundError(f"--json {args.json}: its folder does not exist")
+    check_output(args.output, args.overwrite, args.teacher)
+    check_report(args.json)
     settings = {
         "dtype": args.dtype,
         "keep_attention": args.keep_attention,
@@ -172,15 +168,16 @@ def _layers(text: str) -> tuple[int, ...] | str:
         raise argparse.ArgumentTypeError(f'{text!r} must be layer numbers such as 3,11, or "all"') from None
 
 
-def _reader(name: str, kind):
+def _reader(field: Field):
     """Turns a flag's text into a value of the field's type, taken from its annotation."""
 
     def read(text: str):
         try:
-            return _parse(text, kind)
+            return _parse(text, field.type)
         except (KeyError, ValueError):
-            wanted = getattr(kind, "__name__", None) if isinstance(kind, type) else str(kind)
-            raise argparse.ArgumentTypeError(f"{text!r} must be {wanted}") from None
+            wanted = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+            example = _shown(field.default)
+            raise argparse.ArgumentTypeError(f"{text!r} must be {wanted}, such as {example}") from None
 
     return read
 

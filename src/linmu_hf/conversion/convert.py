@@ -115,7 +115,7 @@ def convert(
         max_shard_size (`int` or `str`, *optional*, defaults to `"2GB"`): Largest weight file, in bytes.
         calibration_batches (`Sequence[Mapping]`, *optional*): Model inputs for a closed-form start, see [`calibrate`];
             for this both models are held in memory.
-        overwrite (`bool`, *optional*, defaults to `False`): Whether an existing `output` may be replaced.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether a model that is in `output` may be replaced.
         dry_run (`bool`, *optional*, defaults to `False`): Check and report without writing.
         finish_folder (`Callable`, *optional*): Called with the complete folder before it gets its name, for example to
             add a model card.
@@ -125,7 +125,7 @@ def convert(
             always raised before any work.
     """
     start = time.perf_counter()
-    target = check_output(output, overwrite)
+    target = check_output(output, overwrite, teacher)
     max_bytes = parse_size(max_shard_size)
     dtype = parse_dtype(dtype)
     source = open_source(teacher, revision)
@@ -185,13 +185,18 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def check_output(output: str, overwrite: bool) -> Path:
+def check_output(output: str, overwrite: bool, teacher: str) -> Path:
     """The output folder as an absolute path; a `FileExistsError` if something is in the way."""
     target = Path(output).expanduser().absolute()
     if target.is_file():
         raise FileExistsError(f"{output} is a file: name a folder that does not exist yet")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise FileExistsError(f"{output} exists and is not empty: name another folder, or allow it with overwrite")
+    if target.is_dir() and any(target.iterdir()):
+        if not overwrite:
+            raise FileExistsError(f"{output} exists and is not empty: name another folder, or allow it with overwrite")
+        if Path(teacher).expanduser().resolve().is_relative_to(target.resolve()):
+            raise FileExistsError(f"{output} holds the teacher, which overwrite would delete: name another folder")
+        if not (target / "config.json").is_file():
+            raise FileExistsError(f"{output} holds no model that overwrite could replace: name another folder")
     return target
 
 

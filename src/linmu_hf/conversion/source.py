@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoProcessor, GenerationConfig, PreTrainedConfig, ProcessorMixin, Qwen2_5_VLConfig
+from transformers.utils import is_torchvision_available
 
 from ..modeling.configuration_linmu import LinMUConfig
 from .checkpoint import StoredTensor, read_checkpoint, read_config
@@ -58,7 +59,7 @@ class Source:
         return self.config is None
 
     def load_processor(self) -> ProcessorMixin:
-        return self.built_processor or AutoProcessor.from_pretrained(self.folder)
+        return self.built_processor or read_processor(self.folder)
 
     def write_processor(self, folder: Path) -> None:
         """Writes all that stands beside the weights into a folder."""
@@ -70,6 +71,19 @@ class Source:
         self.built_processor.save_pretrained(folder)
         assert self.generation_config is not None
         self.generation_config.save_pretrained(folder)
+
+
+def read_processor(path: str | Path) -> ProcessorMixin:
+    """
+    `AutoProcessor.from_pretrained`; an `ImportError` names the extra without which Transformers builds no Qwen2.5-VL
+    processor.
+    """
+    try:
+        return AutoProcessor.from_pretrained(path)
+    except ImportError as error:
+        if is_torchvision_available():
+            raise
+        raise ImportError(f'the processor of {path} needs torchvision: pip install "linmu-hf[video]"') from error
 
 
 def open_source(path: str | Path, revision: str | None = None, allow_linmu: bool = False) -> Source:

@@ -7,10 +7,11 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoProcessor, HfArgumentParser
+from transformers import HfArgumentParser
 from transformers.utils import logging
 
-from ..conversion.source import read_raw_config
+from ..conversion.checkpoint import check_report
+from ..conversion.source import read_processor, read_raw_config
 from ..conversion.teacher import load_teacher
 from ..data import load_rows
 from ..evaluation.loading import check_model, first_line, library_versions
@@ -47,7 +48,7 @@ def run(script: ScriptArguments, config: DistillConfig) -> dict:
     dataset = load_rows(script.dataset, script.dataset_train_split)
     mixed = config.bf16 or config.fp16
     student = LinMUForConditionalGeneration.from_pretrained(script.model, dtype="auto" if mixed else "float32")
-    processor = AutoProcessor.from_pretrained(script.model)
+    processor = read_processor(script.model)
     options = {"dtype": None if mixed else "float32", **(config.teacher_model_init_kwargs or {})}
     teacher = load_teacher(teacher_path, revision=config.teacher_model_revision, **options)
 
@@ -119,10 +120,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.set_verbosity_warning()
     try:
         script, config = parser.parse_args_into_dataclasses(argv)
-        if script.json and not Path(script.json).expanduser().parent.is_dir():
-            raise ValueError(f"--json {script.json}: its folder does not exist")
+        check_report(script.json)
         report = run(script, config)
-    except (OSError, ValueError, FloatingPointError) as error:
+    except (ImportError, OSError, ValueError, FloatingPointError) as error:
         print(f"linmu-distill: error: {first_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

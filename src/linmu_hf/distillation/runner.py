@@ -22,7 +22,7 @@ from .lora import add_lora, merge_lora
 from .plots import plot_training_log
 from .pseudo_targets import decode_pseudo_targets
 from .stages import Stage, set_trainable
-from .trainer import DistillTrainer
+from .trainer import DistillTrainer, check_teacher
 
 
 SETTINGS = "distillation.json"
@@ -88,7 +88,7 @@ def distill(
     out = Path(config.output_dir)
     check_output(config)
     features = EncodedDataset(processor, dataset, cache_bytes=int(config.feature_cache_gb * 2**30))
-    _check_inputs(config, student, features)
+    _check_inputs(config, student, teacher, features)
     _prepare_output(out, _settings(config, stages, student, teacher, dataset), config.overwrite_output_dir)
 
     finished = list(takewhile(lambda stage: (out / stage.name).is_dir(), stages))
@@ -196,7 +196,8 @@ def _pseudo_messages(config: DistillConfig, teacher, features: EncodedDataset, o
 # ---- Before work starts
 
 
-def _check_inputs(config: DistillConfig, student, features: EncodedDataset) -> None:
+def _check_inputs(config: DistillConfig, student, teacher, features: EncodedDataset) -> None:
+    check_teacher(student, teacher)
     if len(features) == 0:
         raise ValueError("the dataset has no rows")
     check_dataset(features.rows)
@@ -223,8 +224,10 @@ def _settings(config, stages, student, teacher, dataset) -> dict[str, Any]:
 
 
 def check_output(config: DistillConfig) -> None:
-    """Raises a `ValueError` if `output_dir` holds a model that no distillation put there."""
+    """Raises a `ValueError` if `output_dir` is a file, or holds a model that no distillation put there."""
     out = Path(config.output_dir)
+    if out.is_file():
+        raise ValueError(f"{out} is a file: name a folder as output_dir")
     if (out / "config.json").exists() and not (out / SETTINGS).exists():
         raise ValueError(f"{out} holds a model that no distillation put there: choose another output_dir")
 

@@ -18,6 +18,17 @@ from .stages import Stage, parameter_groups
 TRAINED_WEIGHTS = "trained.safetensors"
 
 
+def check_teacher(student, teacher) -> None:
+    """Raises a `ValueError` unless the student can have been converted from this teacher."""
+    for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
+        ours, theirs = (getattr(model.config.text_config, name) for model in (student, teacher))
+        if ours != theirs:
+            raise ValueError(
+                f"{name} is {ours} in the student and {theirs} in the teacher: take the teacher that the student was "
+                "converted from"
+            )
+
+
 class DistillTrainer(Trainer):
     """
     Trains the student's trainable parameters on one stage's losses against a frozen teacher.
@@ -42,6 +53,7 @@ class DistillTrainer(Trainer):
 
     def __init__(self, model, teacher, args: DistillConfig, stage: Stage, train_dataset: EncodedDataset, **kwargs):
         args.refuse_push_to_hub()
+        check_teacher(model, teacher)
         tokenizer = train_dataset.processor.tokenizer
         collator = DistillCollator(tokenizer.pad_token_id, pseudo=stage.seq > 0)
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collator, **kwargs)
@@ -51,7 +63,6 @@ class DistillTrainer(Trainer):
         self.student = model
         self.teacher = teacher.requires_grad_(False).eval().to(args.device)
         self.replaced = [index for index, layer in enumerate(model.model.language_model.layers) if layer.is_m_mate]
-        self._check_teacher()
         self.shares_vision = _equal_weights(model.model.visual, teacher.model.visual)
         if args.gradient_checkpointing:  # the name in every Transformers of the range
             # Nothing in front of the first mixer trains: a reentrant checkpoint would find no input to differentiate
@@ -62,16 +73,6 @@ class DistillTrainer(Trainer):
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(StageProgress(stage.name))
-
-    def _check_teacher(self) -> None:
-        configs = self.student.config.text_config, self.teacher.config.text_config
-        for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
-            student, teacher = (getattr(config, name) for config in configs)
-            if student != teacher:
-                raise ValueError(
-                    f"{name} is {student} in the student and {teacher} in the teacher: take the teacher that the "
-                    "student was converted from"
-                )
 
     # ---- Losses
 

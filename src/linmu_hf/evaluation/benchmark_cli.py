@@ -25,7 +25,7 @@ from .benchmark_model import (
     without_flex_ma,
     without_local_swin,
 )
-from .loading import default_device
+from .loading import check_device, default_device
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -98,12 +98,7 @@ def check(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.vision_share <= 1:
         raise ValueError(f"--vision-share {arguments.vision_share} must be between 0 and 1")
     arguments.device = arguments.device or default_device()
-    try:
-        device = torch.device(arguments.device)
-    except RuntimeError:
-        raise ValueError(f"--device {arguments.device} is unknown: give cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {arguments.device} needs a CUDA GPU and a PyTorch built for it; give --device cpu")
+    device = check_device(arguments.device)
     if arguments.largest_batch and device.type != "cuda":
         raise ValueError(f"--largest-batch needs a GPU, and the device is {arguments.device}")
     arguments.dtype = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig
 
+from ..conversion.source import TEACHER_CONFIGS
 from ..modeling import flex_ma
 from ..modeling.configuration_linmu import LinMUConfig, LinMUTextConfig
 from ..modeling.configuration_nvila import NVILAVisionConfig
@@ -91,6 +92,8 @@ def text_config(model: str) -> LinMUTextConfig:
         raise ValueError(f"{model} is neither a file, a folder nor one of the presets {', '.join(PRESETS)}")
     try:
         config = AutoConfig.from_pretrained(model)
+        if not isinstance(config, (LinMUConfig, *TEACHER_CONFIGS.values())):
+            raise ValueError(f"a {config.model_type!r} model: give a Qwen2.5-VL, a LinMU model or a preset")
         if not isinstance(config, LinMUConfig):
             config = LinMUConfig.from_teacher(config)
     except (OSError, ValueError) as error:

@@ -11,7 +11,7 @@ from transformers import TextStreamer
 from transformers.video_utils import VideoMetadata, load_video
 
 from ..data import VIDEO_FPS, encode_prompts
-from .loading import first_line, load_model, load_processor
+from .loading import check_device, first_line, load_model, load_processor
 
 
 SHIPPED_STUDENT = Path(__file__).parents[1] / "testbed" / "student"
@@ -164,6 +164,7 @@ def _fresh(conversation: Conversation) -> Conversation:
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     try:
+        check_device(arguments.device)
         if arguments.model == str(SHIPPED_STUDENT) and not SHIPPED_STUDENT.is_dir():
             raise ValueError("no student is shipped with this installation: name a model with --model")
         images = [read_image(file) for file in arguments.image]
@@ -175,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
             converse(conversation, images, videos)
         else:
             conversation.ask(arguments.question, images, videos, stream=True)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         sys.exit(f"linmu-chat: error: {error}")
     except KeyboardInterrupt:
         print()

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from ..data import check_dataset, load_rows
-from .loading import check_model, library_versions, load_model
+from .loading import check_device, check_model, library_versions, load_model
 from .retention import compare, correct_answers, format_table, generate_answers, tasks_of
 
 
@@ -49,6 +49,9 @@ def first_of_every_task(dataset, limit: int):
 
 
 def evaluate(arguments: argparse.Namespace) -> dict:
+    check_device(arguments.device)
+    if arguments.json and arguments.json.is_dir():
+        raise ValueError(f"--json {arguments.json} is a folder: name a file")
     models = name_models(list(dict.fromkeys(arguments.model)))
     if arguments.teacher:
         models = {"teacher": arguments.teacher} | models

@@ -5,16 +5,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from ..conversion.nvila import is_nvila
-from ..conversion.source import open_source, read_raw_config
+from ..conversion.source import open_source, read_processor, read_raw_config
 from ..conversion.teacher import load_teacher
 
 
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(name: str | None) -> torch.device:
+    """The device of that name, by default a GPU if there is one; a one-line `ValueError` if it is not there."""
+    name = name or default_device()
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name} is unknown: give cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name} needs a CUDA GPU and a PyTorch built for it; give --device cpu")
+    return device
 
 
 def check_model(path: str) -> None:
@@ -61,6 +73,8 @@ def load_model(path: str, *, device: str | None = None, dtype: str = "auto") -> 
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {first_line(error)}") from error
+    except RuntimeError as error:  # shapes that differ: Transformers has printed which
+        raise ValueError(f"{path}: the weights do not fit its config.json, see above; save the model again") from error
     return model.to(device or default_device()).eval(), processor
 
 
@@ -70,7 +84,7 @@ def load_processor(path: str) -> Any:
     if _is_nvila(path):
         return open_source(path).load_processor()
     try:
-        return AutoProcessor.from_pretrained(path)
+        return read_processor(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {first_line(error)}") from error
 

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoProcessor, GenerationConfig, ProcessorMixin
+from transformers import GenerationConfig, ProcessorMixin
 
 from ..conversion.checkpoint import read_checkpoint
 from ..conversion.plan import student_tensors
+from ..conversion.source import read_processor
 from ..modeling.configuration_linmu import LinMUConfig
 from ..modeling.modeling_linmu import LinMUForConditionalGeneration
 
@@ -25,6 +26,7 @@ def check_folder(folder: str | Path) -> None:
     Raises:
         `FileNotFoundError`: Something is missing.
         `ValueError`: Something does not fit; the message names it and the remedy.
+        `ImportError`: The processor needs torchvision, which is not installed.
     """
     folder = Path(folder).expanduser()
     config = _check_config(folder)
@@ -84,7 +86,9 @@ def _check_weights(folder: Path, config: LinMUConfig) -> None:
 def _check_processor(folder: Path, config: LinMUConfig) -> None:
     remedy = "save the processor beside the model (processor.save_pretrained)"
     try:
-        processor = AutoProcessor.from_pretrained(folder)
+        processor = read_processor(folder)
+    except ImportError:
+        raise  # of this installation, not of the folder
     except Exception as error:  # its parts raise whatever they like
         raise ValueError(f"{folder}: its processor does not load ({_first_line(error)}): {remedy}") from error
     if not isinstance(processor, ProcessorMixin):

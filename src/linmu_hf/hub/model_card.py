@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub import ModelCardData, hf_hub_download, metadata_load
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -32,7 +32,7 @@ USE = f"""\
 ## Use
 
 ```bash
-pip install linmu-hf
+pip install "linmu-hf[video]"
 ```
 
 ```python
@@ -150,18 +150,22 @@ def render_model_card(
 ) -> str:
     """The text of a card, see [`write_model_card`]."""
     dataset = hub_id(dataset) if dataset else None
+    config = LinMUConfig.from_pretrained(folder)
+    is_linear = "m_mate" in config.text_config.layer_types
     data = ModelCardData(
         base_model=origin.base_model,
         datasets=[dataset] if dataset else None,
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        tags=["linmu", "linear-attention", *(["distillation"] if stages else [])],
+        tags=["linmu", *(["linear-attention"] if is_linear else []), *(["distillation"] if stages else [])],
         **origin.license,
     )
-    parts = [f"---\n{data.to_yaml()}\n---\n", _introduction(folder, origin, stages), USE]
+    parts = [f"---\n{data.to_yaml()}\n---\n", _introduction(folder, config, origin, stages), USE]
     if stages:
         parts.append(_training(folder, stages, rows, dataset))
-    parts += [LIMITS, _license(origin, LinMUConfig.from_pretrained(folder).vision_config.model_type)]
+    if is_linear:
+        parts.append(LIMITS)
+    parts.append(_license(origin, config.vision_config.model_type))
     return "\n".join(parts)
 
 
@@ -186,32 +190,40 @@ def add_retention(card: str, results: dict[str, Any], model: str | None = None) 
     return f"{before.rstrip()}\n\n{section}" + (f"\n{heading}{after}" if heading else "")
 
 
-def _introduction(folder: Path, origin: Origin, stages: "Sequence[Stage]") -> str:
-    config = LinMUConfig.from_pretrained(folder)
+def _introduction(folder: Path, config, origin: Origin, stages: "Sequence[Stage]") -> str:
     text = config.text_config
     kept = [index for index, kind in enumerate(text.layer_types) if kind != "m_mate"]
     count = sum(tensor.numel for tensor in read_checkpoint(folder).values())
     teacher = f"[{origin.base_model}](https://huggingface.co/{origin.base_model})" if origin.base_model else ""
     teacher = teacher or origin.teacher or "a vision-language model"
-    if stages:
-        state = f"It has gone through {', '.join(f'`{stage.name}`' for stage in stages)} of the distillation."
+    if len(kept) == len(text.layer_types):
+        what = f"{teacher} with full attention in every layer, as it was trained. Made with linmu-hf."
     else:
-        state = "It starts from the teacher's weights and needs distillation (`linmu-distill`) before it answers well."
+        if stages:
+            state = f"It has gone through {', '.join(f'`{stage.name}`' for stage in stages)} of the distillation."
+        else:
+            state = "It starts from the teacher's weights and needs distillation (`linmu-distill`) to answer well."
+        what = (
+            f"{teacher} with M-MATE blocks in place of self-attention in its decoder: a masked bidirectional Mamba2 "
+            "branch and a 3D shifted-window attention branch. These layers take time linear in the number of tokens "
+            "and keep a state of constant size. Made with linmu-hf, after the LinMU paper (*Multimodal Understanding "
+            f"Made Linear*). {state}"
+        )
     facts = {
         "family": WEIGHT_MAPS[config.vision_config.model_type].family,
         "layers": f"{len(text.layer_types) - len(kept)} of {len(text.layer_types)} with M-MATE"
         + (f", attention kept in {kept}" if kept else ""),
         "parameters": f"{count:,} ({str(config.dtype).removeprefix('torch.')})",
-        "windows": f"{_shape(text.window_size)} for videos, {_shape(text.image_window_size)} for images, "
-        "in tokens (frames x height x width)",
     }
+    if len(kept) < len(text.layer_types):
+        facts["windows"] = (
+            f"{_shape(text.window_size)} for videos, {_shape(text.image_window_size)} for images, "
+            "in tokens (frames x height x width)"
+        )
     lines = [
         f"# {origin.teacher.split('/')[-1]} as LinMU" if origin.teacher else "# LinMU model",
         "",
-        f"{teacher} with M-MATE blocks in place of self-attention in its decoder: a masked bidirectional Mamba2 "
-        "branch and a 3D shifted-window attention branch. These layers take time linear in the number of tokens and "
-        "keep a state of constant size. Made with linmu-hf, after the LinMU paper (*Multimodal Understanding Made "
-        f"Linear*). {state}",
+        what,
         "",
         *_table(["", ""], [[key, value] for key, value in facts.items()]),
     ]
@@ -297,7 +309,7 @@ def _metadata(model: str | Path, revision: str | None) -> dict[str, Any]:
         try:
             file = local / name if local.is_dir() else Path(hf_hub_download(str(model), name, revision=revision))
             if name == CARD:
-                metadata |= ModelCard.load(file, ignore_metadata_errors=True).data.to_dict()
+                metadata |= metadata_load(file) or {}
             elif license := json.loads(file.read_text(encoding="utf-8")).get("license"):
                 metadata["license"] = license
         except Exception:

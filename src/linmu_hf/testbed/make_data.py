@@ -84,7 +84,7 @@ def _png(image: PILImage.Image) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", required=True, help="folder for `datasets.load_from_disk`; examples/ has pictures")
+    parser.add_argument("--output", required=True, help="folder for `load_from_disk`; examples/ shows rows, enlarged")
     parser.add_argument("--train", type=int, default=20000, help="training rows, eight questions each")
     parser.add_argument("--test", type=int, default=200, help="test rows per task, one question each")
     parser.add_argument("--full-mosaics", action="store_true", help="training mosaics of the test's sizes only")
@@ -97,7 +97,7 @@ def main() -> None:
     dataset = make_data(args.output, args.train, args.test, args.full_mosaics, args.seed)
     write_examples(Path(args.output) / "examples", args.seed)
     rows = ", ".join(f"{name} {len(split)}" for name, split in dataset.items())
-    print(f"wrote {args.output} ({rows} rows) in {time.time() - started:.0f} s; pictures are in examples/")
+    print(f"wrote {args.output} ({rows} rows) in {time.time() - started:.0f} s; examples/ shows them, enlarged")
 
 
 if __name__ == "__main__":
