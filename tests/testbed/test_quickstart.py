@@ -118,4 +118,6 @@ def test_the_whole_way_with_an_interruption(tmp_path, monkeypatch, capsys):
     assert results["versions"]["torch"]
     for name in ("curves.png", "answers.png"):
         assert (tmp_path / "run" / name).stat().st_size > 10_000
+    picture = tmp_path / "run" / "picture.png"
+    assert f"linmu-chat --model {tmp_path / 'run' / 'student'} --image {picture}" in printed and picture.is_file()
     shutil.rmtree(tmp_path / "run")

@@ -207,7 +207,7 @@ def walk(output: Path, teacher: str, schedule: Schedule) -> dict[str, Any]:
 
 
 def draw_pictures(output: Path, student: Path, data: Path) -> None:
-    """`curves.png`, and `answers.png`: held-out images with the student's answers."""
+    """`curves.png`, `answers.png` with the student's answers about held-out images, and `picture.png`, one of these."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -217,6 +217,7 @@ def draw_pictures(output: Path, student: Path, data: Path) -> None:
     shutil.copyfile(student / "loss_curves.png", output / "curves.png")
     rows = evaluation.first_of_every_task(load_rows(str(data), "test"), PICTURES_PER_TASK)
     rows = [row for task in PICTURED_TASKS for row in rows if row["task"] == task]
+    rows[0]["images"][0].save(output / "picture.png")
     ask = pipeline("image-text-to-text", model=str(student))
     conversations = []
     for row in rows:
@@ -270,11 +271,12 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\nAccuracy on {results['rows']} held-out rows, percent, with 95% intervals\n")
     print(format_table(results["models"]))
     print("\n" + ", ".join(f"{part} {seconds:.0f} s" for part, seconds in results["seconds"].items()))
+    student, picture = arguments.output / "student", arguments.output / "picture.png"
     for name, meaning in (
         ("results.json", "all of this as JSON"),
         ("curves.png", "losses and errors over the steps"),
         ("answers.png", "held-out images with the student's answers"),
-        ("student", f'the model: linmu-chat --model {arguments.output / "student"} --image FILE "row 1 column 2?"'),
+        (student.name, f'the model: linmu-chat --model {student} --image {picture} "row 1 column 2?"'),
     ):
         print(f"{arguments.output / name!s:32} {meaning}")
 
