@@ -30,6 +30,7 @@ from linmu_hf.evaluation.benchmark_model import (
     without_local_swin,
 )
 from linmu_hf.modeling.token_layout import TokenLayout
+from linmu_hf.testbed.check_teacher import TEACHERS
 
 
 SMALL = {
@@ -430,3 +431,8 @@ def test_bad_arguments_give_one_clear_error(arguments, capsys):
 def test_a_text_model_is_refused(text_only_folder):
     with pytest.raises(SystemExit, match="a 'qwen2' model: give a"):
         benchmark_cli.main(["--model", str(text_only_folder)])
+
+
+def test_nvila_as_published_is_refused():
+    with pytest.raises(SystemExit, match="NVILA as it was published: give a preset, or the folder that linmu-convert"):
+        benchmark_cli.main(["--model", str(TEACHERS["nvila"])])

@@ -9,8 +9,9 @@ from unittest.mock import patch
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
+from ..conversion.nvila import is_nvila
 from ..conversion.source import TEACHER_CONFIGS
 from ..modeling import flex_ma
 from ..modeling.configuration_linmu import LinMUConfig, LinMUTextConfig
@@ -91,6 +92,8 @@ def text_config(model: str) -> LinMUTextConfig:
     if not Path(model).exists() and model.count("/") != 1:
         raise ValueError(f"{model} is neither a file, a folder nor one of the presets {', '.join(PRESETS)}")
     try:
+        if is_nvila(PreTrainedConfig.get_config_dict(model)[0]):
+            raise ValueError("NVILA as it was published: give a preset, or the folder that linmu-convert made of it")
         config = AutoConfig.from_pretrained(model)
         if not isinstance(config, (LinMUConfig, *TEACHER_CONFIGS.values())):
             raise ValueError(f"a {config.model_type!r} model: give a Qwen2.5-VL, a LinMU model or a preset")

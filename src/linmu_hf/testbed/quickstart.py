@@ -207,7 +207,7 @@ def walk(output: Path, teacher: str, schedule: Schedule) -> dict[str, Any]:
 
 
 def draw_pictures(output: Path, student: Path, data: Path) -> None:
-    """`curves.png`, `answers.png` with the student's answers about held-out images, and `picture.png`, one of these."""
+    """`curves.png`, `answers.png` with the student's answers about held-out images, `picture.png`: one of these."""
     import matplotlib
 
     matplotlib.use("Agg")
