@@ -44,29 +44,29 @@ def layout_of(tokens: int):
     return prompt_layout(tokens, 0.95, (16, 16))
 
 
-def least_seconds(student: BenchmarkDecoder, tokens: int) -> tuple[float, float, float]:
+def least_seconds(student: BenchmarkDecoder, tokens: int = 4096) -> tuple[float, float, float]:
     """
-    What a prompt takes the student at least: its matrix products alone, at the speed of those of an MLP, and these
-    with the norms and activations that Transformers computes for both models. Then that speed, in FLOP/s; all measured
-    now.
+    What a token takes the student at least: its matrix products alone, at the speed of those of an MLP, and these with
+    the norms and activations that Transformers computes for both models. Then that speed, in FLOP/s; all measured now,
+    with a prompt of `tokens`.
     """
     layers = student.text.layers
-    embeds = torch.randn(1, tokens, student.text.config.hidden_size, dtype=layers[0].mlp.gate_proj.weight.dtype)
+    mlp = layers[0].mlp
+    embeds = torch.randn(1, tokens, mlp.gate_proj.in_features, dtype=mlp.gate_proj.weight.dtype)
     with FlopCounterMode(display=False) as counted:
         student.prefill(embeds, layout_of(tokens))
 
     def products():
-        y = layers[0].mlp.gate_proj(embeds)
-        return layers[0].mlp.up_proj(embeds), layers[0].mlp.down_proj(y)
+        return mlp.up_proj(embeds), mlp.down_proj(mlp.gate_proj(embeds))
 
     def outside_the_mixer():
         y = embeds + layers[0].input_layernorm(embeds)
-        return y + layers[0].mlp(layers[0].post_attention_layernorm(y))
+        return y + mlp(layers[0].post_attention_layernorm(y))
 
-    own, both = best_seconds([products, outside_the_mixer], 2.0)
-    speed = 2 * tokens * sum(weight.numel() for weight in layers[0].mlp.parameters()) / own
-    alone = counted.get_total_flops() / speed
-    return alone, alone + len(layers) * (both - own), speed
+    alone, both = (seconds / tokens for seconds in best_seconds([products, outside_the_mixer], 1.5))
+    speed = 2 * sum(weight.numel() for weight in mlp.parameters()) / alone
+    least = counted.get_total_flops() / tokens / speed
+    return least, least + len(layers) * (both - alone), speed
 
 
 def passes_at(goal: float, rows: list[dict]) -> float | None:
@@ -84,12 +84,13 @@ def passes_at(goal: float, rows: list[dict]) -> float | None:
 def ttft(name: str, rows: list[dict], student: BenchmarkDecoder, tokens: int = 16384) -> dict:
     """The ratio at `tokens`, the most that it could be, and the length at which it passes the goal."""
     seconds = {row["model"]: row["ttft_s"] for row in rows if row["tokens"] == tokens}
-    products, least, speed = least_seconds(student, tokens)
+    *least, speed = least_seconds(student)
+    of_products, ceiling = (seconds["teacher"] / tokens / one for one in least)
     return {
         "ratio": seconds["teacher"] / seconds["student"],
         "us_per_token_and_layer": {k: 1e6 * v / tokens / len(student.text.layers) for k, v in seconds.items()},
-        "ceiling_of_products": seconds["teacher"] / products,
-        "ceiling": seconds["teacher"] / least,
+        "ceiling_of_products": of_products,
+        "ceiling": ceiling,
         "gflops": speed / 1e9,
         "passes_goal_at_tokens": passes_at(GOALS[name][0], rows),
     }
