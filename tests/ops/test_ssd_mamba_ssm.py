@@ -103,6 +103,13 @@ def test_the_kernels_are_found(package, init):
             importlib.import_module("mamba_ssm")
 
 
+def test_a_package_that_imports_stays_when_its_kernels_do_not(package):
+    package("", "import something_else")
+    whole = importlib.import_module("mamba_ssm")
+    assert "No module named 'something_else'" in backends._import_error("mamba_ssm")
+    assert sys.modules["mamba_ssm"] is whole
+
+
 def test_kernels_that_do_not_import_are_missing(package):
     package("import an_extension_that_was_not_built", "import something_else")
     assert "does not import (ModuleNotFoundError: No module named 'something_else'): pip install mamba-ssm" in (

@@ -16,7 +16,8 @@ import torch
 CHUNK = 128
 LAST_OFFSET = 2**31 - 1
 
-KERNELS = "mamba_ssm.ops.triton.ssd_combined"
+PACKAGE = "mamba_ssm"
+KERNELS = f"{PACKAGE}.ops.triton.ssd_combined"
 
 
 def chunk_scan():
@@ -31,22 +32,23 @@ def chunk_scan():
     if KERNELS not in sys.modules:
         try:
             importlib.import_module(KERNELS)
-        except Exception:
+        except Exception:  # an extension built for another torch raises whatever its loader raises
+            if PACKAGE in sys.modules:
+                raise  # the package itself imports: it is its kernels that do not
             _import_without_package()
     return sys.modules[KERNELS].mamba_chunk_scan_combined
 
 
 def _import_without_package() -> None:
-    package, _, _ = KERNELS.partition(".")
-    spec = importlib.util.find_spec(package)
+    spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.submodule_search_locations is None:
-        raise ModuleNotFoundError(f"no package {package}")
-    sys.modules[package] = bare = ModuleType(package)
+        raise ModuleNotFoundError(f"no package {PACKAGE}")
+    sys.modules[PACKAGE] = bare = ModuleType(PACKAGE)
     bare.__path__ = list(spec.submodule_search_locations)
     try:
         importlib.import_module(KERNELS)
     finally:
-        del sys.modules[package]  # whoever imports the package itself finds it as it was
+        del sys.modules[PACKAGE]  # whoever imports the package itself finds it as it was
 
 
 def ssd_mamba_ssm(x, dt, A, B, C, segments, initial_states=None):
