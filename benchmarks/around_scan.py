@@ -12,12 +12,14 @@ from functools import partial
 import torch
 from ops import SHAPES, contest, parser_of, write
 
-from linmu_hf.evaluation.benchmark_cli import DTYPES
-from linmu_hf.evaluation.benchmark_model import prompt_layout, text_config
-from linmu_hf.modeling.token_layout import TokenLayout
-from linmu_hf.ops import causal_conv, varlen_attention, window_attention
+from linmu_hf.commands.bench import DTYPES
+from linmu_hf.evaluation.speed.models import prompt_layout, text_config
+from linmu_hf.modeling.layout.token_layout import TokenLayout
+from linmu_hf.ops.attention import varlen as varlen_attention
+from linmu_hf.ops.attention import window as window_attention
 from linmu_hf.ops.backends import missing
-from linmu_hf.ops.ssd import Segments
+from linmu_hf.ops.conv import causal_conv
+from linmu_hf.ops.ssd.scan import Segments
 
 
 def windows(backend, shift, t, shape, dtype, device, gradients):
@@ -48,7 +50,7 @@ def convolution(kernel, t, shape, dtype, device, gradients):
     if reason:
         raise ValueError(reason)
     if kernel == "triton":
-        from linmu_hf.ops.conv_triton import causal_conv_triton
+        from linmu_hf.ops.conv.triton import causal_conv_triton
 
         segments = Segments.build((t,), device)
         return lambda: causal_conv_triton(x, weight, segments)[0], [x, weight]

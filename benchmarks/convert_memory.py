@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from linmu_hf.conversion.checkpoint import OutputTensor, pack_shards, write_index, write_shard
+from linmu_hf.safetensors_io import OutputTensor, pack_shards, write_index, write_shard
 
 
 SHARD_BYTES = 500_000_000
@@ -91,7 +91,7 @@ def write_teacher(folder: Path, n_bytes: int, dtype: torch.dtype) -> int:
 
 def measure(gigabytes: float, dtype: str, convert_dtype: str | None, folder: Path) -> dict:
     written = write_teacher(folder / "teacher", int(gigabytes * 1e9), getattr(torch, dtype))
-    command = [sys.executable, "-m", "linmu_hf.conversion.cli", "--teacher", folder / "teacher"]
+    command = [sys.executable, "-m", "linmu_hf.commands.convert", "--teacher", folder / "teacher"]
     command += ["--output", folder / "student", "--json", folder / "report.json"]
     command += ["--dtype", convert_dtype] if convert_dtype else []
     source = Path(__file__).parents[1] / "src"

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from linmu_hf.evaluation.benchmark_cli import DTYPES, machine, versions
+from linmu_hf.commands.bench import DTYPES, machine, versions
 from linmu_hf.evaluation.loading import default_device, first_line
 from linmu_hf.ops.backends import missing
-from linmu_hf.ops.ssd import Scan, Segments, ssd
-from linmu_hf.ops.ssd_torch import ssd_recurrence
+from linmu_hf.ops.ssd.plain import ssd_recurrence
+from linmu_hf.ops.ssd.scan import Scan, Segments, ssd
 
 
 # query heads, state heads, key/value heads, p, k
@@ -58,7 +58,7 @@ def run(form, inputs, segments, gradients=True) -> dict[str, torch.Tensor]:
 
 def both(*args):
     """The same scan twice in one launch; half of every gradient comes through each."""
-    from linmu_hf.ops.ssd_triton import ssd_triton_pair
+    from linmu_hf.ops.ssd.triton import ssd_triton_pair
 
     reason = missing("triton", args[0])
     if reason:

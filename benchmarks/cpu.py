@@ -15,9 +15,9 @@ import torch
 from ssd_vs_sdpa import HEADS, attention_of, best_seconds, scan_of
 from torch.utils.flop_counter import FlopCounterMode
 
-from linmu_hf.evaluation.benchmark import Variant, growth_exponent, measure, summarise
-from linmu_hf.evaluation.benchmark_cli import machine, versions
-from linmu_hf.evaluation.benchmark_model import BenchmarkDecoder, prompt_layout, text_config
+from linmu_hf.commands.bench import machine, versions
+from linmu_hf.evaluation.speed.measure import Variant, growth_exponent, measure, summarise
+from linmu_hf.evaluation.speed.models import BenchmarkDecoder, prompt_layout, text_config
 
 
 # seconds for each length of the scan; name of a ratio: (goal, whether more is better)

@@ -64,7 +64,7 @@ step() {
 bench() { # bench LABEL SECONDS ARGUMENTS...
     local label=$1 limit=$2
     shift 2
-    step "$label" "$limit" "$PYTHON" -m linmu_hf.evaluation.benchmark_cli --device $device "$@" \
+    step "$label" "$limit" "$PYTHON" -m linmu_hf.commands.bench --device $device "$@" \
         --json "$parts/$label.json" --png "$OUTPUT/$name-$label.png"
 }
 ops() { # ops SCRIPT LABEL SECONDS ARGUMENTS...

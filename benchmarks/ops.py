@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from linmu_hf.evaluation.benchmark import Clock
-from linmu_hf.evaluation.benchmark_cli import DTYPES, machine, versions
+from linmu_hf.commands.bench import DTYPES, machine, versions
 from linmu_hf.evaluation.loading import default_device, first_line
+from linmu_hf.evaluation.speed.measure import Clock
 from linmu_hf.ops.backends import missing
-from linmu_hf.ops.ssd import Scan, Segments, ssd
+from linmu_hf.ops.ssd.scan import Scan, Segments, ssd
 
 
 BOTH = "ssd both directions"
@@ -54,7 +54,7 @@ def scan(t, shape, backend, dtype, device, gradients):
 
 def both_directions(t, shape, dtype, device, gradients):
     """A scan of all tokens, and one backwards with decays, B and C of its own over the same x."""
-    from linmu_hf.ops.ssd_triton import ssd_triton_pair
+    from linmu_hf.ops.ssd.triton import ssd_triton_pair
 
     reason = missing("triton", torch.empty(0, dtype=dtype, device=device))
     if reason:
@@ -73,7 +73,7 @@ def both_directions(t, shape, dtype, device, gradients):
 
 
 def mamba(t, shape, dtype, device, gradients):
-    from linmu_hf.ops.ssd_mamba_ssm import chunk_scan
+    from linmu_hf.ops.ssd.mamba_ssm import chunk_scan
 
     mamba_chunk_scan_combined = chunk_scan()
     h, _, _, p, k, _ = shape
@@ -196,7 +196,7 @@ def write(arguments, rows) -> None:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--backends", nargs="+", default=["auto"], metavar="NAME", help="as in linmu_hf.ops.ssd.ssd")
+    parser.add_argument("--backends", nargs="+", default=["auto"], metavar="NAME", help="as in `ssd`")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

@@ -2,7 +2,7 @@
 
     python examples/convert_and_distil.py TEACHER DATASET OUTPUT
 
-DATASET is a folder written by `datasets.DatasetDict.save_to_disk`; `linmu_hf/data.py` says what its rows hold.
+DATASET is a folder written by `datasets.DatasetDict.save_to_disk`; `linmu_hf/data/rows.py` says what its rows hold.
 `python -m linmu_hf.testbed.make_data --output DATASET` makes one for the testbed's teacher.
 """
 
@@ -11,7 +11,8 @@ import sys
 from datasets import load_from_disk
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from linmu_hf.conversion import convert, load_teacher
+from linmu_hf.conversion.convert import convert
+from linmu_hf.conversion.teacher import load_teacher
 from linmu_hf.distillation import DistillConfig, distill
 
 

@@ -8,7 +8,7 @@ import torch
 from datasets import load_from_disk
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration
 
-from linmu_hf.conversion import convert
+from linmu_hf.conversion.convert import convert
 from linmu_hf.testbed.make_data import make_data
 from linmu_hf.testbed.processor import build_processor
 from linmu_hf.testbed.qwen2_5_vl import teacher_config

@@ -11,13 +11,13 @@ from transformers import (
 from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.utils import DummyObject
 
+from .families.nvila.configuration import NVILAVisionConfig
+from .families.nvila.image_processing import NVILAImageProcessor
+from .families.nvila.processing import NVILAProcessor
+from .families.nvila.video_processing import NVILAVideoProcessor
 from .modeling.adapters import lora_targets
 from .modeling.configuration_linmu import PRESETS, LinMUConfig, LinMUTextConfig
-from .modeling.configuration_nvila import NVILAVisionConfig
-from .modeling.image_processing_nvila import NVILAImageProcessor
 from .modeling.modeling_linmu import LinMUForConditionalGeneration, LinMUModel, LinMUTextModel
-from .modeling.processing_nvila import NVILAProcessor
-from .modeling.video_processing_nvila import NVILAVideoProcessor
 
 
 __version__ = "0.1.0.dev0"

@@ -8,8 +8,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import synthetic
 
-from linmu_hf.conversion import convert
-from linmu_hf.conversion.cli import main
+from linmu_hf.commands.convert import main
+from linmu_hf.conversion.convert import convert
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,8 @@ import torch
 from synthetic import make_teacher, rewrite
 from transformers import LlavaConfig, Qwen2Config, Qwen2ForCausalLM
 
-from linmu_hf.conversion import convert, load_teacher
+from linmu_hf.conversion.convert import convert
+from linmu_hf.conversion.teacher import load_teacher
 
 
 @pytest.fixture

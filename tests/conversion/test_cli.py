@@ -6,8 +6,8 @@ from datasets import Image as ImageFeature
 from synthetic import ask, image, make_teacher, say
 
 from linmu_hf import LinMUConfig, LinMUForConditionalGeneration
-from linmu_hf.conversion import load_teacher
-from linmu_hf.conversion.cli import build_parser, main
+from linmu_hf.commands.convert import build_parser, main
+from linmu_hf.conversion.teacher import load_teacher
 from linmu_hf.modeling.configuration_linmu import MIXER_FIELDS
 
 

@@ -7,10 +7,10 @@ from synthetic import ask, image, make_teacher, say
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from linmu_hf import LinMUConfig, LinMUForConditionalGeneration
-from linmu_hf.conversion import checkpoint, convert, map_teacher_key
-from linmu_hf.conversion.convert import parse_size
-from linmu_hf.conversion.weight_map import MIXERS, is_new
-from linmu_hf.data import encode_rows
+from linmu_hf import safetensors_io as checkpoint
+from linmu_hf.conversion.convert import convert, parse_size
+from linmu_hf.conversion.weight_map import MIXERS, is_new, map_teacher_key
+from linmu_hf.data.rows import encode_rows
 
 
 LAYER = "model.language_model.layers.{}."

@@ -4,7 +4,7 @@ from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from synthetic import CHAT_TEMPLATE, ask, image, say
 
-from linmu_hf.data import answer_text, check_dataset, encode_prompts, encode_rows
+from linmu_hf.data.rows import answer_text, check_dataset, encode_prompts, encode_rows
 
 
 ROWS = [

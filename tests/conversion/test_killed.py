@@ -10,7 +10,8 @@ import pytest
 from synthetic import make_teacher
 
 from linmu_hf import LinMUForConditionalGeneration
-from linmu_hf.conversion import checkpoint, convert
+from linmu_hf import safetensors_io as checkpoint
+from linmu_hf.conversion.convert import convert
 
 
 convert_module = sys.modules[convert.__module__]  # the package's `convert` is the function

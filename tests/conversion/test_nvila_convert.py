@@ -18,13 +18,14 @@ from transformers import (
 )
 
 from linmu_hf import LinMUConfig, LinMUForConditionalGeneration
-from linmu_hf.conversion import convert, load_processor, load_teacher, map_teacher_key
-from linmu_hf.conversion.cli import main
+from linmu_hf.commands.convert import main
+from linmu_hf.conversion.convert import convert
 from linmu_hf.conversion.source import open_source
-from linmu_hf.conversion.weight_map import is_new
-from linmu_hf.data import encode_prompts, encode_rows
+from linmu_hf.conversion.teacher import load_processor, load_teacher
+from linmu_hf.conversion.weight_map import is_new, map_teacher_key
+from linmu_hf.data.rows import encode_prompts, encode_rows
+from linmu_hf.families.nvila.configuration import NVILAConfig, NVILAVisionConfig
 from linmu_hf.hub import check_folder
-from linmu_hf.modeling.configuration_nvila import NVILAConfig, NVILAVisionConfig
 
 
 convert_module = sys.modules[convert.__module__]  # the package's `convert` is the function

@@ -8,9 +8,9 @@ from synthetic_nvila import DECODER, HIDDEN, KINDS, LAYOUTS, SIZE, change_json, 
 from transformers import GenerationConfig
 
 from linmu_hf.conversion import source as source_module
-from linmu_hf.conversion.checkpoint import StoredTensor
-from linmu_hf.conversion.nvila import _vision_config
 from linmu_hf.conversion.source import open_source
+from linmu_hf.families.nvila.checkpoint import _vision_config
+from linmu_hf.safetensors_io import StoredTensor
 
 
 @pytest.fixture

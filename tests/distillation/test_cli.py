@@ -5,7 +5,7 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
 from linmu_hf import LinMUConfig, LinMUForConditionalGeneration
-from linmu_hf.distillation.cli import main
+from linmu_hf.commands.distill import main
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from linmu_hf.data import encode_rows
+from linmu_hf.data.rows import encode_rows
 from linmu_hf.distillation.collator import DistillCollator, EncodedDataset
 
 

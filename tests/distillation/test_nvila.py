@@ -16,13 +16,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "conversion"))
 from synthetic import rewrite
 from synthetic_nvila import KINDS, make_nvila, make_tokenizer
 
-from linmu_hf.conversion import load_processor, load_teacher
-from linmu_hf.conversion.cli import main as convert
-from linmu_hf.data import encode_prompts
-from linmu_hf.distillation.cli import main as distill
+from linmu_hf.commands.convert import main as convert
+from linmu_hf.commands.distill import main as distill
+from linmu_hf.commands.evaluate import main as evaluate
+from linmu_hf.conversion.teacher import load_processor, load_teacher
+from linmu_hf.data.rows import encode_prompts
 from linmu_hf.distillation.collator import DistillCollator, EncodedDataset
 from linmu_hf.distillation.pseudo_targets import decode_pseudo_targets
-from linmu_hf.evaluation.cli import main as evaluate
 from linmu_hf.hub import check_folder
 
 

@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 
-from linmu_hf.evaluation import benchmark_cli
-from linmu_hf.evaluation.benchmark import (
+from linmu_hf.commands import bench as benchmark_cli
+from linmu_hf.evaluation.speed.measure import (
     Clock,
     Variant,
     cache_bytes,
@@ -17,7 +17,7 @@ from linmu_hf.evaluation.benchmark import (
     measure,
     summarise,
 )
-from linmu_hf.evaluation.benchmark_model import (
+from linmu_hf.evaluation.speed.models import (
     NVILA_VISION,
     PRESETS,
     BenchmarkDecoder,
@@ -29,7 +29,7 @@ from linmu_hf.evaluation.benchmark_model import (
     without_flex_ma,
     without_local_swin,
 )
-from linmu_hf.modeling.token_layout import TokenLayout
+from linmu_hf.modeling.layout.token_layout import TokenLayout
 from linmu_hf.testbed.check_teacher import TEACHERS
 
 
@@ -154,7 +154,7 @@ def test_nvilas_encoder_is_given_the_tiles_of_the_prompt(media, monkeypatch):
     scales = {"image_aspect_ratio": "dynamic_s2", "s2_scales": [8, 16, 24]}
     pools = {"image_aspect_ratio": "resize", "video_encoder": "tsp", "pool_sizes": [[4, 1, 1]]}
     monkeypatch.setitem(NVILA_VISION, "small", scales if media == "image" else pools)
-    monkeypatch.setattr("linmu_hf.evaluation.benchmark_model.SO400M", SMALL_TOWER)
+    monkeypatch.setattr("linmu_hf.evaluation.speed.models.SO400M", SMALL_TOWER)
     grid = (6, 8) if media == "image" else (2, 2)
     layout = prompt_layout(200, 0.8, grid, media, separators=True)
     encode = vision_encoder("small", layout, media, torch.float32, "cpu")
@@ -241,7 +241,7 @@ def test_branches_are_really_off(decoder):
 
 
 def test_without_flex_ma_nothing_is_scanned_or_cached(decoder, monkeypatch):
-    from linmu_hf.modeling import flex_ma
+    from linmu_hf.modeling.mixers import flex_ma
 
     def fail(*args, **kwargs):
         raise AssertionError("scanned")
@@ -320,8 +320,8 @@ def test_a_variant_that_runs_out_of_memory_leaves_the_others_alone(decoder):
 def test_the_fastest_of_the_measurements_counts(decoder, monkeypatch):
     now = iter([0, 5, 0, 2, 0, 9, *[0, 16, 0, 4, 0, 8]])
     monkeypatch.setattr(Clock, "_peak", lambda self: 7)
-    monkeypatch.setattr("linmu_hf.evaluation.benchmark.time.perf_counter", lambda: next(now))
-    monkeypatch.setattr("linmu_hf.evaluation.benchmark.time.process_time", lambda: next(now))
+    monkeypatch.setattr("linmu_hf.evaluation.speed.measure.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("linmu_hf.evaluation.speed.measure.time.process_time", lambda: next(now))
     variants = {"student": Variant(decoder)}
     [row] = measure(variants, [30], layout_of=lambda n: None, batches=[2], steps=4, repeats=3, report=lambda _: None)
     assert (row["ttft_s"], row["peak_bytes"], row["decode"]["2"]) == (2, 7, {"step_s": 1, "tokens_per_s": 2})

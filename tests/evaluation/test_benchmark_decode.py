@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from linmu_hf.evaluation.benchmark import Variant, measure, static_copy, summarise
-from linmu_hf.evaluation.benchmark_model import PRESETS, BenchmarkDecoder, text_config
+from linmu_hf.evaluation.speed.measure import Variant, measure, static_copy, summarise
+from linmu_hf.evaluation.speed.models import PRESETS, BenchmarkDecoder, text_config
 
 
 SMALL = {

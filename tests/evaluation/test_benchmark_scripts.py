@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from linmu_hf.ops import ssd as ssd_module
-from linmu_hf.ops.ssd_torch import ssd_chunked
+from linmu_hf.ops.ssd import scan as ssd_module
+from linmu_hf.ops.ssd.plain import ssd_chunked
 
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"

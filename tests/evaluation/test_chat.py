@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from linmu_hf.evaluation import chat
+from linmu_hf.commands import chat
 
 
 @pytest.fixture

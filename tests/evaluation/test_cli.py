@@ -4,7 +4,7 @@ import shutil
 import pytest
 from datasets import Dataset
 
-from linmu_hf.evaluation import cli
+from linmu_hf.commands import evaluate as cli
 from linmu_hf.testbed.data import TASKS
 
 

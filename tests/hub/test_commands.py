@@ -10,14 +10,13 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as Picture
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from linmu_hf.conversion import cli as conversion
+from linmu_hf.commands import chat, push
+from linmu_hf.commands import convert as conversion
+from linmu_hf.commands import distill as distillation
+from linmu_hf.commands import evaluate as evaluation
 from linmu_hf.conversion import source
 from linmu_hf.distillation import DistillConfig, DistillTrainer, distill
-from linmu_hf.distillation import cli as distillation
-from linmu_hf.evaluation import chat
-from linmu_hf.evaluation import cli as evaluation
 from linmu_hf.hub import check_folder
-from linmu_hf.hub import cli as push
 from linmu_hf.testbed.processor import build_processor
 from linmu_hf.testbed.qwen2_5_vl import teacher_config
 

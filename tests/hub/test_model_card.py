@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import linmu_hf
+from linmu_hf.commands.push import main
 from linmu_hf.distillation import PAPER_STAGES, runner
 from linmu_hf.hub import Origin, add_retention, find_origin, model_card, push_folder, write_model_card
-from linmu_hf.hub.cli import main
 
 
 STUDENT = Path(linmu_hf.__file__).parent / "testbed" / "student"

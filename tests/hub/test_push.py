@@ -10,8 +10,8 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from linmu_hf import LinMUForConditionalGeneration
+from linmu_hf.commands.push import main
 from linmu_hf.hub import check_folder, prepare_repo, push_folder
-from linmu_hf.hub.cli import main
 
 
 NAME = "org/linmu-student"

@@ -11,7 +11,7 @@ from accelerate.utils import infer_auto_device_map, send_to_device
 from transformers import AutoModelForImageTextToText
 
 from linmu_hf import LinMUForConditionalGeneration
-from linmu_hf.modeling.token_layout import TokenLayout
+from linmu_hf.modeling.layout.token_layout import TokenLayout
 
 
 SAMPLES = tiny.Sample(3, ("image", 3, 5), 2, ("video", 3, 3, 2), 2), tiny.Sample(4)

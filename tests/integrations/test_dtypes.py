@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
 from linmu_hf import LinMUForConditionalGeneration
-from linmu_hf.modeling.flex_ma import FP32_PARAMETERS
+from linmu_hf.modeling.mixers.flex_ma import FP32_PARAMETERS
 
 
 HALF = [torch.bfloat16, torch.float16]

@@ -14,9 +14,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 import linmu_hf
 from linmu_hf import LinMUConfig, LinMUForConditionalGeneration, LinMUTextConfig, NVILAVisionConfig
-from linmu_hf.data import encode_rows
+from linmu_hf.commands import chat
+from linmu_hf.data.rows import encode_rows
 from linmu_hf.distillation.collator import DistillCollator, EncodedDataset
-from linmu_hf.evaluation import chat
 from linmu_hf.evaluation.retention import generate_answers
 from linmu_hf.hub.check import check_folder
 from linmu_hf.hub.push import files_to_upload
@@ -246,7 +246,7 @@ except ValueError as error:
 else:
     raise AssertionError("loaded without trust")
 processor = AutoProcessor.from_pretrained(folder, **trust)
-assert type(processor).__module__ == "linmu_hf.modeling.processing_nvila"
+assert type(processor).__module__ == "linmu_hf.families.nvila.processing"
 processor.save_pretrained(output)
 saved = [open(os.path.join(place, "processor_config.json")).read() for place in (folder, output)]
 assert saved[0] == saved[1] and os.path.isfile(os.path.join(output, "linmu_remote_code.py"))

@@ -7,13 +7,13 @@ from interpreted_scan import SOUND, nan_filled_memory  # noqa: F401
 from test_ssd import make
 from torch._dynamo.backends.common import aot_autograd
 
-from linmu_hf.modeling import flex_ma
 from linmu_hf.modeling.cache import MMateCacheLayer
-from linmu_hf.modeling.flex_ma import FlexMA
-from linmu_hf.ops.causal_conv import causal_conv
-from linmu_hf.ops.conv_triton import _tables, causal_conv_triton, conv_backward, conv_forward
-from linmu_hf.ops.ssd import Segments, ssd_step
-from linmu_hf.ops.ssd_triton_step import ssd_step_triton, step_forward
+from linmu_hf.modeling.mixers import flex_ma
+from linmu_hf.modeling.mixers.flex_ma import FlexMA
+from linmu_hf.ops.conv.causal_conv import causal_conv
+from linmu_hf.ops.conv.triton import _tables, causal_conv_triton, conv_backward, conv_forward
+from linmu_hf.ops.ssd.scan import Segments, ssd_step
+from linmu_hf.ops.ssd.triton_step import ssd_step_triton, step_forward
 
 
 def test_operators_without_gradients_are_sound_for_compilation():

@@ -12,8 +12,8 @@ import pytest
 import torch
 from test_ssd import HEADS, assert_same, make, run
 
-from linmu_hf.ops import ssd_mamba_ssm as module
-from linmu_hf.ops.ssd_torch import ssd_recurrence
+from linmu_hf.ops.ssd import mamba_ssm as module
+from linmu_hf.ops.ssd.plain import ssd_recurrence
 
 
 if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("mamba_ssm") is None:

@@ -8,8 +8,12 @@ import torch
 from interpreted_scan import nan_filled_memory  # noqa: F401
 from transformers import DynamicCache
 
-from linmu_hf.modeling import flex_ma
-from linmu_hf.ops import causal_conv, conv_triton, decode_triton, ssd, ssd_triton
+from linmu_hf.modeling.mixers import flex_ma
+from linmu_hf.ops import decode_triton
+from linmu_hf.ops.conv import causal_conv
+from linmu_hf.ops.conv import triton as conv_triton
+from linmu_hf.ops.ssd import scan as ssd
+from linmu_hf.ops.ssd import triton as ssd_triton
 
 
 HYBRID = {"layer_types": ["m_mate", "full_attention"]}

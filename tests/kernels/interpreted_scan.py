@@ -11,9 +11,9 @@ import tiny
 import torch
 from test_ssd import HEADS, assert_same, make, run
 
-from linmu_hf.ops import ssd_triton as module
-from linmu_hf.ops.ssd import Scan, Segments, ssd, ssd_pair
-from linmu_hf.ops.ssd_triton import Plan, chunk_table, ssd_triton, ssd_triton_pair
+from linmu_hf.ops.ssd import triton as module
+from linmu_hf.ops.ssd.scan import Scan, Segments, ssd, ssd_pair
+from linmu_hf.ops.ssd.triton import Plan, chunk_table, ssd_triton, ssd_triton_pair
 
 
 if os.environ.get("TRITON_INTERPRET") != "1":

@@ -6,12 +6,12 @@ import torch
 from test_ssd import assert_same, make, run
 from torch._dynamo.utils import counters
 
-from linmu_hf.ops import tuning_triton as tuning
-from linmu_hf.ops.causal_conv import Taps, by_causal_conv1d, causal_conv
-from linmu_hf.ops.causal_conv import unfit as causal_conv1d_unfit
-from linmu_hf.ops.ssd import Scan, Segments, ssd, ssd_step
-from linmu_hf.ops.varlen_attention import PACKAGES, unfit, varlen_attention
-from linmu_hf.ops.window_attention import by_size
+from linmu_hf.ops import launch as tuning
+from linmu_hf.ops.attention.varlen import PACKAGES, unfit, varlen_attention
+from linmu_hf.ops.attention.window import by_size
+from linmu_hf.ops.conv.causal_conv import Taps, by_causal_conv1d, causal_conv
+from linmu_hf.ops.conv.causal_conv import unfit as causal_conv1d_unfit
+from linmu_hf.ops.ssd.scan import Scan, Segments, ssd, ssd_step
 
 
 pytestmark = pytest.mark.gpu
@@ -126,7 +126,7 @@ def test_compiled_whole():
 @pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
 def test_pair(dtype, rtol):
     """Both directions of a layer in one launch, the second backwards over the same x."""
-    from linmu_hf.ops.ssd_triton import ssd_triton_pair
+    from linmu_hf.ops.ssd.triton import ssd_triton_pair
 
     lengths, index = (65, 200), torch.arange(265, device="cuda").flip(0)
     first = {name: t.requires_grad_() for name, t in inputs_on("cuda", lengths, dtype).items()}

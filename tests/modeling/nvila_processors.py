@@ -8,7 +8,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import Qwen2TokenizerFast
 
 from linmu_hf import NVILAProcessor, NVILAVisionConfig
-from linmu_hf.modeling.processing_nvila import build_processor
+from linmu_hf.families.nvila.processing import build_processor
 
 
 QWEN2_WORDS = (

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from linmu_hf.modeling.token_layout import TokenLayout
+from linmu_hf.modeling.layout.token_layout import TokenLayout
 
 
 # text, an image and a video whose sides no window divides, text, and a second image

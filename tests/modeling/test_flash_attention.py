@@ -8,8 +8,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
-from linmu_hf.modeling import varlen
-from linmu_hf.ops import window_attention
+from linmu_hf.modeling.mixers import attention as varlen
+from linmu_hf.ops.attention import window as window_attention
 
 
 NAME = "flash_stand_in"

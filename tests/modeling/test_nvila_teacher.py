@@ -8,7 +8,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionModel
 
 from linmu_hf import LinMUConfig
-from linmu_hf.modeling.configuration_nvila import NVILAConfig
+from linmu_hf.families.nvila.configuration import NVILAConfig
 
 
 class PooledTwiceSample(tiny_nvila.Sample):

@@ -7,8 +7,8 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoVideoProcessor
 from transformers.utils import DummyObject
 
 from linmu_hf import NVILAImageProcessor, NVILAProcessor, NVILAVideoProcessor, NVILAVisionConfig
-from linmu_hf.data import encode_prompts, encode_rows
-from linmu_hf.modeling.processing_nvila import build_processor
+from linmu_hf.data.rows import encode_prompts, encode_rows
+from linmu_hf.families.nvila.processing import build_processor
 
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n"

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import rotate_half
 
-from linmu_hf.modeling import projection
-from linmu_hf.modeling.projection import joint_linear, rotate
+from linmu_hf.modeling.mixers import projection
+from linmu_hf.modeling.mixers.projection import joint_linear, rotate
 
 
 def maps():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from nvila_processors import picture
 
-from linmu_hf.modeling.tiling_nvila import (
+from linmu_hf.families.nvila.tiling import (
     closest_mosaic,
     cut,
     dynamic_mosaics,

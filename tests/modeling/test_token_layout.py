@@ -6,9 +6,9 @@ import pytest
 import tiny
 import torch
 
-from linmu_hf.modeling.inputs import check_media
-from linmu_hf.modeling.token_layout import TokenLayout
-from linmu_hf.modeling.vision_qwen2_5_vl import Qwen2_5_VLVision
+from linmu_hf.families.qwen2_5_vl.vision import Qwen2_5_VLVision
+from linmu_hf.modeling.checks import check_media
+from linmu_hf.modeling.layout.token_layout import TokenLayout
 
 
 GRIDS = [(1, 1, 1), (1, 3, 5), (1, 4, 4), (2, 2, 3), (3, 4, 5), (4, 1, 7), (7, 5, 1)]

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from linmu_hf.modeling.m_mate import MMate
+from linmu_hf.modeling.mixers.m_mate import MMate
 
 
 SAMPLES = tiny.Sample(3, ("image", 3, 5), 2, ("video", 3, 3, 2), 2), tiny.Sample(4)

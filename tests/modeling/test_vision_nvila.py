@@ -9,10 +9,10 @@ import torch
 from transformers import SiglipVisionConfig
 
 from linmu_hf import LinMUConfig, LinMUForConditionalGeneration, NVILAVisionConfig
-from linmu_hf.modeling import vision_nvila
-from linmu_hf.modeling.inputs import check_decoder_inputs
-from linmu_hf.modeling.token_layout import TokenLayout
-from linmu_hf.modeling.vision_nvila import Downsample, join_scales, merge_tiles, pool, resize_area, split_tiles
+from linmu_hf.families.nvila import vision as vision_nvila
+from linmu_hf.families.nvila.vision import Downsample, join_scales, merge_tiles, pool, resize_area, split_tiles
+from linmu_hf.modeling.checks import check_decoder_inputs
+from linmu_hf.modeling.layout.token_layout import TokenLayout
 
 
 def image_of(model, sample):

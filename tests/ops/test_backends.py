@@ -5,8 +5,8 @@ import torch
 from test_ssd import make
 
 from linmu_hf.ops import backends
-from linmu_hf.ops import ssd as ssd_module
-from linmu_hf.ops.ssd import BACKENDS, ENVIRONMENT, Segments, choose_backend, ssd
+from linmu_hf.ops.ssd import scan as ssd_module
+from linmu_hf.ops.ssd.scan import BACKENDS, ENVIRONMENT, Segments, choose_backend, ssd
 
 
 def test_auto_streams_only_what_is_long(monkeypatch):

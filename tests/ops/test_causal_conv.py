@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch.nn.functional import conv1d
 
-from linmu_hf.ops import backends, trial
-from linmu_hf.ops import causal_conv as module
+from linmu_hf.ops import backends
+from linmu_hf.ops import self_check as trial
 from linmu_hf.ops.backends import ENVIRONMENT
-from linmu_hf.ops.causal_conv import by_causal_conv1d, causal_conv
-from linmu_hf.ops.ssd import Segments
+from linmu_hf.ops.conv import causal_conv as module
+from linmu_hf.ops.conv.causal_conv import by_causal_conv1d, causal_conv
+from linmu_hf.ops.ssd.scan import Segments
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from linmu_hf.ops import ssd_torch
-from linmu_hf.ops.ssd import BACKENDS, Scan, Segments, ssd, ssd_pair, ssd_step
-from linmu_hf.ops.ssd_torch import _pieces, ssd_chunked, ssd_recurrence, ssd_streaming
+from linmu_hf.ops.ssd import plain as ssd_torch
+from linmu_hf.ops.ssd.plain import _pieces, ssd_chunked, ssd_recurrence, ssd_streaming
+from linmu_hf.ops.ssd.scan import BACKENDS, Scan, Segments, ssd, ssd_pair, ssd_step
 
 
 LENGTHS = [(1,), (63,), (64,), (65,), (200,), (1, 63, 64, 65, 200), (64, 64), (1, 1, 1)]

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from linmu_hf.ops import ssd, ssd_mamba_ssm, trial
-from linmu_hf.ops.ssd import ssd_pair
-from linmu_hf.ops.ssd_torch import ssd_chunked
+from linmu_hf.ops import self_check as trial
+from linmu_hf.ops.ssd import mamba_ssm as ssd_mamba_ssm
+from linmu_hf.ops.ssd import scan as ssd
+from linmu_hf.ops.ssd.plain import ssd_chunked
+from linmu_hf.ops.ssd.scan import ssd_pair
 
 
 @pytest.fixture
@@ -18,7 +20,7 @@ def tried(monkeypatch):
     """What a trial says of the kernels given: a function in place of `ssd_triton_pair`."""
 
     def run(kernels):
-        module = ModuleType("linmu_hf.ops.ssd_triton")
+        module = ModuleType("linmu_hf.ops.ssd.scan.triton")
         module.ssd_triton_pair = kernels
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(trial, "_TRIALS", {})

@@ -6,9 +6,9 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 
-from linmu_hf.ops import tuning_triton as tuning
-from linmu_hf.ops.ssd_triton_forward import output_kernel, pass_states_kernel
-from linmu_hf.ops.tuning_triton import CONFIGS, Config, choose, configurations
+from linmu_hf.ops import launch as tuning
+from linmu_hf.ops.launch import CONFIGS, Config, choose, configurations
+from linmu_hf.ops.ssd.triton_forward import output_kernel, pass_states_kernel
 
 
 SLOW, FAST = Config(64, 64, 8, 2), Config(128, 64, 8, 2)

@@ -8,10 +8,11 @@ import torch
 import varlen_kernels
 from test_window_attention import by_window, naive
 
-from linmu_hf.ops import backends, trial
-from linmu_hf.ops import varlen_attention as module
-from linmu_hf.ops import window_attention as windows
-from linmu_hf.ops.varlen_attention import ENVIRONMENT, PACKAGES, choose_window_backend, varlen_attention
+from linmu_hf.ops import backends
+from linmu_hf.ops import self_check as trial
+from linmu_hf.ops.attention import varlen as module
+from linmu_hf.ops.attention import window as windows
+from linmu_hf.ops.attention.varlen import ENVIRONMENT, PACKAGES, choose_window_backend, varlen_attention
 
 
 class OnGPU:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from linmu_hf.ops import window_attention as module
-from linmu_hf.ops.window_attention import window_attention
+from linmu_hf.ops.attention import window as module
+from linmu_hf.ops.attention.window import window_attention
 
 
 def naive(q, k, v, window):

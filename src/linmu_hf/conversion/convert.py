@@ -17,8 +17,7 @@ from tqdm.auto import tqdm
 
 from ..modeling.configuration_linmu import LinMUConfig
 from ..modeling.remote_code import add_remote_code
-from .calibrate import CalibrationReport, calibrate
-from .checkpoint import (
+from ..safetensors_io import (
     OutputTensor,
     file_hash,
     pack_shards,
@@ -28,6 +27,7 @@ from .checkpoint import (
     write_shard,
     write_text,
 )
+from .calibrate import CalibrationReport, calibrate
 from .plan import Plan, parse_dtype
 from .source import open_source
 from .teacher import build_model, load_teacher

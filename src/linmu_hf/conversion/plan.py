@@ -11,7 +11,7 @@ from torch import nn
 
 from ..modeling.configuration_linmu import LinMUConfig
 from ..modeling.modeling_linmu import LinMUForConditionalGeneration
-from .checkpoint import OutputTensor, tensor_chunks
+from ..safetensors_io import OutputTensor, tensor_chunks
 from .source import Source
 from .weight_map import is_new, map_teacher_key, teacher_key
 

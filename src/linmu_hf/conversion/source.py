@@ -10,10 +10,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoProcessor, GenerationConfig, PreTrainedConfig, ProcessorMixin, Qwen2_5_VLConfig
 from transformers.utils import is_torchvision_available
 
+from ..families.nvila.checkpoint import DOWNLOADS as NVILA_DOWNLOADS
+from ..families.nvila.checkpoint import TOKENIZER_FILES, check_top, in_parts, is_nvila, read_nvila
 from ..modeling.configuration_linmu import LinMUConfig
-from .checkpoint import StoredTensor, read_checkpoint, read_config
-from .nvila import DOWNLOADS as NVILA_DOWNLOADS
-from .nvila import TOKENIZER_FILES, check_top, in_parts, is_nvila, read_nvila
+from ..safetensors_io import StoredTensor, read_checkpoint, read_config
 
 
 # Families that Transformers knows, by `model_type`; NVILA is told by the keys of its config.json.

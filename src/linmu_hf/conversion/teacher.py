@@ -9,7 +9,7 @@ from transformers.initialization import no_init_weights
 
 from ..modeling.configuration_linmu import LinMUConfig
 from ..modeling.modeling_linmu import LinMUForConditionalGeneration
-from .checkpoint import OutputTensor, StoredTensor
+from ..safetensors_io import OutputTensor, StoredTensor
 from .plan import Plan, parse_dtype
 from .source import open_source
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from ..data import encode_rows
+from ..data.rows import encode_rows
 from .losses import IGNORE_INDEX
 
 

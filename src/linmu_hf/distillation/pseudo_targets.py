@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from ..data import encode_prompts, encode_rows
+from ..data.rows import encode_prompts, encode_rows
 from .losses import IGNORE_INDEX, next_token_targets
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import TrainerState, set_seed
 
-from ..data import check_dataset
+from ..data.rows import check_dataset
 from .collator import EncodedDataset
 from .config import DistillConfig
 from .lora import add_lora, merge_lora

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from ..conversion.nvila import is_nvila
 from ..conversion.source import open_source, read_processor, read_raw_config
 from ..conversion.teacher import load_teacher
+from ..families.nvila.checkpoint import is_nvila
 
 
 def default_device() -> str:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..data import Row, answer_text, encode_prompts
+from ..data.rows import Row, answer_text, encode_prompts
 
 
 Z_95 = 1.959964
@@ -52,7 +52,7 @@ def generate_answers(
         processor (`ProcessorMixin`):
             Its processor.
         rows (`Sequence[Mapping]`):
-            Rows as in `linmu_hf.data`; everything before the last assistant turn is the prompt.
+            Rows as in `linmu_hf.data.rows`; everything before the last assistant turn is the prompt.
         batch_size (`int`, *optional*, defaults to 32):
             Rows decoded together. Rows of similar size share a batch, longest first, so that a batch too large for
             the memory fails at once.

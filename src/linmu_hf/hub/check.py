@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, ProcessorMixin
 
-from ..conversion.checkpoint import read_checkpoint
 from ..conversion.plan import student_tensors
 from ..conversion.source import read_processor
 from ..modeling.configuration_linmu import LinMUConfig
 from ..modeling.modeling_linmu import LinMUForConditionalGeneration
+from ..safetensors_io import read_checkpoint
 
 
 def check_folder(folder: str | Path) -> None:

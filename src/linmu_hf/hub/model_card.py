@@ -11,9 +11,9 @@ from huggingface_hub import ModelCardData, hf_hub_download, metadata_load
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..conversion.checkpoint import read_checkpoint
 from ..conversion.weight_map import WEIGHT_MAPS
 from ..modeling.configuration_linmu import LinMUConfig
+from ..safetensors_io import read_checkpoint
 
 
 if TYPE_CHECKING:  # distillation needs more than the core of the package

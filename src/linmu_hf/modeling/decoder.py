@@ -18,14 +18,14 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
-from . import varlen
 from .cache import MMateCacheLayer, fitting_cache
 from .configuration_linmu import LAYER_TYPES, LinMUConfig, LinMUTextConfig
-from .flex_ma import FP32_PARAMETERS, ScanDirection, ZeroLinear
-from .m_mate import MMate
-from .packing import lengths_to_bounds, packed_lengths, positions_within
+from .layout.packing import lengths_to_bounds, packed_lengths, positions_within
+from .layout.token_layout import TextStep, TokenLayout
+from .mixers import attention as varlen
+from .mixers.flex_ma import FP32_PARAMETERS, ScanDirection, ZeroLinear
+from .mixers.m_mate import MMate
 from .remote_code import InstalledCode
-from .token_layout import TextStep, TokenLayout
 
 
 @dataclass

@@ -19,8 +19,8 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask
 
 from .cache import fitting_cache
+from .checks import check_prompt
 from .compat import MediaGeneration
-from .inputs import check_prompt
 from .vision_side import KINDS
 
 

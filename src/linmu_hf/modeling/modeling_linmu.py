@@ -11,17 +11,12 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .cache import fitting_cache
+from .checks import check_forward, check_head_inputs, check_media, check_types
 from .configuration_linmu import LinMUConfig
 from .decoder import LinMUModelOutput, LinMUPreTrainedModel, LinMUTextModel
 from .generation import VisionLayoutGeneration, next_positions, remember_positions
-from .inputs import check_forward, check_head_inputs, check_media, check_types
-from .packing import lengths_to_bounds, packed_lengths, unpack
-from .vision_nvila import NVILAVision
-from .vision_qwen2_5_vl import Qwen2_5_VLVision
-from .vision_side import KINDS, VisionSide, text_positions
-
-
-VISION_SIDES: dict[str, type[VisionSide]] = {"qwen2_5_vl_vision": Qwen2_5_VLVision, "nvila_vision": NVILAVision}
+from .layout.packing import lengths_to_bounds, packed_lengths, unpack
+from .vision_side import KINDS, VISION_SIDES, VisionSide, text_positions
 
 
 @dataclass

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from .token_layout import span_layout
+from .layout.token_layout import span_layout
 
 
 KINDS = {"image": 1, "video": 2}  # values of mm_token_type_ids
@@ -71,6 +71,9 @@ class VisionSide:
             for kind, code in KINDS.items()
         }
         return span_layout(types, media, self.config.text_config.max_span_frames)
+
+
+VISION_SIDES: dict[str, type[VisionSide]] = {}  # by model type of the vision configuration; linmu_hf.families fills it
 
 
 def grid_coordinates(frames: int, height: int, width: int, device=None) -> torch.Tensor:

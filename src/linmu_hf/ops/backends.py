@@ -40,7 +40,7 @@ def _probe(package: str) -> str | None:
         return f"{package} is not installed: {REMEDIES[package]}"
     try:
         if package == "mamba_ssm":
-            from .ssd_mamba_ssm import chunk_scan
+            from .ssd.mamba_ssm import chunk_scan
 
             chunk_scan()
         else:
@@ -74,7 +74,7 @@ def missing(package: str, x: torch.Tensor, dtypes=DTYPES, instead: str = "chunke
 
 def kernels_serve(x: torch.Tensor) -> bool:
     """Whether the kernels around the scan take over: on a GPU with Triton, unless another backend is named."""
-    from .trial import failed_trial
+    from .self_check import failed_trial
 
     wanted = os.environ.get(ENVIRONMENT, "auto")
     if not x.is_cuda or wanted not in ("auto", "triton") or missing("triton", x) is not None:

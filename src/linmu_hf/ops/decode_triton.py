@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .ssd_triton import SMALLEST, launch
-from .ssd_triton_forward import load_state, load_vector
+from .ssd.triton import SMALLEST, launch
+from .ssd.triton_forward import load_state, load_vector
 
 
 @triton.jit

@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 from transformers.utils import logging
 
-from ..conversion import convert, load_teacher
+from ..conversion.convert import convert
+from ..conversion.teacher import load_teacher
 from ..distillation import DistillCollator, DistillConfig, DistillTrainer, EncodedDataset, Stage
 from ..distillation.losses import IGNORE_INDEX, next_token_targets
 from ..distillation.stages import FLEX, SWIN, set_trainable

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from transformers import Qwen2_5_VLProcessor
 
-from ..modeling.processing_nvila import NVILAProcessor
+from ..families.nvila.processing import NVILAProcessor
 from .data import FRAMES_PER_MOMENT, Scene
 from .processor import FPS, TEMPORAL_PATCH_SIZE
 

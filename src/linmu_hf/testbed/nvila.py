@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, SiglipImageProcessor, SiglipVisionConfig
 
-from ..conversion import load_teacher
+from ..conversion.teacher import load_teacher
+from ..families.nvila.configuration import NVILAConfig, NVILAVisionConfig
+from ..families.nvila.processing import SENTINEL_TOKEN, NVILAProcessor
+from ..families.nvila.processing import build_processor as build_nvila_processor
 from ..modeling.configuration_linmu import LinMUConfig
-from ..modeling.configuration_nvila import NVILAConfig, NVILAVisionConfig
 from ..modeling.modeling_linmu import LinMUForConditionalGeneration
-from ..modeling.processing_nvila import SENTINEL_TOKEN, NVILAProcessor
-from ..modeling.processing_nvila import build_processor as build_nvila_processor
 from .data import FRAMES_PER_MOMENT
 from .processor import IMAGE_MEAN, IMAGE_STD, PATCH_SIZE, build_tokenizer
 

@@ -23,10 +23,10 @@ import torch
 from datasets import disable_progress_bars
 from transformers.utils import logging
 
-from ..conversion import cli as conversion
-from ..data import load_rows
-from ..distillation import cli as distillation
-from ..evaluation import cli as evaluation
+from ..commands import convert as conversion
+from ..commands import distill as distillation
+from ..commands import evaluate as evaluation
+from ..data.rows import load_rows
 from ..evaluation.retention import correct_answers, format_table
 from .ablate import WINDOWS
 from .check_teacher import TEACHERS, is_nvila

@@ -1,0 +1,186 @@
+"""`linmu-chat`: ask a model about images and videos, once or in a conversation."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from transformers import TextStreamer
+from transformers.video_utils import VideoMetadata, load_video
+
+from ..data.rows import VIDEO_FPS, encode_prompts
+from ..evaluation.loading import check_device, first_line, load_model, load_processor
+
+
+SHIPPED_STUDENT = Path(__file__).parents[1] / "testbed" / "student"
+HELP = "/image FILE and /video FILE attach to the next question, /new starts over, /quit or an empty line leaves"
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="linmu-chat", description=__doc__.split(": ", 1)[1])
+    parser.add_argument("question", nargs="?", help="without one, a conversation starts")
+    parser.add_argument(
+        "--model", default=str(SHIPPED_STUDENT), help="folder or Hub id; by default the testbed's student"
+    )
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="may be repeated")
+    parser.add_argument("--video", action="append", default=[], metavar="FILE", help="a video, or a folder of frames")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--device", help="by default a GPU if there is one")
+    arguments = parser.parse_args(argv)
+    if arguments.max_new_tokens < 1:
+        parser.error(f"--max-new-tokens {arguments.max_new_tokens} must be at least 1")
+    return arguments
+
+
+def read_image(file: str) -> Image.Image:
+    try:
+        return Image.open(file).convert("RGB")
+    except FileNotFoundError as error:
+        raise ValueError(f"{file} does not exist: give an image file") from error
+    except (OSError, UnidentifiedImageError) as error:
+        raise ValueError(f"{file} is not an image that Pillow can read") from error
+
+
+def read_video(path: str, processor=None) -> list[Image.Image]:
+    """
+    Frames of a video file, or of a folder's images in the order of their names.
+
+    As many as the processor takes of every video if it names a number; otherwise two per second of a file, and every
+    image of a folder.
+    """
+    sample = _two_per_second
+    if getattr(getattr(processor, "video_processor", None), "num_frames", None):
+        sample = processor.video_processor.sample_frames
+    if Path(path).is_dir():
+        files = [str(file) for file in sorted(Path(path).iterdir()) if file.is_file()]
+        if not files:
+            raise ValueError(f"{path} is empty: a folder given as video holds one image per frame")
+        indices = sample(metadata=VideoMetadata(total_num_frames=len(files), fps=VIDEO_FPS))
+        return [read_image(files[index]) for index in indices]
+    if not Path(path).is_file():
+        raise ValueError(f"{path} does not exist: give a video file or a folder of frames")
+    try:
+        import av
+    except ImportError as error:
+        raise ValueError('reading video files needs PyAV: pip install "linmu-hf[video]"') from error
+
+    try:
+        frames, metadata = load_video(path, backend="pyav", sample_indices_fn=sample)
+    except (av.error.FFmpegError, OSError, ValueError, IndexError) as error:
+        raise ValueError(f"{path} is not a video that PyAV can read: {first_line(error)}") from error
+    indices = [int(index) for index in metadata.frames_indices]
+    by_index = dict(zip(sorted(set(indices)), frames, strict=False))  # a frame that is taken twice is read once
+    return [Image.fromarray(by_index[index]) for index in indices if index in by_index]
+
+
+def _two_per_second(metadata, **kwargs) -> list[int]:
+    step = max(1.0, (metadata.fps or VIDEO_FPS) / VIDEO_FPS)
+    return [int(i * step) for i in range(int(-(-metadata.total_num_frames // step)))]
+
+
+class Conversation:
+    """
+    A conversation with a model about images and videos.
+
+    Args:
+        model (`PreTrainedModel`):
+            Any image-text-to-text model.
+        processor (`ProcessorMixin`):
+            Its processor.
+        max_new_tokens (`int`, *optional*, defaults to 256):
+            Longest answer.
+    """
+
+    def __init__(self, model, processor, max_new_tokens: int = 256):
+        self.model, self.processor, self.max_new_tokens = model, processor, max_new_tokens
+        self.row: dict[str, list[Any]] = {"messages": [], "images": [], "videos": []}
+
+    @torch.inference_mode()
+    def ask(self, question: str, images=(), videos=(), stream: bool = False) -> str:
+        """Asks, with new images and videos before the question; `stream` prints the answer as it comes."""
+        content = [{"type": "image"} for _ in images] + [{"type": "video"} for _ in videos]
+        row = {
+            "messages": [
+                *self.row["messages"],
+                {"role": "user", "content": [*content, {"type": "text", "text": question}]},
+            ],
+            "images": [*self.row["images"], *images],
+            "videos": [*self.row["videos"], *videos],
+        }
+        unanswered = {**row, "messages": [*row["messages"], {"role": "assistant", "content": ""}]}
+        inputs = encode_prompts(self.processor, [unanswered]).to(self.model.device)
+        streamer = (
+            TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+        )
+        ids = self.model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=self.max_new_tokens,
+            streamer=streamer,
+            pad_token_id=self.processor.tokenizer.pad_token_id,
+        )
+        answer = self.processor.tokenizer.decode(
+            ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        ).strip()
+        row["messages"].append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        self.row = row
+        return answer
+
+
+def converse(conversation: Conversation, images: list[Image.Image], videos: list[list[Image.Image]]) -> None:
+    """Reads questions from standard input until an empty line."""
+    print(HELP)
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return
+        command, _, argument = line.partition(" ")
+        if not line or command == "/quit":
+            return
+        try:
+            if command == "/image":
+                images = [*images, read_image(argument.strip())]
+            elif command == "/video":
+                videos = [*videos, read_video(argument.strip(), conversation.processor)]
+            elif command == "/new":
+                conversation, images, videos = _fresh(conversation), [], []
+            elif command.startswith("/"):
+                print(HELP)
+            else:
+                conversation.ask(line, images, videos, stream=True)
+                images, videos = [], []
+        except ValueError as error:
+            print(error)
+
+
+def _fresh(conversation: Conversation) -> Conversation:
+    return Conversation(conversation.model, conversation.processor, conversation.max_new_tokens)
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    try:
+        check_device(arguments.device)
+        if arguments.model == str(SHIPPED_STUDENT) and not SHIPPED_STUDENT.is_dir():
+            raise ValueError("no student is shipped with this installation: name a model with --model")
+        images = [read_image(file) for file in arguments.image]
+        processor = load_processor(arguments.model)
+        videos = [read_video(file, processor) for file in arguments.video]
+        model, _ = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
+        conversation = Conversation(model, processor, arguments.max_new_tokens)
+        if arguments.question is None:
+            converse(conversation, images, videos)
+        else:
+            conversation.ask(arguments.question, images, videos, stream=True)
+    except (ImportError, OSError, ValueError) as error:
+        sys.exit(f"linmu-chat: error: {error}")
+    except KeyboardInterrupt:
+        print()
+
+
+if __name__ == "__main__":
+    main()

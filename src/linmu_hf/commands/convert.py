@@ -1,0 +1,210 @@
+"""`linmu-convert`: a Qwen2.5-VL or NVILA checkpoint in, a LinMU checkpoint out."""
+
+import argparse
+import json
+import sys
+import types
+import typing
+from dataclasses import Field, fields
+from functools import partial
+from pathlib import Path
+
+from ..conversion.convert import check_output, convert
+from ..conversion.plan import FLOAT_DTYPES
+from ..conversion.teacher import load_processor
+from ..data.rows import check_dataset, encode_rows, load_rows
+from ..hub import find_origin, prepare_repo, push_folder, write_model_card
+from ..modeling.configuration_linmu import MIXER_FIELDS, PRESETS, LinMUTextConfig
+from ..safetensors_io import check_report, write_text
+
+
+# Left in the output with --push-to-hub: which command wrote it, and its report. It is not uploaded.
+RECORD = "conversion_command.json"
+# Arguments that do not change what is written.
+HOW = ("json", "push_to_hub", "private", "hub_revision", "overwrite", "dry_run", *MIXER_FIELDS)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")  # one line: the usage has too many flags to be read
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="linmu-convert",
+        description="Replaces the self-attention of Qwen2.5-VL or NVILA by M-MATE blocks that reuse its weights.",
+    )
+    parser.add_argument("--teacher", required=True, help="folder, or model on the Hub")
+    parser.add_argument("--output", required=True, help="folder to be written")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--dtype", choices=sorted(FLOAT_DTYPES), help="default: the teacher's")
+    parser.add_argument(
+        "--keep-attention", type=_layers, default=(), metavar="LAYERS", help='layers such as 3,11, or "all"'
+    )
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="default", help="choices inside M-MATE")
+    parser.add_argument("--max-shard-size", default="2GB", help="largest weight file (default: %(default)s)")
+    parser.add_argument("--calibrate", metavar="DATASET", help="closed-form start on samples of this dataset")
+    parser.add_argument("--calibrate-samples", type=int, default=64, help="how many (default: %(default)s)")
+    parser.add_argument("--calibrate-split", default="train", help="of that dataset (default: %(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="check everything and report, write nothing")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that is in the output folder")
+    parser.add_argument("--json", metavar="FILE", help="write the report there too")
+    parser.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload the result to this model on the Hub")
+    parser.add_argument("--private", action="store_true", default=None, help="with --push-to-hub: a private model")
+    parser.add_argument("--hub-revision", metavar="BRANCH", help="with --push-to-hub: branch (default: main)")
+    group = parser.add_argument_group("M-MATE options", "over the preset; lists as 16,4,4; none for None")
+    kinds = {field.name: field for field in fields(LinMUTextConfig)}
+    for name in MIXER_FIELDS:
+        shown = f"default: {_shown(kinds[name].default)}"
+        group.add_argument(_flag(name), dest=name, type=_reader(kinds[name]), default=argparse.SUPPRESS, help=shown)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    options = {name: getattr(args, name) for name in MIXER_FIELDS if hasattr(args, name)}
+    try:
+        report = run(args, options)
+    except (ImportError, OSError, ValueError) as error:
+        print(f"linmu-convert: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("linmu-convert: interrupted; the same command takes it up again", file=sys.stderr)
+        return 130
+    if args.json:
+        Path(args.json).expanduser().write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def run(args: argparse.Namespace, options: dict) -> dict:
+    record = {name: value for name, value in vars(args).items() if name not in HOW} | {"options": options}
+    _check_push(args)
+    finished = _finished(args, record)
+    if finished is not None:
+        print(f"{args.output} was converted before, by the same command")
+        _push(args, prepare_repo(args.push_to_hub, private=args.private, revision=args.hub_revision))
+        return finished
+
+    check_output(args.output, args.overwrite, args.teacher)
+    check_report(args.json)
+    settings = {
+        "dtype": args.dtype,
+        "keep_attention": args.keep_attention,
+        "preset": args.preset,
+        "mixer_options": options,
+        "revision": args.revision,
+        "max_shard_size": args.max_shard_size,
+        "overwrite": args.overwrite,
+    }
+    batches = repo = None
+    if (args.calibrate or args.push_to_hub) and not args.dry_run:
+        convert(args.teacher, args.output, **settings, dry_run=True)  # the teacher's errors before all others
+        batches = load_batches(args) if args.calibrate else None
+    if args.push_to_hub:
+        repo = prepare_repo(args.push_to_hub, private=args.private, revision=args.hub_revision)
+    write_card = partial(write_model_card, origin=find_origin(args.teacher, args.revision))
+    report = convert(
+        args.teacher,
+        args.output,
+        **settings,
+        calibration_batches=batches,
+        dry_run=args.dry_run,
+        finish_folder=write_card,
+    )
+    print(report)
+    if repo:
+        text = json.dumps({"command": record, "report": report.to_dict()})
+        write_text(Path(args.output).expanduser() / RECORD, text)
+        _push(args, repo)
+    return report.to_dict()
+
+
+def _check_push(args: argparse.Namespace) -> None:
+    if args.push_to_hub is None and (args.private or args.hub_revision):
+        raise ValueError("--private and --hub-revision are for --push-to-hub ORG/NAME: name the model too")
+    if args.push_to_hub is not None and args.dry_run:
+        raise ValueError("--dry-run writes nothing that --push-to-hub could upload: leave one of them out")
+
+
+def _push(args: argparse.Namespace, repo: str) -> None:
+    print(push_folder(args.output, repo, revision=args.hub_revision).commit_url)
+
+
+def _finished(args: argparse.Namespace, record: dict) -> dict | None:
+    """The report of a conversion by the same command, of which only the upload may be missing."""
+    file = Path(args.output).expanduser() / RECORD
+    if args.push_to_hub is None or args.overwrite or not file.is_file():
+        return None
+    earlier = json.loads(file.read_text(encoding="utf-8"))
+    return earlier["report"] if earlier["command"] == json.loads(json.dumps(record)) else None
+
+
+def load_batches(args: argparse.Namespace) -> list:
+    """The samples to calibrate on, encoded by the teacher's processor; the last batch is held out."""
+    if args.calibrate_samples < 2:
+        raise ValueError(f"--calibrate-samples {args.calibrate_samples} must be at least 2: some are held out")
+    dataset = load_rows(args.calibrate, args.calibrate_split)
+    rows = dataset.select(range(min(args.calibrate_samples, len(dataset))))
+    check_dataset(rows)
+    processor = load_processor(args.teacher, revision=args.revision)
+    size = max(1, min(8, len(rows) // 2))
+    return [
+        encode_rows(processor, [rows[i] for i in range(first, min(first + size, len(rows)))])
+        for first in range(0, len(rows), size)
+    ]
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _layers(text: str) -> tuple[int, ...] | str:
+    if text == "all":
+        return text
+    try:
+        return tuple(int(layer) for layer in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'{text!r} must be layer numbers such as 3,11, or "all"') from None
+
+
+def _reader(field: Field):
+    """Turns a flag's text into a value of the field's type, taken from its annotation."""
+
+    def read(text: str):
+        try:
+            return _parse(text, field.type)
+        except (KeyError, ValueError):
+            wanted = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+            example = _shown(field.default)
+            raise argparse.ArgumentTypeError(f"{text!r} must be {wanted}, such as {example}") from None
+
+    return read
+
+
+def _parse(text: str, kind):
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if text.lower() == "none" and type(None) in inner:
+            return None
+        for choice in inner:
+            try:
+                return _parse(text, choice)
+            except (KeyError, ValueError):
+                continue
+        raise ValueError(text)
+    if origin in (list, tuple):
+        return [_parse(entry, inner[0]) for entry in text.split(",")]
+    if kind is bool:
+        return {"true": True, "false": False}[text.lower()]
+    if kind is type(None):
+        raise ValueError(text)
+    return kind(text)
+
+
+def _shown(value) -> str:
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value).lower()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

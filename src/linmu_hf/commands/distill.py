@@ -1,0 +1,138 @@
+"""`linmu-distill`: a converted model and its teacher in, a distilled model out."""
+
+import copy
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import HfArgumentParser
+from transformers.utils import logging
+
+from ..conversion.source import read_processor, read_raw_config
+from ..conversion.teacher import load_teacher
+from ..data.rows import load_rows
+from ..distillation.config import DistillConfig
+from ..distillation.runner import check_output, distill
+from ..distillation.stages import Stage
+from ..evaluation.loading import check_model, first_line, library_versions
+from ..hub import find_origin, prepare_repo, push_folder, write_model_card
+from ..modeling.configuration_linmu import LinMUConfig
+from ..modeling.modeling_linmu import LinMUForConditionalGeneration
+from ..safetensors_io import check_report
+
+
+@dataclass
+class ScriptArguments:
+    """What `linmu-distill` takes besides the arguments of [`DistillConfig`]."""
+
+    model: str = field(metadata={"help": "The student: folder or Hub id of a converted model."})
+    dataset: str = field(metadata={"help": "Folder written by save_to_disk, or anything load_dataset opens."})
+    teacher: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the teacher; short for --teacher_model_name_or_path."}
+    )
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to learn from."})
+    json: str | None = field(default=None, metadata={"help": "File that gets the run's last figures."})
+
+
+def run(script: ScriptArguments, config: DistillConfig) -> dict:
+    teacher_path = script.teacher or config.teacher_model_name_or_path
+    if teacher_path is None:
+        raise ValueError("no teacher: give --teacher FOLDER_OR_HUB_ID")
+    config.teacher_model_name_or_path = teacher_path
+    check_model(script.model)
+    if read_raw_config(script.model)["model_type"] != LinMUConfig.model_type:
+        raise ValueError(f"{script.model} is no LinMU model: make one of it with `linmu-convert` first")
+    check_output(config)
+    dataset = load_rows(script.dataset, script.dataset_train_split)
+    mixed = config.bf16 or config.fp16
+    student = LinMUForConditionalGeneration.from_pretrained(script.model, dtype="auto" if mixed else "float32")
+    processor = read_processor(script.model)
+    options = {"dtype": None if mixed else "float32", **(config.teacher_model_init_kwargs or {})}
+    teacher = load_teacher(teacher_path, revision=config.teacher_model_revision, **options)
+
+    repo = _prepare_push(config)
+    origin = find_origin(teacher_path, config.teacher_model_revision, script.model)
+
+    def write_card(folder, stages, rows):
+        write_model_card(folder, origin, stages=stages, rows=rows, dataset=script.dataset)
+
+    stages = config.stages()
+    for stage in stages:
+        done = Path(config.output_dir, stage.name).is_dir() and not config.overwrite_output_dir
+        print(f"{stage.name:14}{describe(stage)}{', finished before' if done else ''}", flush=True)
+    start = time.perf_counter()
+    trains = copy.copy(config)
+    trains.push_to_hub = False  # the stages upload nothing, the finished model is uploaded below
+    rows = distill(trains, student, teacher, dataset, processor, finish_folder=write_card)
+    seconds = time.perf_counter() - start
+    if repo:
+        token, revision = config.hub_token, config.hub_revision
+        print(push_folder(config.output_dir, repo, revision=revision, token=token).commit_url)
+    figures: dict[str, dict] = {}
+    for row in rows:
+        figures.setdefault(row["stage"], {}).update(row)
+    return {
+        "output_dir": config.output_dir,
+        "model": script.model,
+        "teacher": teacher_path,
+        "dataset": script.dataset,
+        "rows": len(dataset),
+        "seconds": round(seconds, 1),
+        "stages": figures,
+        "versions": library_versions(),
+    }
+
+
+def _prepare_push(config: DistillConfig) -> str | None:
+    """The repository of `push_to_hub`, by default named like the output folder, as the Trainer does."""
+    if not config.push_to_hub:
+        return None
+    return prepare_repo(
+        config.hub_model_id or Path(config.output_dir).absolute().name,
+        private=config.hub_private_repo,
+        revision=config.hub_revision,
+        token=config.hub_token,
+    )
+
+
+def describe(stage: Stage) -> str:
+    """A stage in one line, such as `100 steps at 0.001: 0.5 hid + 0.5 tok`."""
+    return f"{stage.max_steps:,} steps at {stage.learning_rate:g}: {stage.objective()}"
+
+
+def format_table(stages: dict[str, dict]) -> str:
+    """The last figures of every stage."""
+    keys = ("loss_hid", "loss_tok", "loss_seq", "loss_sup", "agreement", "relative_error", "train_runtime")
+    keys = [key for key in keys if any(key in figures for figures in stages.values())]
+    lines = [f"{'':14}" + "".join(f"{key.removeprefix('train_'):>16}" for key in keys)]
+    for name, figures in stages.items():
+        cells = (f"{figures[key]:.4g}" if key in figures else "-" for key in keys)
+        lines.append(f"{name:14}" + "".join(f"{cell:>16}" for cell in cells))
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = HfArgumentParser(
+        (ScriptArguments, DistillConfig), prog="linmu-distill", description=__doc__.split(": ")[1]
+    )
+    logging.set_verbosity_warning()
+    try:
+        script, config = parser.parse_args_into_dataclasses(argv)
+        check_report(script.json)
+        report = run(script, config)
+    except (ImportError, OSError, ValueError, FloatingPointError) as error:
+        print(f"linmu-distill: error: {first_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("linmu-distill: interrupted; the same command takes it up again", file=sys.stderr)
+        return 130
+    print(f"\n{format_table(report['stages'])}\n\n{report['output_dir']}: {report['seconds']} s")
+    if script.json:
+        Path(script.json).expanduser().write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""`linmu-eval`: how much of a teacher its students keep, per task."""
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from ..data.rows import check_dataset, load_rows
+from ..evaluation.loading import check_device, check_model, library_versions, load_model
+from ..evaluation.retention import compare, correct_answers, format_table, generate_answers, tasks_of
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="linmu-eval", description=__doc__.split(": ", 1)[1])
+    parser.add_argument("--model", action="append", required=True, help="student, folder or Hub id; may be repeated")
+    parser.add_argument("--teacher", help="teacher, folder or Hub id; without it accuracies alone")
+    parser.add_argument("--dataset", required=True, help="folder written by save_to_disk, or a Hub id")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--limit", type=int, help="at most this many rows of every task")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--device", help="by default a GPU if there is one")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
+    arguments = parser.parse_args(argv)
+    for name in ("limit", "batch_size", "max_new_tokens"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
+    return arguments
+
+
+def name_models(paths: list[str]) -> dict[str, str]:
+    """Short names for the table, `{name: path}`: the last part of each path, or the whole where two are alike."""
+    last = [path.rstrip("/").split("/")[-1] for path in paths]
+    return {short if last.count(short) == 1 else path: path for short, path in zip(last, paths)}
+
+
+def first_of_every_task(dataset, limit: int):
+    """The dataset's first `limit` rows of every task, in their order."""
+    seen: Counter = Counter()
+    picked = []
+    for i, task in enumerate(dataset["task"] if "task" in dataset.column_names else ["all"] * len(dataset)):
+        seen[task] += 1
+        if seen[task] <= limit:
+            picked.append(i)
+    return dataset.select(picked)
+
+
+def evaluate(arguments: argparse.Namespace) -> dict:
+    check_device(arguments.device)
+    if arguments.json and arguments.json.is_dir():
+        raise ValueError(f"--json {arguments.json} is a folder: name a file")
+    models = name_models(list(dict.fromkeys(arguments.model)))
+    if arguments.teacher:
+        models = {"teacher": arguments.teacher} | models
+    for path in models.values():
+        check_model(path)
+    dataset = load_rows(arguments.dataset, arguments.split)
+    check_dataset(dataset)
+    if arguments.limit is not None:
+        dataset = first_of_every_task(dataset, arguments.limit)
+    rows = list(dataset)  # images are decoded once, not once per model
+
+    correct, seconds = {}, {}
+    for name, path in models.items():
+        model, processor = load_model(path, device=arguments.device, dtype=arguments.dtype)
+        start = time.perf_counter()
+        answers = generate_answers(
+            model,
+            processor,
+            rows,
+            batch_size=arguments.batch_size,
+            max_new_tokens=arguments.max_new_tokens,
+            description=name,
+        )
+        seconds[name] = round(time.perf_counter() - start, 2)
+        correct[name] = correct_answers(rows, answers)
+        del model
+    reports = compare(correct, tasks_of(rows), "teacher" if arguments.teacher else None)
+    for name, report in reports.items():
+        report |= {"path": models[name], "seconds": seconds[name]}
+    return {
+        "dataset": arguments.dataset,
+        "split": arguments.split,
+        "rows": len(rows),
+        "models": reports,
+        "versions": library_versions(),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    try:
+        results = evaluate(arguments)
+    except (ImportError, OSError, ValueError) as error:
+        sys.exit(f"linmu-eval: error: {error}")
+    print(format_table(results["models"]))
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

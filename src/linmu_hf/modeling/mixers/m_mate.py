@@ -1,0 +1,78 @@
+"""The M-MATE block (Algorithm 1): two branches side by side in place of self-attention."""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from ..layout.token_layout import TextStep
+from .flex_ma import FlexMA, ScanDirection, ZeroLinear
+from .local_swin import LocalSwin
+
+
+class MMate(nn.Module):
+    """
+    Flex-MA for global context, Local-Swin for neighbours, summed with a learned weight per token.
+
+    Args:
+        config (`LinMUTextConfig`): Sizes and options.
+        layer_idx (`int`): Picks the scan order and whether windows are shifted.
+    """
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.flex_ma = FlexMA(config, layer_idx)
+        self.local_swin = LocalSwin(config, layer_idx)
+        self.fusion_proj = ZeroLinear(config.hidden_size, 1)
+        self.output_norm = nn.Identity()
+        if config.output_norm == "layer_norm":
+            self.output_norm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def reset_new_parameters(self):
+        """Sets, in place and deterministically, every parameter that does not come from the teacher (Eq. 4 and 5)."""
+        for module in self.modules():
+            if isinstance(module, (ScanDirection, ZeroLinear)):
+                module.reset_new_parameters()
+        for name, parameter in self.output_norm.named_parameters():
+            init.constant_(parameter, 1.0 if name == "weight" else 0.0)
+
+    def branches(self, hidden_states, rope, layout, cache_layer=None):
+        """
+        Both branches before their output projections.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `[b, t, d]`): Block input.
+            rope (`tuple[torch.Tensor, torch.Tensor]`): cos and sin, each `[b, t, p]`.
+            layout (`TokenLayout`): Where the tokens lie.
+            cache_layer (`MMateCacheLayer`, *optional*): Recurrent state; updated.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor | None]`: Flex-MA `[n, h * p]` in scan order, Local-Swin `[v, h * p]`
+            (`None` without vision tokens).
+        """
+        order = layout.orders[self.config.scan_order(self.layer_idx)]
+        tokens = hidden_states.flatten(0, 1)
+        rope = tuple(t.flatten(0, 1) for t in rope)
+        in_order = tokens.index_select(0, order), tuple(t.index_select(0, order) for t in rope)
+        flex = self.flex_ma(*in_order, layout, cache_layer)
+        return flex, None if layout.vision is None else self.local_swin(tokens, rope, layout)
+
+    def forward(self, hidden_states, rope, layout, cache_layer=None):
+        """
+        The block output, `[b, t, d]`; arguments as in `branches`, or a [`TextStep`] for the layout. Padding rows carry
+        no meaning.
+        """
+        if isinstance(layout, TextStep):
+            token, rope = hidden_states[:, 0], tuple(t[:, 0] for t in rope)
+            flex = self.flex_ma.step(token, rope, layout.mask, cache_layer)
+            return self.output_norm(self.flex_ma.o_proj(flex))[:, None]
+        flex, swin = self.branches(hidden_states, rope, layout, cache_layer)
+        tokens = hidden_states.flatten(0, 1)
+        order = layout.orders[self.config.scan_order(self.layer_idx)]
+        y = torch.zeros_like(tokens).index_copy_(0, order, self.flex_ma.o_proj(flex).to(tokens.dtype))
+        if swin is not None:
+            vision = layout.vision
+            fusion = torch.sigmoid(self.fusion_proj(tokens).index_select(0, vision))  # lambda_t, which is 1 on text
+            swin = self.local_swin.o_proj(swin).to(tokens.dtype)
+            y.index_copy_(0, vision, torch.lerp(swin, y.index_select(0, vision), fusion))
+        return self.output_norm(y).view_as(hidden_states)

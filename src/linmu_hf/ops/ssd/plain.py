@@ -1,0 +1,315 @@
+"""The selective scan in plain PyTorch: the recurrence (the truth) and its chunked form.
+
+Contract and glossary: `ssd.py`. Inside a chunk (l and r count its tokens, c counts chunks), with a_l the running sum
+of dt * A, the chunked form is
+
+    1. within the chunk     y_l += sum_{r <= l} exp(a_l - a_r) dt_r (C_l . B_r) x_r
+    2. state of the chunk   S_c  = sum_r exp(a_end - a_r) dt_r x_r B_r^T
+    3. from chunk to chunk  h_c  = exp(a_end) h_{c-1} + S_c
+    4. from before          y_l += exp(a_l) C_l . h_{c-1}
+
+Chunks are worked through in pieces. On a CPU a piece is what its cache holds, and every tensor between the inputs and
+y is as small as that; the backward pass computes them again, piece by piece.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ..backends import multiplies_in_bfloat16
+
+
+# Bytes between the inputs and y of one piece: about the second-level cache of one core.
+CACHE_BYTES = 2**21
+
+# Smallest normaliser that is divided by.
+SMALLEST = torch.finfo(torch.float32).tiny ** 0.5
+
+
+def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def ssd_recurrence(x, dt, A, B, C, segments, initial_states=None):
+    """Token by token, as Eq. 1 is written."""
+    dtype = _compute_dtype(x)
+    (n, g, p), s, k = x.shape, dt.shape[-1], B.shape[-1]
+    per_group = s // g
+    x_s = x.to(dtype).repeat_interleave(per_group, dim=1)
+    B_s = B.to(dtype).repeat_interleave(per_group, dim=1)
+    C_s = C.to(dtype).view(n, s, -1, k)
+    dt, A = dt.to(dtype), A.to(dtype)
+    outputs, finals, start = [], [], 0
+    for segment, length in enumerate(segments.lengths):
+        h = x.new_zeros(s, p, k, dtype=dtype) if initial_states is None else initial_states[segment].to(dtype)
+        for t in range(start, start + length):
+            decay = torch.exp(dt[t] * A)[:, None, None]
+            h = decay * h + dt[t, :, None, None] * x_s[t, :, :, None] * B_s[t, :, None, :]
+            outputs.append(torch.einsum("sqk,spk->sqp", C_s[t], h).flatten(0, 1))
+        finals.append(h)
+        start += length
+    return torch.stack(outputs).to(x.dtype), torch.stack(finals)
+
+
+def ssd_chunked(
+    x, dt, A, B, C, segments, initial_states=None, piece: int | None = None, divided: bool = False
+):  # fmt: skip
+    """
+    The chunked form as batched matrix products.
+
+    Args:
+        piece (`int`, *optional*): Most tokens of a piece; at least one chunk is taken. By default what fits into the
+            cache on a CPU, and everything at once elsewhere.
+        divided (`bool`, *optional*): Divides the channels of y by the last of them and leaves that out; for inputs
+            that need no gradients. On a CPU that has them, products of bfloat16 inputs are then those of bfloat16, as
+            in our kernels: their sums, the decays and the states that are carried on stay in float32.
+    """
+    out_dtype, rank = x.dtype, segments.rank
+    dtype = x.dtype if divided and multiplies_in_bfloat16(x) else _compute_dtype(x)
+    (n, _, p), s, (h, k) = x.shape, dt.shape[-1], C.shape[1:]
+    size = segments.chunk_size
+    if piece is None:
+        per_chunk = dtype.itemsize * (size * h * (k + 2 * size + p) + 2 * s * p * k)
+        piece = size * (CACHE_BYTES // per_chunk) if x.device.type == "cpu" else n + size * len(segments)
+    if initial_states is not None:
+        initial_states = initial_states.to(_compute_dtype(x))
+        if rank is not None:
+            initial_states = torch.zeros_like(initial_states).index_copy(0, rank, initial_states)
+    x, B, C = (_to_chunks(tensor.to(dtype), segments) for tensor in (x, B, C))
+    dt, A = _to_chunks(dt.to(_compute_dtype(x)), segments), A.to(_compute_dtype(x))
+    pieces = _pieces(segments.steps, max(piece // size, 1))
+    if divided:
+        y, finals = _scan(x, dt, B, C, A, initial_states, len(segments), pieces, divided=True)
+    else:
+        y, finals = _Scan.apply(x, dt, B, C, A, initial_states, len(segments), pieces)
+    y = y.flatten(0, 1)
+    if segments.slots is not None:
+        y = y[:n] if len(segments) == 1 else y.index_select(0, segments.slots)
+    return y.to(out_dtype), finals if rank is None else finals.index_select(0, rank)
+
+
+def ssd_streaming(
+    x, dt, A, B, C, segments, initial_states=None, piece: int | None = None, divided: bool = False
+):  # fmt: skip
+    """The chunked form in small pieces on every device, of 1024 tokens by default where [`ssd_chunked`] takes all."""
+    if piece is None and x.device.type != "cpu":
+        piece = 1024
+    return ssd_chunked(x, dt, A, B, C, segments, initial_states, piece, divided)
+
+
+def _to_chunks(tensor, segments):
+    """[n, ...] -> [c, chunk_size, ...], segments padded with zeros to whole chunks (dt = 0 leaves states alone)."""
+    if segments.slots is not None:
+        padding = sum(segments.steps) * segments.chunk_size - len(tensor)
+        if len(segments) == 1:
+            tensor = torch.cat([tensor, tensor.new_zeros(padding, *tensor.shape[1:])])
+        else:
+            padded = tensor.new_zeros(len(tensor) + padding, *tensor.shape[1:])
+            tensor = padded.index_copy(0, segments.slots, tensor)
+    return tensor.reshape(-1, segments.chunk_size, *tensor.shape[1:])
+
+
+def _pieces(steps, most: int) -> list[list[slice]]:
+    """
+    Pieces of at most `most` chunks in their order, each a list of steps: the segments whose states a step changes.
+
+    >>> _pieces((3, 1, 1), 2)
+    [[slice(0, 2)], [slice(2, 3)], [slice(0, 1), slice(0, 1)]]
+    """
+    pieces: list[list[slice]] = []
+    room = 0
+    for count in steps:
+        first = 0
+        while first < count:
+            if not room or (first == 0 and count > room):
+                pieces.append([])
+                room = most
+            taken = min(count - first, room)
+            pieces[-1].append(slice(first, first + taken))
+            first, room = first + taken, room - taken
+    return pieces
+
+
+class _Decays(NamedTuple):
+    """
+    Decays of every chunk, token and state head, [c, s, l]; powers of two, which are faster than powers of e.
+
+    Args:
+        a (`torch.Tensor`): Running sum of dt A log2(e) within the chunk.
+        written (`torch.Tensor`): a_r - log2(dt_r), so that 2^(a_l - written_r) = exp(dt A ...) dt_r.
+        start, end (`torch.Tensor`): Decay from the start of the chunk to the token, and from the token to the end.
+        dt (`torch.Tensor`): Step sizes.
+    """
+
+    a: torch.Tensor
+    written: torch.Tensor
+    start: torch.Tensor
+    end: torch.Tensor
+    dt: torch.Tensor
+
+    @classmethod
+    def build(cls, dt, A) -> "_Decays":
+        dt = dt.transpose(1, 2).contiguous()
+        a = torch.cumsum(dt * (A * math.log2(math.e))[:, None], dim=-1)
+        return cls(a, a - dt.log2(), a.exp2(), (a[..., -1:] - a).exp2_(), dt)
+
+    def of(self, chunks: slice) -> "_Decays":
+        return _Decays(*(tensor[chunks] for tensor in self))
+
+
+def _between(a, written):
+    """2^(a_l - written_r), [c, s, 1, l, r], zero for r > l; there it would be as large as it likes."""
+    return (a[:, :, None, :, None] - written[:, :, None, None, :]).exp2_().tril_()
+
+
+def _weighted(x, weights, groups: int):
+    """x [c g, l, p] times [c, s, l] -> [c g, l, r p]"""
+    size = weights.shape[-1]
+    weights = weights.view(groups, -1, size).transpose(1, 2).contiguous()
+    return (x[:, :, None] * weights[..., None]).view(groups, size, -1)
+
+
+def _by_head(tensor, groups: int):
+    """[c, l, heads, d] -> [c g, (heads / g) l, d]"""
+    return tensor.transpose(1, 2).reshape(groups, -1, tensor.shape[-1])
+
+
+def _scan(x, dt, B, C, A, initial, m, pieces, divided: bool = False, befores: list | None = None):
+    """
+    Chunks [c, l, ...] in the order of `Segments` -> y [c, l, h, p] and final states [m, s, p, k].
+
+    In a piece of c chunks, with s = g r state heads and h = s q query heads: x [c g, l, p], B [c g, l, k],
+    C and y [c g, r q l, k or p]. The states before each piece are added to `befores`, if it is given.
+    """
+    (c, size, g, p), s, (h, k) = x.shape, dt.shape[-1], C.shape[2:]
+    states = x.new_zeros(m, s, p, k, dtype=dt.dtype) if initial is None else initial.clone()
+    y = x.new_empty(c, size, h, p - divided)
+    all_decays, start = _Decays.build(dt, A), 0
+    for piece in pieces:
+        now = slice(start, start + sum(step.stop - step.start for step in piece))
+        start, count = now.stop, now.stop - now.start
+        decays = all_decays.of(now)
+        x_now, B_now, C_now = (_by_head(tensor[now], count * g) for tensor in (x, B, C))
+        # 2. state of the chunk
+        weights = (decays.end * decays.dt).to(x.dtype)
+        own = torch.bmm(_weighted(x_now, weights, count * g).transpose(1, 2), B_now)
+        # 3. from chunk to chunk
+        own, at = own.view(count, s, p, k).to(states.dtype), 0
+        before = x.new_empty(own.shape)
+        for step in piece:
+            chunks = slice(at, at + step.stop - step.start)
+            at = chunks.stop
+            before[chunks] = states[step]
+            torch.addcmul(own[chunks], states[step], decays.start[chunks, :, -1:, None], out=states[step])
+        # 1. within the chunk
+        scores = torch.bmm(C_now, B_now.transpose(1, 2))
+        scores.view(count, s, -1, size, size).mul_(_between(decays.a, decays.written))
+        # 4. from before; nothing was before the first chunks
+        fresh = min(max(m - now.start, 0), count) if initial is None else 0
+        out = x.new_empty(count * s, h // s * size, p)
+        out[: fresh * s] = 0
+        read = C_now.view(count * s, -1, k)[fresh * s :], before.view(-1, p, k)[fresh * s :].transpose(1, 2)
+        torch.bmm(*read, out=out[fresh * s :])
+        out.view(count, s, -1, size, p).mul_(decays.start[:, :, None, :, None])
+        out = out.view(count * g, -1, p).baddbmm_(scores, x_now).view(count, h, size, p).transpose(1, 2)
+        if divided:
+            torch.div(out[..., :-1], out[..., -1:].clamp_min(SMALLEST), out=y[now])
+        else:
+            y[now] = out
+        if befores is not None:
+            befores.append(before)
+    return y, states
+
+
+class _Scan(torch.autograd.Function):
+    """`_scan` with a backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, dt, B, C, A, initial, m, pieces):
+        befores: list[torch.Tensor] = []
+        y, states = _scan(x, dt, B, C, A, initial, m, pieces, befores=befores if any(ctx.needs_input_grad) else None)
+        ctx.save_for_backward(x, dt, B, C, A, *befores)
+        ctx.pieces, ctx.from_zero = pieces, initial is None
+        return y, states
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y, grad_states):
+        x, dt, B, C, A, *befores = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            d_states = grad_states.clone()  # carried from the last chunks to the first
+            all_decays = _Decays.build(dt, A)
+            dx, dB, dC = (torch.empty_like(tensor) for tensor in (x, B, C))
+            ddt, d_logs = (torch.empty_like(all_decays.dt) for _ in range(2))
+            stop = len(x)
+            for piece, before in zip(reversed(ctx.pieces), reversed(befores), strict=True):
+                now = slice(stop - len(before), stop)
+                stop = now.start
+                dx[now], ddt[now], dB[now], dC[now], d_logs[now] = _backward_piece(
+                    x[now], all_decays.of(now), B[now], C[now], grad_y[now], before, d_states, piece
+                )
+            dA = (d_logs * all_decays.dt).sum((0, 2))
+            ddt += d_logs * A[:, None]
+        return dx, ddt.transpose(1, 2), dB, dC, dA, None if ctx.from_zero else d_states, None, None
+
+
+def _backward_piece(x, decays, B, C, d_out, before, d_states, piece):
+    """
+    Gradients of one piece: of x, dt [c, s, l], B, C and the log decays dt A [c, s, l]; `d_states` goes on.
+
+    The decay of token j stands between every pair r < j <= l. Its gradient is summed over just these pairs: through
+    the running sum, what token r adds to y_r would be added and taken off again, and its rounding would be left.
+    """
+    (c, size, g, _), (s, p, k) = x.shape, before.shape[1:]
+    x, B, C, d_out = (_by_head(tensor, c * g) for tensor in (x, B, C, d_out))
+    before = before.view(c * s, p, k)
+    by_head = (c, s, -1, size)  # rows of C and y of one state head
+
+    # 4. from before: y += exp(a_l) C_l . h
+    d_read = (d_out.view(*by_head, p) * decays.start[:, :, None, :, None]).view(c * s, -1, p)
+    dC = torch.bmm(d_read, before)
+    read = (dC * C.view_as(dC)).sum(-1).view(by_head).sum(2)
+    d_logs = read.flip(-1).cumsum(-1).flip(-1)
+    d_before = torch.bmm(d_read.transpose(1, 2), C.view_as(dC)).view(c, s, p, k)
+
+    # 3. from chunk to chunk: h' = exp(a_end) h + S
+    d_own, at, ends = torch.empty_like(d_before), c, decays.start[..., -1]
+    for step in reversed(piece):
+        chunks = slice(at - step.stop + step.start, at)
+        at = chunks.start
+        d_own[chunks] = d_states[step]
+        torch.addcmul(d_before[chunks], d_own[chunks], ends[chunks][..., None, None], out=d_states[step])
+    d_logs += (ends * (d_own * before.view_as(d_own)).sum((2, 3)))[..., None]
+    d_own = d_own.view(c * g, -1, k)
+
+    # 1. within the chunk: y_l += sum_r M_lr x_r, with M_lr = (C_l . B_r) exp(a_l - a_r) dt_r
+    between = _between(decays.a, decays.a)
+    d_scores = torch.bmm(d_out, x.transpose(1, 2))
+    d_scores.view(*by_head, size).mul_(between)
+    scores = torch.bmm(C, B.transpose(1, 2))
+    products = (scores * d_scores).view(*by_head, size).sum(2)  # [c, s, l, r]
+    ddt = products.sum(2)
+    upper = torch.ones(size, size, dtype=x.dtype, device=x.device).triu_().expand(c * s, -1, -1)
+    after = torch.bmm(upper, products.mul_(decays.dt[:, :, None]).view(c * s, size, size)).tril_(-1)
+    d_logs += after.sum(-1).view_as(d_logs)
+    dt_r = decays.dt[:, :, None, None, :]
+    d_scores.view(*by_head, size).mul_(dt_r)
+    scores.view(*by_head, size).mul_(between.mul_(dt_r))
+    dx = torch.bmm(scores.transpose(1, 2), d_out)
+    dB = torch.bmm(d_scores.transpose(1, 2), C)
+    dC = dC.view_as(C).baddbmm_(d_scores, B)
+
+    # 2. state of the chunk: S = sum_r exp(a_end - a_r) dt_r x_r B_r^T
+    weights = decays.end * decays.dt
+    dB.baddbmm_(_weighted(x, weights, c * g), d_own)
+    d_written = torch.bmm(B, d_own.transpose(1, 2)).view(c, g, size, -1, p)
+    written = (d_written * x.view(c, g, size, 1, p)).sum(-1).transpose(2, 3).reshape(c, s, size)
+    ddt += written * decays.end
+    d_logs[..., 1:] += (written * weights).cumsum(-1)[..., :-1]
+    weights = weights.view(c, g, -1, size).transpose(2, 3)
+    dx.view(c, g, size, p).add_((d_written * weights[..., None]).sum(3))
+
+    dx, dB, dC = (grad.view(c, -1, size, grad.shape[-1]).transpose(1, 2) for grad in (dx, dB, dC))
+    return dx, ddt, dB, dC, d_logs

@@ -1,0 +1,265 @@
+"""The one contract for the selective scan (state space duality, SSD) and the choice of its implementation.
+
+    code            paper (Eq. 1)     shape             meaning
+    x               u_t               [n, g, p]         scan input, one head per key/value head
+    dt              Delta_t           [n, s]            step size, >= 0; s state heads, a multiple of g
+    A               A                 [s]               decay rate, < 0; a token decays the state by exp(dt * A)
+    B               B_t               [n, g, k]         where a token is written into the state
+    C               C_t               [n, h, k]         where it is read; h query heads, a multiple of s
+    y               y_t               [n, h, p]         h_t = exp(dt A) h_{t-1} + dt x B^T,  y = h_t C
+    states          h_t               [m, s, p, k]      one per segment, fp32
+
+Heads are grouped as in grouped-query attention: state heads `g * (s / g) .. ` read the x and B of key/value head `g`,
+which are never repeated in memory. Tokens of all sequences lie packed behind one another; `Segments` says where each
+sequence begins, and states never cross from one segment to the next.
+
+Two arguments spare copies: `index` names the rows of the scanned tokens, so that inputs and y stay in any order of
+theirs, and `normalized` stands for a further channel of x that is 1 everywhere and that the other channels of y are
+divided by. States then have a row for it, [m, s, p + 1, k], and y has p channels.
+"""
+
+import os
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from ..backends import ENVIRONMENT, first_that_runs, kernels_serve, missing
+from ..self_check import failed_trial
+from .plain import SMALLEST, ssd_chunked, ssd_recurrence, ssd_streaming
+
+
+# Tokens of the longest segment above which the streaming form is used: its memory does not grow with the length.
+STREAMING_THRESHOLD = 4096
+
+BACKENDS = {"chunked": ssd_chunked, "streaming": ssd_streaming, "recurrence": ssd_recurrence}
+GPU_BACKENDS = ("triton", "mamba_ssm")  # loaded when they are first used
+
+
+@dataclass(frozen=True)
+class Segments:
+    """
+    Where the segments of a packed token dimension begin, and how they are cut into chunks; built once, used by every
+    layer.
+
+    Chunks are kept in the order in which states pass through them: the first chunk of every segment, then the second
+    of every segment that has one, and so on, longest segment first. What a step needs is then a plain split.
+
+    Args:
+        lengths (`tuple[int, ...]`): Tokens of each segment, all at least 1.
+        chunk_size (`int`): Tokens of a chunk.
+        steps (`tuple[int, ...]`): Number of segments that have a first, a second, ... chunk.
+        rank (`torch.LongTensor` of shape `[m]` or `None`): Place of every segment among the longest-first; `None` if
+            they are in that order.
+        slots (`torch.LongTensor` of shape `[n]` or `None`): Place of every token in the chunks; `None` if tokens fill
+            them as they lie.
+    """
+
+    lengths: tuple[int, ...]
+    chunk_size: int
+    steps: tuple[int, ...]
+    rank: torch.Tensor | None
+    slots: torch.Tensor | None
+
+    @classmethod
+    def build(cls, lengths, device=None, chunk_size: int | None = None) -> "Segments":
+        """Cuts segments of the given `lengths` into chunks; by default of a size that wastes little padding."""
+        lengths = tuple(lengths)
+        if chunk_size is None:
+            # a chunk costs about as much as 8 tokens more; torch.compile knew sorted with a key before min with one
+            chunk_size = sorted((64, 32, 16), key=lambda size: _padded(lengths, size) * (1 + 8 / size))[0]
+        chunks = [-(-length // chunk_size) for length in lengths]
+        steps = tuple(sum(count > step for count in chunks) for step in range(max(chunks)))
+        if len(lengths) == 1 and lengths[0] % chunk_size == 0:
+            return cls(lengths, chunk_size, steps, None, None)
+        longest_first = sorted(range(len(chunks)), key=lambda segment: -chunks[segment])
+        rank = torch.empty(len(chunks), dtype=torch.long)
+        rank[longest_first] = torch.arange(len(chunks))
+        rank = rank.to(device)
+        length, n = torch.tensor(lengths, device=device), sum(lengths)  # a size that is told is not waited for
+        position = torch.arange(n, device=device)
+        position = position - (length.cumsum(0) - length).repeat_interleave(length, output_size=n)
+        step = position // chunk_size
+        first_of_step = torch.tensor((0, *steps), device=device).cumsum(0)
+        ranks = rank.repeat_interleave(length, output_size=n)
+        slots = (first_of_step[step] + ranks) * chunk_size + position % chunk_size
+        in_order = longest_first == list(range(len(chunks)))
+        return cls(lengths, chunk_size, steps, None if in_order else rank, slots)
+
+    def to(self, device, **kwargs) -> "Segments":
+        """The same with its tensors on another device; further arguments as for `torch.Tensor.to`."""
+        rank, slots = (t if t is None else t.to(device, **kwargs) for t in (self.rank, self.slots))
+        return replace(self, rank=rank, slots=slots)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+def _padded(lengths, size: int) -> int:
+    return sum(-(-length // size) * size for length in lengths)
+
+
+def ssd(
+    x, dt, A, B, C, segments: Segments, *, initial_states=None, normalized: bool = False, index=None,
+    backend: str = "auto",
+):  # fmt: skip
+    """
+    Selective scan over packed segments, Eq. 1 of the paper; shapes in the table at the top of this file.
+
+    Args:
+        x, dt, A, B, C (`torch.Tensor`): See the table. Decays and states are computed in fp32 (fp64 for fp64 input).
+        segments (`Segments`): The packed sequences.
+        initial_states (`torch.Tensor` of shape `[m, s, p, k]`, *optional*): States before each segment.
+        normalized (`bool`, *optional*, defaults to `False`):
+            Divides y by what the scan gives for a channel of ones; initial and final states are `[m, s, p + 1, k]`.
+        index (`torch.LongTensor` of shape `[n]`, *optional*):
+            Row of x, dt, B, C and y of each scanned token, each row at most once. y is zero in rows left out.
+        backend (`str`, *optional*, defaults to `"auto"`):
+            `"triton"` (our kernels, for GPUs), `"mamba_ssm"` (those of that package), `"chunked"` (batched matrix
+            products), `"streaming"` (chunked pieces one after the other, constant memory), `"recurrence"` (token by
+            token). `"auto"` is the first of these that can run, or what the environment variable `LINMU_SSD_BACKEND`
+            names.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: y of shape `[n, h, p]` in x's dtype, and the states after each segment.
+
+    Raises:
+        `ValueError`: The named backend is unknown, or cannot run here; the message says what it takes.
+    """
+    backend = choose_backend(x, segments, backend)
+    with torch.autocast(x.device.type, enabled=False):  # decays and states keep their precision
+        if backend == "triton":
+            from .triton import ssd_triton
+
+            return ssd_triton(x, dt, A, B, C, segments, initial_states, normalized=normalized, index=index)
+        if backend == "mamba_ssm":
+            from .mamba_ssm import ssd_mamba_ssm as form
+        else:
+            form = BACKENDS[backend]
+        return _with_copies(form, x, dt, A, B, C, segments, initial_states, normalized, index)
+
+
+class Scan(NamedTuple):
+    """The arguments of one scan, as [`ssd`] takes them."""
+
+    x: torch.Tensor
+    dt: torch.Tensor
+    A: torch.Tensor
+    B: torch.Tensor
+    C: torch.Tensor
+    segments: Segments
+    initial_states: torch.Tensor | None = None
+    index: torch.Tensor | None = None  # type: ignore[assignment]  # a tuple has a method of that name
+
+
+def ssd_pair(first: Scan, second: Scan, *, normalized: bool = False, final_states: bool = True, backend: str = "auto"):
+    """
+    Two scans of the same heads and sizes, as the two directions of a block are.
+
+    Args:
+        first, second (`Scan`): Their arguments.
+        normalized, backend: As in [`ssd`].
+        final_states (`bool`, *optional*, defaults to `True`): Whether the final states of the first are wanted.
+
+    Returns:
+        `tuple[tuple[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]`: y and states of
+        each; our kernels, which take both scans in one launch, do not write states that nobody wants, nor those of the
+        second.
+    """
+    if choose_backend(first.x, first.segments, backend) == "triton":
+        from .triton import ssd_triton_pair
+
+        with torch.autocast(first.x.device.type, enabled=False):
+            return ssd_triton_pair(first, second, normalized, final_states)
+    results = (ssd(**scan._asdict(), normalized=normalized, backend=backend) for scan in (first, second))
+    return tuple(results)
+
+
+def choose_backend(x, segments: Segments, backend: str = "auto") -> str:
+    """
+    The backend that [`ssd`] uses for such an `x`.
+
+    Raises:
+        `ValueError`: As in [`ssd`].
+    """
+    source = f"backend={backend!r}"
+    if backend == "auto" and os.environ.get(ENVIRONMENT, "auto") != "auto":
+        backend = os.environ[ENVIRONMENT]
+        source = f"{ENVIRONMENT}={backend}"
+    known = ["auto", *GPU_BACKENDS, *BACKENDS]
+    if backend not in known:
+        raise ValueError(f"{source} is unknown; choose one of {known}")
+    if backend in GPU_BACKENDS:
+        reason = missing(backend, x)
+        if reason:
+            raise ValueError(f"{source} cannot run: {reason}")
+        return backend
+    if backend != "auto":
+        return backend
+    if x.is_cuda:
+        reasons = {name: partial(_unfit, name, x) for name in GPU_BACKENDS}
+        chosen = first_that_runs("selective scan", reasons, "plain PyTorch")
+        if chosen is not None:
+            return chosen
+    return "streaming" if max(segments.lengths) > STREAMING_THRESHOLD else "chunked"
+
+
+def _unfit(backend: str, x: torch.Tensor) -> str | None:
+    return missing(backend, x) or failed_trial(x.device, backend)
+
+
+def _with_copies(form, x, dt, A, B, C, segments, initial_states, normalized, index):
+    """`normalized` and `index` for a form that knows neither."""
+    rows, dtype = len(x), x.dtype
+    if index is not None:
+        x, dt, B, C = (t.index_select(0, index) for t in (x, dt, B, C))
+    learns = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, dt, A, B, C, initial_states)
+    )
+    divided = normalized and not learns and form in (ssd_chunked, ssd_streaming)
+    if normalized:
+        if not divided:
+            # the form answers in x's dtype, and half precision does not hold the small sums that are divided
+            x = x.to(torch.promote_types(dtype, torch.float32))
+        x = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
+    y, states = form(x, dt, A, B, C, segments, initial_states, **({"divided": True} if divided else {}))
+    if normalized and not divided:
+        y = _divide(y).to(dtype)
+    if index is not None:
+        y = y.new_zeros(rows, *y.shape[1:]).index_copy(0, index, y)
+    return y, states
+
+
+def _divide(y):
+    return y[..., :-1] / y[..., -1:].clamp_min(SMALLEST)
+
+
+def ssd_step(x, dt, A, B, C, states, *, normalized: bool = False):
+    """
+    One token per sequence: x [b, g, p], dt [b, s], A [s], B [b, g, k], C [b, h, k], states [b, s, p, k].
+
+    With `normalized`, states are `[b, s, p + 1, k]` as in [`ssd`]. On a GPU with Triton, and without gradients, one
+    kernel does it all.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: y of shape `[b, h, p]` in x's dtype and the new states.
+    """
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, dt, A, B, C, states))
+    if not learns and states.dtype == torch.float32 and kernels_serve(x):
+        from .triton_step import ssd_step_triton
+
+        return ssd_step_triton(x, dt, A, B, C, states, normalized=normalized)
+    dtype = states.dtype
+    with torch.autocast(x.device.type, enabled=False):
+        values = x.to(dtype)
+        if normalized:
+            values = torch.cat([values, values.new_ones(*values.shape[:-1], 1)], dim=-1)
+        b, g, _ = values.shape
+        s = dt.shape[-1]
+        decay = torch.exp(dt.to(dtype) * A.to(dtype))
+        write = torch.einsum("bgp,bgk->bgpk", values, B.to(dtype))
+        write = write[:, :, None] * dt.to(dtype).view(b, g, s // g, 1, 1)
+        states = states * decay[..., None, None] + write.flatten(1, 2)
+        y = torch.einsum("bsqk,bspk->bsqp", C.to(dtype).view(b, s, -1, C.shape[-1]), states).flatten(1, 2)
+        return (_divide(y) if normalized else y).to(x.dtype), states

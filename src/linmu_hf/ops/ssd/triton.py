@@ -1,0 +1,446 @@
+"""The selective scan on a GPU: our Triton kernels behind the contract of `ssd.py`, with their backward pass.
+
+The kernels are in `ssd_triton_forward.py` and `ssd_triton_backward.py`. A launch serves one scan or a pair of them,
+such as both directions of a layer. Chunks of 64 tokens are worked on in windows that bound the memory of their
+states, whatever the length; a state enters each window from the one before, and the backward pass computes the states
+of a window again from there. Only x, B, C, dt, y, the entering states and the normalisers are kept for it.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+
+from .. import launch as tuning
+from .scan import Scan
+from .triton_backward import (
+    b_grad_kernel,
+    c_grad_kernel,
+    chunk_state_grads_kernel,
+    dt_grad_kernel,
+    slopes_kernel,
+    x_grad_kernel,
+)
+from .triton_forward import chunk_states_kernel, output_kernel, pass_states_kernel
+
+
+CHUNK = 64
+# Bytes of the states of a window of chunks; the backward pass holds two such windows.
+WINDOW_BYTES = 2**29
+# Smallest normaliser that is divided by.
+SMALLEST = torch.finfo(torch.float32).tiny ** 0.5
+
+
+class Plan(NamedTuple):
+    """
+    What the operators know of one or two scans besides tensors.
+
+    Args:
+        lengths (`tuple[int, ...]`): Tokens of the segments of the scans, one scan after the other.
+        counts (`tuple[int, ...]`): Segments of each scan.
+        starts, ends (`tuple[bool, ...]`): Whether a scan has initial states, and whether its final states are wanted.
+        normalized (`bool`): As in [`~linmu_hf.ops.ssd.scan.ssd`].
+        half_states (`bool`): Whether states wait in bfloat16 between the kernels; sums over chunks are in fp32 anyway.
+    """
+
+    lengths: tuple[int, ...]
+    counts: tuple[int, ...]
+    starts: tuple[bool, ...]
+    ends: tuple[bool, ...]
+    normalized: bool
+    half_states: bool
+
+    @property
+    def states_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.half_states else torch.float32
+
+    def states_before(self) -> int:
+        return sum(count for count, start in zip(self.counts, self.starts) if start)
+
+    def states_after(self) -> int:
+        return sum(count for count, end in zip(self.counts, self.ends) if end)
+
+
+@dataclass(frozen=True)
+class ChunkTable:
+    """
+    Chunks of packed segments, and the pieces of segments that share a window of chunks, as the kernels read them.
+
+    Args:
+        chunks (`torch.LongTensor` of shape `[c, 3]`): First token, number of tokens, and which scan.
+        pieces (`torch.LongTensor` of shape `[i, 4]`): First chunk within its window, number of chunks, which entering
+            state it begins with (-1: zero), and where its last state goes: the entering state of the piece that goes
+            on, number of entering states + number of the final state, or nowhere (-1).
+        windows (`tuple[tuple[int, int, int, int], ...]`): First and last chunk, first and last piece of each window.
+        entries (`int`): Entering states: first the initial states, then those that pieces hand on.
+        second (`int`): First chunk of the second scan, or the number of chunks.
+    """
+
+    chunks: torch.Tensor
+    pieces: torch.Tensor
+    windows: tuple[tuple[int, int, int, int], ...]
+    entries: int
+    second: int
+
+
+@lru_cache(maxsize=64)
+def _cut(plan: Plan, window: int):
+    """Rows of the tables of a [`ChunkTable`] (chunks, pieces, windows), number of entering states, second scan."""
+    chunks: list[tuple[int, int, int]] = []
+    pieces: list[tuple[int, int, int, int]] = []
+    windows, used, entries, finals, second = [(0, 0)], 0, plan.states_before(), 0, 0
+    starts, lengths = 0, iter(plan.lengths)
+    for scan, count_segments in enumerate(plan.counts):
+        token = 0
+        second = len(chunks)
+        for _ in range(count_segments):
+            length, comes_from = next(lengths), -1
+            if plan.starts[scan]:
+                comes_from, starts = starts, starts + 1
+            left = -(-length // CHUNK)
+            while left:
+                if used == window:
+                    windows.append((len(chunks), len(pieces)))
+                    used = 0
+                count = min(left, window - used)
+                left -= count
+                leads_to = -1
+                if left:
+                    leads_to, entries = entries, entries + 1
+                elif plan.ends[scan]:
+                    leads_to, finals = -2 - finals, finals + 1
+                pieces.append((used, count, comes_from, leads_to))
+                comes_from, used = leads_to, used + count
+                for _ in range(count):
+                    chunks.append((token, min(CHUNK, length), scan))
+                    token, length = token + chunks[-1][1], length - chunks[-1][1]
+    pieces = [(first, count, before, to if to >= -1 else entries - 2 - to) for first, count, before, to in pieces]
+    ends = [*windows[1:], (len(chunks), len(pieces))]
+    spans = tuple((chunk, end[0], piece, end[1]) for (chunk, piece), end in zip(windows, ends))
+    return chunks, pieces, spans, entries, second if len(plan.counts) == 2 else len(chunks)
+
+
+@lru_cache(maxsize=16)
+def chunk_table(plan: Plan, window: int, device: torch.device) -> ChunkTable:
+    """Cuts the segments of a plan into chunks, and the chunks into windows of at most `window`."""
+    chunks, pieces, windows, entries, second = _cut(plan, window)
+    return ChunkTable(torch.tensor(chunks).to(device), torch.tensor(pieces).to(device), windows, entries, second)
+
+
+def launch(kernel, grid, *args, **options):
+    kernel[grid](*args, **options)
+
+
+def _window(state_size: int, plan: Plan) -> int:
+    """Chunks of a window."""
+    return max(1, WINDOW_BYTES // (plan.states_dtype.itemsize * state_size))
+
+
+def _precision() -> str:
+    """What products in fp32 are: as PyTorch's own on a GPU."""
+    matmul = torch.backends.cuda.matmul
+    # once this was set, as Trainer does for tf32=True, PyTorch refuses to answer get_float32_matmul_precision
+    tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"
+
+
+class _Launches:
+    """Sizes and arguments that the launches of one or two scans share."""
+
+    def __init__(self, x, dt, A, B, C, index, plan: Plan):
+        (_, g, p), s, (_, h, k) = x[0].shape, dt[0].shape[-1], C[0].shape
+        self.h, self.s, self.g, self.r, self.q, self.p, self.k = h, s, g, s // g, h // s, p, k
+        self.size = (p + plan.normalized) * k
+        self.table = chunk_table(plan, _window(s * self.size, plan), x[0].device)
+        self.states_dtype = plan.states_dtype
+        self.x, self.dt, self.B, self.C = (
+            tuple((t, t.stride(0), t.stride(1)) for t in tensors) for tensors in (x, dt, B, C)
+        )
+        self.A, self.index = tuple(A), tuple(index) or None
+        self.options = {
+            "L": CHUNK, "NORMALIZED": plan.normalized, "HAS_INDEX": bool(index), "PAIR": len(x) == 2,
+            "PRECISION": _precision(),
+        }  # fmt: skip
+        self.dtype, self.device = x[0].dtype, x[0].device
+
+    def __call__(self, kernel, grid, *args):
+        """Launches a kernel of tiles; `grid(tiles of p, tiles of k)` gives its programs."""
+
+        def shape(config):
+            return grid(triton.cdiv(self.p, config.BP), triton.cdiv(self.k, config.BK))
+
+        def run(config):
+            launch(kernel, shape(config), *args, **self.options, **config._asdict())
+
+        configs = tuning.configurations(kernel, self.p, self.k, self.dtype)
+        key = (
+            kernel.fn.__name__,
+            self.dtype,
+            self.states_dtype,
+            self.r,
+            self.q,
+            self.p,
+            self.k,
+            *self.options.values(),
+        )
+        run(tuning.choose(configs, key, shape(configs[0])[0], self.device, run))
+
+    def window_buffers(self, like):
+        chunks = max(stop - start for start, stop, _, _ in self.table.windows)
+        states = like.new_empty(chunks, self.s, self.size, dtype=self.states_dtype)
+        return states, like.new_empty(chunks, self.s, dtype=torch.float32)
+
+    def chunk_states(self, window, states, decays):
+        start, stop, _, _ = window
+        self(
+            chunk_states_kernel, lambda tiles_p, tiles_k: (stop - start, self.s, tiles_p * tiles_k),
+            self.x, self.dt, self.A, self.B, self.table.chunks[start:stop], self.index, states, decays,
+            self.s, self.r, self.p, self.k,
+        )  # fmt: skip
+
+    def pass_states(self, window, states, decays, entries, finals, reverse=False, keep=True):
+        _, _, first, last = window
+        launch(
+            pass_states_kernel, (last - first, self.s, triton.cdiv(self.size, 512)),
+            states, decays, self.table.pieces, entries, finals, first, self.table.entries, self.s, self.size,
+            BLOCK=512, REVERSE=reverse, HAS_FINALS=finals is not None, KEEP=keep, num_warps=4,
+        )  # fmt: skip
+
+
+@torch.library.custom_op("linmu_hf::ssd_forward", mutates_args=())
+def ssd_forward(
+    x: list[torch.Tensor], dt: list[torch.Tensor], A: list[torch.Tensor], B: list[torch.Tensor],
+    C: list[torch.Tensor], initial_states: list[torch.Tensor], index: list[torch.Tensor],
+    lengths: list[int], counts: list[int], starts: list[bool], ends: list[bool], normalized: bool, half_states: bool,
+) -> list[torch.Tensor]:  # fmt: skip
+    """
+    One or two scans: lists have an entry for each, but for `initial_states`, which only those in `starts` have, and
+    `index`, which none has or all.
+
+    Returns:
+        `list[torch.Tensor]`: y of each scan, the final states that are wanted, the states that enter the windows, and
+        the normalisers of each scan.
+    """
+    plan = _plan(lengths, counts, starts, ends, normalized, half_states)
+    scan = _Launches(x, dt, A, B, C, index, plan)
+    outputs = _outputs(x, dt, B, C, index, plan)
+    y, finals, entries, sums = _split(outputs, len(x))
+    first = 0
+    for given in initial_states:
+        entries[first : first + len(given)] = given
+        first += len(given)
+    states, decays = scan.window_buffers(x[0])
+    with torch.cuda.device(scan.device if scan.device.type == "cuda" else -1):
+        for window in scan.table.windows:
+            scan.chunk_states(window, states, decays)
+            scan.pass_states(window, states, decays, entries, finals if len(finals) else None)
+            start, stop, _, _ = window
+            scan(
+                output_kernel, lambda tiles_p, _, n=stop - start: (n, scan.h, tiles_p),
+                scan.x, scan.dt, scan.A, scan.B, scan.C, scan.table.chunks[start:stop], scan.index, states, y, sums,
+                scan.h, scan.s, scan.r, scan.q, scan.p, scan.k, SMALLEST,
+            )  # fmt: skip
+    return outputs
+
+
+def _plan(lengths, counts, starts, ends, normalized, half_states) -> Plan:
+    lengths = tuple(int(length) for length in lengths)
+    return Plan(lengths, tuple(counts), tuple(starts), tuple(ends), normalized, half_states)
+
+
+def _outputs(x, dt, B, C, index, plan: Plan) -> list[torch.Tensor]:
+    p, h, s, k = x[0].shape[2], C[0].shape[1], dt[0].shape[1], B[0].shape[2]
+    state = (s, p + plan.normalized, k)
+    entries = _cut(plan, _window(s * (p + plan.normalized) * k, plan))[3]
+    y = [
+        (one.new_zeros if len(index) else one.new_empty)(len(one), h, p) for one in x
+    ]  # rows that an index leaves out
+    states = [x[0].new_empty(count, *state, dtype=torch.float32) for count in (plan.states_after(), entries)]
+    return [*y, *states, *(one.new_empty(len(one) if plan.normalized else 0, h, dtype=torch.float32) for one in x)]
+
+
+def _split(outputs, scans: int):
+    """y of the scans, final states, entering states, normalisers of the scans."""
+    return tuple(outputs[:scans]), outputs[scans], outputs[scans + 1], tuple(outputs[scans + 2 :])
+
+
+@ssd_forward.register_fake
+def _(x, dt, A, B, C, initial_states, index, *plan):
+    return _outputs(x, dt, B, C, index, _plan(*plan))
+
+
+@torch.library.custom_op("linmu_hf::ssd_backward", mutates_args=())
+def ssd_backward(
+    dy: list[torch.Tensor], dfinals: torch.Tensor | None,
+    x: list[torch.Tensor], dt: list[torch.Tensor], A: list[torch.Tensor], B: list[torch.Tensor],
+    C: list[torch.Tensor], index: list[torch.Tensor],
+    y: list[torch.Tensor], entries: torch.Tensor, sums: list[torch.Tensor],
+    lengths: list[int], counts: list[int], starts: list[bool], ends: list[bool], normalized: bool, half_states: bool,
+) -> list[torch.Tensor]:  # fmt: skip
+    """Gradients of x, dt, A, B and C of each scan, in this order, and of all initial states."""
+    plan = _plan(lengths, counts, starts, ends, normalized, half_states)
+    scan = _Launches(x, dt, A, B, C, index, plan)
+    table, scans = scan.table, len(x)
+    grads = _gradients(x, dt, A, B, C, index, plan)
+    dx, ddt, dA, dB, dC = (tuple(grads[i : i + scans]) for i in range(0, 5 * scans, scans))
+    dys = tuple(one.contiguous() for one in dy)
+    dfinals = None if dfinals is None else dfinals.contiguous()
+    dentries = torch.empty_like(entries)
+    chunk_dA = entries.new_empty(len(table.chunks), scan.s)
+    scales, slopes = tuple(sums), tuple(torch.empty_like(one) for one in sums)
+    (states, decays), (dstates, _) = scan.window_buffers(x[0]), scan.window_buffers(x[0])
+    sizes = (scan.h, scan.s, scan.r, scan.q, scan.p, scan.k, SMALLEST)
+    with torch.cuda.device(scan.device if scan.device.type == "cuda" else -1):
+        for n, slope, one, done in zip(scales, slopes, dys, y) if normalized else ():
+            launch(
+                slopes_kernel, (triton.cdiv(n.numel(), 16),), done, one, n, slope, n.numel(), scan.p, SMALLEST,
+                ROWS=16, BP=tuning.tile(scan.p, 128), num_warps=4,
+            )  # fmt: skip
+        for window in reversed(table.windows):
+            start, stop, _, _ = window
+            chunks, n = table.chunks[start:stop], stop - start
+            scan.chunk_states(window, states, decays)
+            scan.pass_states(window, states, decays, entries, None, keep=False)
+            scan(
+                chunk_state_grads_kernel, lambda tiles_p, tiles_k, n=n: (n, scan.s, tiles_p * tiles_k),
+                dys, scan.dt, scan.A, scan.C, chunks, scan.index, scales, slopes, dstates,
+                scan.h, scan.s, scan.q, scan.p, scan.k, SMALLEST,
+            )  # fmt: skip
+            scan.pass_states(window, dstates, decays, dentries, dfinals, reverse=True)
+            scan(
+                c_grad_kernel, lambda _, tiles_k, n=n: (n, scan.h, tiles_k),
+                scan.x, dys, scan.dt, scan.A, scan.B, chunks, scan.index, states, scales, slopes, dC, *sizes,
+            )  # fmt: skip
+            scan(
+                b_grad_kernel, lambda _, tiles_k, n=n: (n, scan.g, tiles_k),
+                scan.x, dys, scan.dt, scan.A, scan.C, chunks, scan.index, dstates, scales, slopes, dB, *sizes,
+            )  # fmt: skip
+            scan(
+                x_grad_kernel, lambda tiles_p, _, n=n: (n, scan.g, tiles_p),
+                dys, scan.dt, scan.A, scan.B, scan.C, chunks, scan.index, dstates, scales, slopes, dx, *sizes,
+            )  # fmt: skip
+            scan(
+                dt_grad_kernel, lambda _, __, n=n: (n, scan.s),
+                scan.x, dys, scan.dt, scan.A, scan.B, scan.C, chunks, scan.index, states, dstates, scales, slopes,
+                ddt, chunk_dA[start:stop], *sizes,
+            )  # fmt: skip
+    for gradient, part in zip(dA, (chunk_dA[: table.second], chunk_dA[table.second :])):
+        torch.sum(part, 0, out=gradient)
+    grads[-1].copy_(dentries[: len(grads[-1])])
+    return grads
+
+
+def _gradients(x, dt, A, B, C, index, plan: Plan) -> list[torch.Tensor]:
+    def new(t):
+        return torch.empty_like(t, memory_format=torch.contiguous_format) if not index else t.new_zeros(t.shape)
+
+    tokens = [[new(t) for t in tensors] for tensors in (x, dt, B, C)]
+    state = (plan.states_before(), dt[0].shape[1], x[0].shape[2] + plan.normalized, B[0].shape[2])
+    dinitial = x[0].new_empty(state, dtype=torch.float32)
+    return [*tokens[0], *tokens[1], *(torch.empty_like(t) for t in A), *tokens[2], *tokens[3], dinitial]
+
+
+@ssd_backward.register_fake
+def _(dy, dfinals, x, dt, A, B, C, index, y, entries, sums, *plan):
+    return _gradients(x, dt, A, B, C, index, _plan(*plan))
+
+
+def _save(ctx, inputs, output):
+    *tensors, initial_states, index = inputs[:7]
+    ctx.plan = inputs[7:]
+    y, _, entries, sums = _split(output, len(tensors[0]))
+    groups = (*tensors, index, y, (entries,), sums)
+    ctx.save_for_backward(*(t for group in groups for t in group))
+    ctx.sizes = [len(group) for group in groups]
+    ctx.initial = [(len(t), t.dtype) for t in initial_states]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grads):
+    saved = iter(ctx.saved_tensors)
+    *inputs, index, y, (entries,), sums = ([next(saved) for _ in range(size)] for size in ctx.sizes)
+    scans = len(y)
+    dy = [torch.zeros_like(one) if grad is None else grad for grad, one in zip(grads, y)]
+    *found, dinitial = ssd_backward(dy, grads[scans], *inputs, index, y, entries, sums, *ctx.plan)
+    dx, ddt, dA, dB, dC = (found[i : i + scans] for i in range(0, 5 * scans, scans))
+    dinitial = dinitial.split([count for count, _ in ctx.initial]) if ctx.initial else []
+    dinitial = [grad.to(dtype) for grad, (_, dtype) in zip(dinitial, ctx.initial)]
+    return dx, ddt, dA, dB, dC, dinitial, [None] * len(index), *[None] * len(ctx.plan)
+
+
+ssd_forward.register_autograd(_backward, setup_context=_save)
+
+
+def ssd_triton(x, dt, A, B, C, segments, initial_states=None, *, normalized=False, index=None):
+    """
+    The scan by our kernels; arguments and results as in [`~linmu_hf.ops.ssd.scan.ssd`]. x, B and C are read where they
+    lie (only their last dimension has to be contiguous), and multiplied in x's dtype with sums in fp32.
+
+    Raises:
+        `ValueError`: Shapes that do not fit together, which a kernel would not notice.
+    """
+    (y,), finals = _scan([Scan(x, dt, A, B, C, segments, initial_states, index)], (True,), normalized)
+    return y, finals
+
+
+def ssd_triton_pair(first: Scan, second: Scan, normalized: bool = False, final_states: bool = True):
+    """
+    Two scans with the same head sizes in one launch of each kernel, such as the two directions of a layer. They may
+    differ in tokens, segments and index, and share tensors.
+
+    Returns:
+        `tuple[tuple[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, None]]`: y and final states of each scan:
+        `None` with `final_states=False`, and always of the second, whose final states nobody needs.
+
+    Raises:
+        `ValueError`: As in [`ssd_triton`], and head sizes or data types that differ.
+    """
+    sizes = [(scan.x.dtype, *scan.x.shape[1:], scan.dt.shape[1], *scan.C.shape[1:]) for scan in (first, second)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"two scans of one launch must have the same data type and heads, not {sizes[0]}, {sizes[1]}")
+    if (first.index is None) != (second.index is None):
+        first, second = (
+            scan if scan.index is not None else scan._replace(index=torch.arange(len(scan.x), device=scan.x.device))
+            for scan in (first, second)
+        )
+    y, finals = _scan([first, second], (final_states, False), normalized)
+    return (y[0], finals if final_states else None), (y[1], None)
+
+
+def _scan(scans: list[Scan], ends: tuple[bool, ...], normalized: bool):
+    """y of each scan, and the final states that are wanted."""
+    for scan in scans:
+        _check(*scan, normalized)
+
+    def each(name, dtype):
+        tensors = (getattr(scan, name).to(dtype) for scan in scans)
+        return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
+
+    dtype = scans[0].x.dtype
+    tensors = [t for scan in scans for t in (*scan[:5], scan.initial_states) if t is not None]
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    outputs = ssd_forward(
+        each("x", dtype), each("dt", torch.float32), each("A", torch.float32), each("B", dtype), each("C", dtype),
+        [scan.initial_states for scan in scans if scan.initial_states is not None],
+        [scan.index for scan in scans if scan.index is not None],
+        [length for scan in scans for length in scan.segments.lengths], [len(scan.segments) for scan in scans],
+        [scan.initial_states is not None for scan in scans], list(ends), normalized,
+        dtype == torch.bfloat16 and not learns,
+    )  # fmt: skip
+    return outputs[: len(scans)], outputs[len(scans)]
+
+
+def _check(x, dt, A, B, C, segments, initial_states, index, normalized):
+    (n, g, p), s, h, k = x.shape, dt.shape[-1], C.shape[1], C.shape[2]
+    if s % g or h % s:
+        raise ValueError(f"{h} query heads, {s} state heads, {g} key/value heads: each must be a multiple of the next")
+    expected = {"dt": (n, s), "A": (s,), "B": (n, g, k), "C": (n, h, k), "index": (sum(segments.lengths),)}
+    expected["initial_states"] = (len(segments), s, p + normalized, k)
+    given = {"dt": dt, "A": A, "B": B, "C": C, "index": index, "initial_states": initial_states}
+    for name, tensor in given.items():
+        if tensor is not None and tensor.shape != expected[name]:
+            raise ValueError(f"{name} has shape {list(tensor.shape)} where x and C ask for {list(expected[name])}")
+    if index is None and n != sum(segments.lengths):
+        raise ValueError(f"x has {n} tokens and the segments {sum(segments.lengths)}; pass the index of those scanned")
