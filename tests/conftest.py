@@ -1,6 +1,11 @@
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))  # tiny models, synthetic teachers, a Hub on this machine
 
 torch.set_num_threads(1)
 

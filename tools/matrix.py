@@ -27,7 +27,7 @@ from pathlib import Path
 MINORS = ("5.17", "5.18", "5.19", "5.20", "5.21", "5.22", "5.23")
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("tests/modeling", "tests/ops")
+TESTS = ("tests/modeling", "tests/families", "tests/ops")
 TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis")
 PACKAGED = ("src", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 

@@ -1,11 +1,4 @@
-import sys
-from pathlib import Path
-
 import pytest
-
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 import synthetic
 
 from linmu_hf.commands.convert import main

@@ -1,20 +1,14 @@
 """The whole way with an NVILA teacher: its released layout to a calibrated student to a distilled model."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "conversion"))
-
 from synthetic import rewrite
 from synthetic_nvila import KINDS, make_nvila, make_tokenizer
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from linmu_hf.commands.convert import main as convert
 from linmu_hf.commands.distill import main as distill

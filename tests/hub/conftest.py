@@ -1,9 +1,4 @@
-import sys
 from pathlib import Path
-
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "modeling"))  # nvila_processors.py
 
 import pytest
 from fake_hub import TOKEN, FakeHub
