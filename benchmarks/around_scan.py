@@ -19,7 +19,7 @@ from linmu_hf.ops.attention import varlen as varlen_attention
 from linmu_hf.ops.attention import window as window_attention
 from linmu_hf.ops.backends import missing
 from linmu_hf.ops.conv import causal_conv
-from linmu_hf.ops.ssd.scan import Segments
+from linmu_hf.ops.segments import Segments
 
 
 def windows(backend, shift, t, shape, dtype, device, gradients):

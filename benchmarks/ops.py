@@ -23,7 +23,8 @@ from linmu_hf.commands.bench import DTYPES, machine, versions
 from linmu_hf.evaluation.loading import default_device, first_line
 from linmu_hf.evaluation.speed.measure import Clock
 from linmu_hf.ops.backends import missing
-from linmu_hf.ops.ssd.scan import Scan, Segments, ssd
+from linmu_hf.ops.segments import Scan, Segments
+from linmu_hf.ops.ssd.scan import ssd
 
 
 BOTH = "ssd both directions"

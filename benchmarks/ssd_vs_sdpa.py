@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from linmu_hf.ops.ssd.scan import Segments, ssd
+from linmu_hf.ops.segments import Segments
+from linmu_hf.ops.ssd.scan import ssd
 
 
 HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 from interpreted_scan import SOUND, nan_filled_memory  # noqa: F401
-from test_ssd import make
+from scans import make
 from torch._dynamo.backends.common import aot_autograd
 
 from linmu_hf.modeling.cache import MMateCacheLayer
@@ -12,7 +12,8 @@ from linmu_hf.modeling.mixers import flex_ma
 from linmu_hf.modeling.mixers.flex_ma import FlexMA
 from linmu_hf.ops.conv.causal_conv import causal_conv
 from linmu_hf.ops.conv.triton import _tables, causal_conv_triton, conv_backward, conv_forward
-from linmu_hf.ops.ssd.scan import Segments, ssd_step
+from linmu_hf.ops.segments import Segments
+from linmu_hf.ops.ssd.scan import ssd_step
 from linmu_hf.ops.ssd.triton_step import ssd_step_triton, step_forward
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_ssd import HEADS, assert_same, make, run
+from scans import HEADS, assert_same, make, run
 
 from linmu_hf.ops.ssd import mamba_ssm as module
 from linmu_hf.ops.ssd.plain import ssd_recurrence

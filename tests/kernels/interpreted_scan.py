@@ -9,10 +9,11 @@ import os
 import pytest
 import tiny
 import torch
-from test_ssd import HEADS, assert_same, make, run
+from scans import HEADS, assert_same, make, run
 
+from linmu_hf.ops.segments import Scan, Segments
 from linmu_hf.ops.ssd import triton as module
-from linmu_hf.ops.ssd.scan import Scan, Segments, ssd, ssd_pair
+from linmu_hf.ops.ssd.scan import ssd, ssd_pair
 from linmu_hf.ops.ssd.triton import Plan, chunk_table, ssd_triton, ssd_triton_pair
 
 

@@ -18,9 +18,9 @@ from sm90 import SHARED_LIMIT, compile_launch
 from linmu_hf.ops import decode_triton
 from linmu_hf.ops import launch as tuning
 from linmu_hf.ops.conv import triton as conv_triton
+from linmu_hf.ops.segments import Scan, Segments
 from linmu_hf.ops.ssd import triton as ssd_triton
 from linmu_hf.ops.ssd import triton_step as ssd_triton_step
-from linmu_hf.ops.ssd.scan import Scan, Segments
 
 
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from test_ssd import assert_same, make, run
+from scans import assert_same, make, run
 from torch._dynamo.utils import counters
 
 from linmu_hf.ops import launch as tuning
@@ -11,7 +11,8 @@ from linmu_hf.ops.attention.varlen import PACKAGES, unfit, varlen_attention
 from linmu_hf.ops.attention.window import by_size
 from linmu_hf.ops.conv.causal_conv import Taps, by_causal_conv1d, causal_conv
 from linmu_hf.ops.conv.causal_conv import unfit as causal_conv1d_unfit
-from linmu_hf.ops.ssd.scan import Scan, Segments, ssd, ssd_step
+from linmu_hf.ops.segments import Scan, Segments
+from linmu_hf.ops.ssd.scan import ssd, ssd_step
 
 
 pytestmark = pytest.mark.gpu

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from test_ssd import make
+from scans import make
 
 from linmu_hf.ops import backends
+from linmu_hf.ops.segments import Segments
 from linmu_hf.ops.ssd import scan as ssd_module
-from linmu_hf.ops.ssd.scan import BACKENDS, ENVIRONMENT, Segments, choose_backend, ssd
+from linmu_hf.ops.ssd.scan import BACKENDS, ENVIRONMENT, choose_backend, ssd
 
 
 def test_auto_streams_only_what_is_long(monkeypatch):

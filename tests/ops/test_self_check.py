@@ -20,7 +20,7 @@ def tried(monkeypatch):
     """What a trial says of the kernels given: a function in place of `ssd_triton_pair`."""
 
     def run(kernels):
-        module = ModuleType("linmu_hf.ops.ssd.scan.triton")
+        module = ModuleType("linmu_hf.ops.ssd.triton")
         module.ssd_triton_pair = kernels
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(trial, "_TRIALS", {})

@@ -59,7 +59,8 @@ def _results(loss, outputs, leaves) -> list[torch.Tensor]:
 
 def _scans(device, backend: str) -> Iterator[list[torch.Tensor]]:
     """Both directions of a block, by the recurrence and by the kernels of a backend."""
-    from .ssd.scan import Scan, Segments, ssd_pair
+    from .segments import Scan, Segments
+    from .ssd.scan import ssd_pair
 
     if backend == "triton":
         from .ssd.triton import ssd_triton_pair as tried

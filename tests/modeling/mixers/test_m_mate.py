@@ -11,7 +11,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttenti
 from linmu_hf.modeling.layout.token_layout import TokenLayout
 from linmu_hf.modeling.mixers import flex_ma, projection
 from linmu_hf.ops.conv.causal_conv import causal_conv
-from linmu_hf.ops.ssd.scan import Segments, ssd, ssd_pair
+from linmu_hf.ops.segments import Segments
+from linmu_hf.ops.ssd.scan import ssd, ssd_pair
 
 
 PARTS = (3, ("image", 3, 5), 2, ("video", 3, 3, 2), 2)

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import varlen_kernels
-from test_window_attention import by_window, naive
+from windows import by_window, naive
 
 from linmu_hf.ops import backends
 from linmu_hf.ops import self_check as trial

@@ -12,7 +12,7 @@ from linmu_hf.ops import self_check as trial
 from linmu_hf.ops.backends import ENVIRONMENT
 from linmu_hf.ops.conv import causal_conv as module
 from linmu_hf.ops.conv.causal_conv import by_causal_conv1d, causal_conv
-from linmu_hf.ops.ssd.scan import Segments
+from linmu_hf.ops.segments import Segments
 
 
 @pytest.fixture

@@ -5,13 +5,13 @@ import sys
 from types import ModuleType
 
 import pytest
-from test_ssd import HEADS, assert_same, make, run
+from scans import HEADS, assert_same, make, run
 
 from linmu_hf.ops import backends
+from linmu_hf.ops.segments import Segments
 from linmu_hf.ops.ssd import mamba_ssm as module
 from linmu_hf.ops.ssd.mamba_ssm import ssd_mamba_ssm, tokens_per_call
 from linmu_hf.ops.ssd.plain import ssd_recurrence
-from linmu_hf.ops.ssd.scan import Segments
 
 
 @pytest.fixture

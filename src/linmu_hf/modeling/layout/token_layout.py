@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...ops.ssd.scan import Segments
+from ...ops.segments import Segments
 
 
 _AXES = {"t": 1, "h": 2, "w": 3}  # columns of vision_layout

@@ -17,7 +17,8 @@ from transformers import initialization as init
 
 from ...ops.backends import kernels_serve
 from ...ops.conv.causal_conv import causal_conv
-from ...ops.ssd.scan import Scan, ssd, ssd_pair, ssd_step
+from ...ops.segments import Scan
+from ...ops.ssd.scan import ssd, ssd_pair, ssd_step
 from .projection import joint_linear, rotate
 
 

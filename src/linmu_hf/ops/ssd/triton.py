@@ -14,7 +14,7 @@ import torch
 import triton
 
 from .. import launch as tuning
-from .scan import Scan
+from ..segments import Scan
 from .triton_backward import (
     b_grad_kernel,
     c_grad_kernel,
