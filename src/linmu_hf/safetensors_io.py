@@ -3,13 +3,14 @@
 import hashlib
 import json
 import math
-import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from .files import whole_file, write_text
 
 
 CHUNK_BYTES = 32 * 2**20
@@ -209,8 +210,7 @@ def write_shard(file: Path, tensors: Sequence[OutputTensor], progress: Callable[
     encoded += b" " * (-len(encoded) % 8)
 
     hashes = {}
-    part = file.with_name(file.name + ".part")
-    with open(part, "wb") as stream:
+    with whole_file(file, "wb") as stream:
         stream.write(struct.pack("<Q", len(encoded)))
         stream.write(encoded)
         for tensor in tensors:
@@ -223,9 +223,6 @@ def write_shard(file: Path, tensors: Sequence[OutputTensor], progress: Callable[
                 progress(len(chunk))
             assert written == tensor.nbytes, tensor.name
             hashes[tensor.name] = digest.hexdigest()
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, file)
     return hashes
 
 
@@ -242,27 +239,6 @@ def write_index(folder: Path, shards: dict[str, list[OutputTensor]]) -> None:
         "weight_map": {tensor.name: file for file, shard in shards.items() for tensor in shard},
     }
     write_text(folder / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def check_report(file: str | None) -> None:
-    """Raises an `OSError` if `--json FILE` cannot be written: before the work that it will report."""
-    if file is None:
-        return
-    path = Path(file).expanduser().absolute()
-    if path.is_dir():
-        raise IsADirectoryError(f"--json {file} is a folder: name a file")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"--json {file}: its folder does not exist")
-
-
-def write_text(file: Path, text: str) -> None:
-    """Writes a text file that is either the old one or the new one, also after a crash."""
-    part = file.with_name(file.name + ".part")
-    with open(part, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, file)
 
 
 def file_hash(tensor: StoredTensor, progress: Callable[[int], object]) -> str:

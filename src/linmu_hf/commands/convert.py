@@ -13,9 +13,9 @@ from ..conversion.convert import check_output, convert
 from ..conversion.plan import FLOAT_DTYPES
 from ..conversion.teacher import load_processor
 from ..data.rows import check_dataset, encode_rows, load_rows
+from ..files import check_report, write_text
 from ..hub import find_origin, prepare_repo, push_folder, write_model_card
 from ..modeling.configuration_linmu import MIXER_FIELDS, PRESETS, LinMUTextConfig
-from ..safetensors_io import check_report, write_text
 
 
 # Left in the output with --push-to-hub: which command wrote it, and its report. It is not uploaded.

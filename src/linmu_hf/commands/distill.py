@@ -17,10 +17,10 @@ from ..distillation.config import DistillConfig
 from ..distillation.runner import check_output, distill
 from ..distillation.stages import Stage
 from ..evaluation.loading import check_model, first_line, library_versions
+from ..files import check_report
 from ..hub import find_origin, prepare_repo, push_folder, write_model_card
 from ..modeling.configuration_linmu import LinMUConfig
 from ..modeling.modeling_linmu import LinMUForConditionalGeneration
-from ..safetensors_io import check_report
 
 
 @dataclass

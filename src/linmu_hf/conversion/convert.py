@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -15,6 +14,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from tqdm.auto import tqdm
 
+from ..files import locked, replace_folder, write_text
 from ..modeling.configuration_linmu import LinMUConfig
 from ..modeling.remote_code import add_remote_code
 from ..safetensors_io import (
@@ -25,7 +25,6 @@ from ..safetensors_io import (
     tensor_chunks,
     write_index,
     write_shard,
-    write_text,
 )
 from .calibrate import CalibrationReport, calibrate
 from .plan import Plan, parse_dtype
@@ -141,11 +140,12 @@ def convert(
     calibration = None
     if not dry_run:
         work = target.with_name(target.name + INCOMPLETE_SUFFIX)
-        hashes = _write(work, plan, shards)
-        if calibration_batches is not None:
-            calibration = _calibrate(work, plan, shards, hashes, load_teacher(source.folder), calibration_batches)
-        _verify(work, plan, hashes)
-        _finish(work, target, plan, finish_folder)
+        with locked(target):
+            hashes = _write(work, plan, shards)
+            if calibration_batches is not None:
+                calibration = _calibrate(work, plan, shards, hashes, load_teacher(source.folder), calibration_batches)
+            _verify(work, plan, hashes)
+            _finish(work, target, plan, finish_folder)
 
     layer_types = decoder_config(config).layer_types or []
     return ConversionReport(
@@ -275,12 +275,7 @@ def _finish(work: Path, target: Path, plan: Plan, finish_folder: Callable[[Path]
     if finish_folder is not None:
         finish_folder(work)
     (work / MANIFEST).unlink()
-    old = target.with_name(target.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(work, target)
-    shutil.rmtree(old, ignore_errors=True)
+    replace_folder(work, target)
 
 
 def _progress(what: str, tensors: Sequence[OutputTensor]) -> tqdm:

@@ -28,6 +28,7 @@ from ..commands import distill as distillation
 from ..commands import evaluate as evaluation
 from ..data.rows import load_rows
 from ..evaluation.retention import correct_answers, format_table
+from ..files import write_text
 from .ablate import WINDOWS
 from .check_teacher import TEACHERS, is_nvila
 from .make_data import make_data
@@ -127,9 +128,7 @@ class Way:
 
     def _save(self) -> None:
         state = {"settings": self.settings, "finished": self.finished, "seconds": self.seconds}
-        partial = self.file.with_suffix(".partial")
-        partial.write_text(json.dumps(state, indent=2) + "\n")
-        os.replace(partial, self.file)
+        write_text(self.file, json.dumps(state, indent=2) + "\n")
 
 
 def command(name: str, main: Callable, *arguments) -> Callable[[], None]:
