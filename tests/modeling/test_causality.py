@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 
+from linmu_hf.modeling.configuration_linmu import PRESETS
 from linmu_hf.modeling.layout.token_layout import TokenLayout
 
 
@@ -116,16 +117,25 @@ def test_model_of_one_scan_order(order):
     check(function, visible(layout[0], mask[0]), mask[0])
 
 
-@pytest.mark.parametrize("layer_idx", range(4))
-def test_reverse_scope_sequence_keeps_text_rows_causal(layer_idx):
-    """Eq. 2 to the letter: vision rows see later spans too, text rows see no reverse state."""
+def seen_over_the_sequence(layout, mask, layers):
+    """
+    [t, t]: Eq. 2 to the letter: a vision row sees later vision rows too, and the text before them that lets their
+    state decay; the next layer sees what these saw.
+    """
+    vision, order = layout[:, 0] >= 0, torch.arange(len(mask))
+    once = (order[:, None] >= order[None]) | (vision[:, None] & (order <= vision.nonzero().max()))
+    return torch.linalg.matrix_power(once.double(), layers).bool()
+
+
+@pytest.mark.parametrize("options", [{"reverse_scope": "sequence"}, PRESETS["paper"] | tiny.WINDOWS], ids=str)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_reverse_scope_sequence(layers, options):
     positions, layout, mask = positions_of(tiny.Sample(*PARTS))
-    function = layer_function(layer_idx, positions, layout, mask, reverse_scope="sequence")
-    effect = moved(function, torch.randn(1, mask.shape[1], 32, dtype=torch.float64))
-    vision = layout[0, :, 0] >= 0
-    later = torch.ones_like(effect, dtype=torch.bool).triu(1)
-    assert effect[later & ~vision[:, None]].max() < 1e-12
-    assert effect[vision][:, vision].min() > 1e-12
+    for first in range(4) if layers == 1 else ():
+        function = layer_function(first, positions, layout, mask, **options)
+        check(function, seen_over_the_sequence(layout[0], mask[0], 1), mask[0])
+    function = model_function(positions, layout, mask, **options, num_hidden_layers=layers)
+    check(function, seen_over_the_sequence(layout[0], mask[0], layers), mask[0])
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])

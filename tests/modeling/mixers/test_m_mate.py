@@ -46,7 +46,7 @@ def scan(direction, config, x_proj, tokens, cos, sin, keep):
     """
     t, p = len(tokens), config.head_dim
     h, g = config.num_attention_heads, config.num_key_value_heads
-    features = [x_proj(tokens) * keep[:, None], direction.b_proj(tokens), direction.c_proj(tokens)]
+    features = [proj(tokens) * keep[:, None] for proj in (x_proj, direction.b_proj, direction.c_proj)]
     if config.conv_kernel > 1:
         taps = direction.conv_weight.split([f.shape[1] for f in features], 1)
         width = config.conv_kernel

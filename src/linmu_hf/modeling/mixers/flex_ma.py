@@ -289,11 +289,11 @@ class FlexMA(nn.Module):
         """Scan arguments and skip of Eq. 2, in reversed token order: the mask M_V leaves vision tokens only."""
         scan, reverse, segments = self.reverse_scan, layout.reverse, layout.reverse_segments
         u, x = u.index_select(0, reverse), x.index_select(0, reverse)
+        bc = joint_linear(u, scan.b_proj, scan.c_proj)
         mask = None
         if self.config.reverse_scope == "sequence":
             mask = torch.zeros(len(reverse), 1, dtype=x.dtype, device=x.device).index_fill(0, layout.reverse_slots, 1)
-            x = x * mask  # before the convolution, which would carry text over to its neighbours
-        bc = joint_linear(u, scan.b_proj, scan.c_proj)
+            x, bc = x * mask, bc * mask  # before the convolution, which would carry text over to its neighbours
         if self.config.conv_kernel > 1:
             # x comes from elsewhere than B and C: two convolutions spare a copy of all three
             x, bc = (causal_conv(t, weight, segments)[0] for t, weight in zip((x, bc), self._split(scan.conv_weight)))
