@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 
@@ -78,9 +80,12 @@ def test_slow_group_and_weight_decay(make_student):
     flex = "model.language_model.layers.0.mixer.flex_ma"
     assert rates[f"{flex}.forward_scan.A_log"] == (0.2, 0.0)
     assert rates[f"{flex}.reverse_scan.dt_bias"] == (0.2, 0.0)
-    assert rates[f"{flex}.forward_scan.dt_proj.weight"] == (0.2, 0.1)
-    assert rates[f"{flex}.gate_proj.weight"] == (0.2, 0.1)
-    assert rates["model.language_model.layers.0.mixer.fusion_proj.bias"] == (0.2, 0.0)
+    assert rates[f"{flex}.forward_scan.dt_proj.weight"] == (0.2, 0.0)
+    assert rates[f"{flex}.gate_proj.weight"] == (0.2, 0.0)
+    for part in ("weight", "bias"):
+        assert rates[f"model.language_model.layers.0.mixer.fusion_proj.{part}"] == (0.2, 0.0)
+    matrices = {name for name in rates if re.search(r"lora_[AB]|(?<!dt_|te_)(?<!fusion_)proj\.weight$", name)}
+    assert {name for name, (_, decay) in rates.items() if decay} == matrices
     assert rates[f"{flex}.forward_scan.D"] == (1.0, 0.0)
     assert rates[f"{flex}.x_proj.bias"] == (1.0, 0.0)
     assert rates[f"{flex}.o_proj.weight"] == (1.0, 0.1)

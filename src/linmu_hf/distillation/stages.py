@@ -7,15 +7,13 @@ from typing import Literal
 
 from torch import nn
 
+from ..modeling.mixers import STEERING, decays
+
 
 # theta_Flex and theta_Swin of the paper. Attention layers that a hybrid keeps (`mixer.q_proj`, ...) stay frozen.
 FLEX = r"\.mixer\.(?!local_swin\.|[qkvo]_proj\.)"
 SWIN = r"\.mixer\.local_swin\."
 LORA = r"\.lora_[AB]\."
-
-# Small changes of a decay, a step width or a gate move every later output: they get a lower rate.
-SLOW = r"\.mixer\..*(A_log|dt_bias|dt_proj|gate_proj|fusion_proj)\b"
-NO_DECAY = r"(norm\d?\.|\.bias$|A_log$|dt_bias$|\.D$|conv_weight$|_features$)"
 
 
 @dataclass(frozen=True)
@@ -106,12 +104,12 @@ def parameter_groups(
     model: nn.Module, learning_rate: float, weight_decay: float, slow_lr_multiplier: float
 ) -> list[dict]:
     """
-    The trainable parameters in up to four optimizer groups: decays, step widths and gates at a lower rate, and neither
-    these, norms nor biases under weight decay.
+    The trainable parameters in up to three optimizer groups: decays, step sizes and gates at a lower rate, and neither
+    these, norms, biases nor what starts at values of its own under weight decay.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in _trainable(model):
-        key = (re.search(SLOW, name) is not None, re.search(NO_DECAY, name) is not None)
+        key = (re.search(STEERING, name) is not None, not decays(name))
         groups.setdefault(key, []).append(parameter)
     return [
         {
