@@ -1,5 +1,6 @@
 import copy
 import json
+import re
 
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
@@ -63,6 +64,8 @@ def test_command_runs_all_stages(folders, tmp_path, capsys):
         ({"dataset_train_split": "dev"}, "has no split 'dev'"),
         ({"stage_steps": "1 1"}, "stage_steps=[1, 1] must have 3 entries"),
         ({"json": "/nowhere/report.json"}, "its folder does not exist"),
+        ({"max_steps": 1}, "max_steps=1 is not supported: set stage_steps"),
+        ({"torch_compile": True}, "torch_compile=True is not supported"),
         ({"json": "/"}, "--json / is a folder: name a file"),
     ],
 )
@@ -96,6 +99,14 @@ def test_teacher_must_be_named(folders, tmp_path, capsys):
     place = arguments.index("--teacher")
     assert main(arguments[:place] + arguments[place + 2 :]) == 2
     assert "no teacher: give --teacher" in capsys.readouterr().err
+
+
+def test_help_shows_only_what_is_taken(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert "--stage_steps" in shown and "--weight_decay" in shown
+    assert not re.search(r"--(max_steps|do_eval|fsdp|eval_on_start)\b", shown)
 
 
 def test_unknown_flags_are_refused(folders, tmp_path, capsys):

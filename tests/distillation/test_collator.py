@@ -5,6 +5,9 @@ from linmu_hf.data.rows import encode_rows
 from linmu_hf.distillation.collator import DistillCollator, EncodedDataset
 
 
+pytestmark = pytest.mark.core_training
+
+
 @pytest.mark.parametrize("indices", [range(10), [0, 1, 3], [2, 5], [4]])
 def test_rows_encoded_one_by_one_equal_the_batch(processor, rows, indices):
     dataset = EncodedDataset(processor, rows)

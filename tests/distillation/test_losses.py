@@ -13,6 +13,8 @@ from linmu_hf.distillation.losses import (
 )
 
 
+pytestmark = pytest.mark.core_training
+
 B, T, D, V, L = 3, 7, 5, 11, 4
 
 

@@ -8,6 +8,9 @@ from linmu_hf.distillation import decode_pseudo_targets
 from linmu_hf.distillation import pseudo_targets as module
 
 
+pytestmark = pytest.mark.core_training
+
+
 @pytest.fixture(scope="module")
 def teacher(make_teacher):
     return make_teacher()

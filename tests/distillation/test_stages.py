@@ -8,6 +8,9 @@ from linmu_hf.distillation.lora import add_lora, merge_lora
 from linmu_hf.distillation.stages import PAPER_STAGES, Stage, parameter_groups, set_trainable
 
 
+pytestmark = pytest.mark.core_training
+
+
 def trainable(model):
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 

@@ -11,6 +11,9 @@ from linmu_hf.distillation.stages import FLEX, LORA, SWIN, Stage, set_trainable
 from linmu_hf.distillation.trainer import DistillTrainer
 
 
+pytestmark = pytest.mark.core_training
+
+
 def stage(**changes):
     values = {"name": "stage", "trains": (FLEX, SWIN), "max_steps": 2, "learning_rate": 1e-3, "hid": 0.5, "tok": 0.5}
     return Stage(**values | changes)
@@ -21,7 +24,6 @@ def make_trainer(tmp_path, processor, rows, make_student, make_teacher):
     def make(stage, student=None, teacher=None, pseudo=None, **arguments):
         values = {"per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True}
         config = DistillConfig(output_dir=str(tmp_path), use_cpu=True, **values | arguments)
-        config.max_steps, config.learning_rate = stage.max_steps, stage.learning_rate
         student = student or make_student()
         if stage.lora_r:
             add_lora(student, stage.lora_r, config.lora_alpha)
@@ -102,6 +104,32 @@ def test_gradient_accumulation_changes_nothing(make_trainer):
     assert_same(parts, whole, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(("batch_size", "steps"), [(2, 3), (1, 6)])
+def test_accumulated_steps_make_the_update_of_one_batch(make_trainer, batch_size, steps):
+    """Rows of different label counts, through the Trainer's own loop: what the optimizer is given must agree."""
+
+    def update(batch_size, steps):
+        trainer = make_trainer(
+            stage(max_steps=1, sup=0.5, learning_rate=1.0),
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=steps,
+            optim="sgd",
+            lr_scheduler_type="constant",
+            warmup_steps=0,
+            max_grad_norm=0,
+            train_sampling_strategy="sequential",
+        )
+        before = {name: p.detach().clone() for name, p in trainer.student.named_parameters() if p.requires_grad}
+        trainer.train()
+        after = dict(trainer.student.named_parameters())
+        return {name: after[name].detach() - value for name, value in before.items()}, trainer.state.log_history[0]
+
+    (whole, logged), (parts, parts_logged) = update(6, 1), update(batch_size, steps)
+    assert_same(parts, whole, rtol=2e-3, atol=2e-5)
+    for key in ("loss", "loss_hid", "loss_tok", "loss_sup"):
+        assert parts_logged[key] == pytest.approx(logged[key], rel=1e-3)
+
+
 def test_a_step_changes_what_trains_and_nothing_else(make_trainer):
     trainer = make_trainer(stage(trains=(FLEX,)))
     student = {name: value.clone() for name, value in trainer.student.state_dict().items()}
@@ -160,6 +188,15 @@ def test_logs_every_term_and_layer(make_trainer):
     layers = [row[f"relative_error_layer_{index}"] for index in range(3)]
     assert row["relative_error"] == pytest.approx(sum(layers) / 3)
     assert 0 <= row["agreement"] <= 1
+
+
+def test_the_last_steps_are_logged_though_they_fill_no_window(make_trainer):
+    trainer = make_trainer(stage(max_steps=5), logging_steps=2)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert [row["step"] for row in rows] == [2, 4, 5]
+    assert "relative_error_layer_0" in rows[-1]
+    assert rows[-1]["loss"] == pytest.approx(0.5 * rows[-1]["loss_hid"] + 0.5 * rows[-1]["loss_tok"], rel=1e-4)
 
 
 def test_hybrids_compare_replaced_layers_only(make_trainer, make_student):

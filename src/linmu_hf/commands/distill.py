@@ -1,5 +1,6 @@
 """`linmu-distill`: a converted model and its teacher in, a distilled model out."""
 
+import argparse
 import copy
 import json
 import sys
@@ -13,6 +14,7 @@ from transformers.utils import logging
 from ..conversion.source import read_processor, read_raw_config
 from ..conversion.teacher import load_teacher
 from ..data.rows import load_rows
+from ..distillation.arguments import refused_fields
 from ..distillation.config import DistillConfig
 from ..distillation.runner import check_output, distill
 from ..distillation.stages import Stage
@@ -46,10 +48,9 @@ def run(script: ScriptArguments, config: DistillConfig) -> dict:
         raise ValueError(f"{script.model} is no LinMU model: make one of it with `linmu-convert` first")
     check_output(config)
     dataset = load_rows(script.dataset, script.dataset_train_split)
-    mixed = config.bf16 or config.fp16
-    student = LinMUForConditionalGeneration.from_pretrained(script.model, dtype="auto" if mixed else "float32")
+    student = LinMUForConditionalGeneration.from_pretrained(script.model, dtype="auto" if config.bf16 else "float32")
     processor = read_processor(script.model)
-    options = {"dtype": None if mixed else "float32", **(config.teacher_model_init_kwargs or {})}
+    options = {"dtype": None if config.bf16 else "float32", **(config.teacher_model_init_kwargs or {})}
     teacher = load_teacher(teacher_path, revision=config.teacher_model_revision, **options)
 
     repo = _prepare_push(config)
@@ -117,6 +118,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = HfArgumentParser(
         (ScriptArguments, DistillConfig), prog="linmu-distill", description=__doc__.split(": ")[1]
     )
+    hidden = refused_fields()
+    for action in parser._actions:
+        if action.dest.removeprefix("no_") in hidden:
+            action.help = argparse.SUPPRESS
     logging.set_verbosity_warning()
     try:
         script, config = parser.parse_args_into_dataclasses(argv)

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from .arguments import refuse_ignored
 from .stages import PAPER_STAGES, Stage
 
 
@@ -14,8 +15,9 @@ class DistillConfig(TrainingArguments):
     """
     Arguments of [`distill`] and [`DistillTrainer`]: those of [`~transformers.TrainingArguments`] and the ones below.
 
-    `learning_rate` and `max_steps` are set for each stage from `stage_learning_rates` and `stage_steps`; every stage
-    has its own warm-up and decay. Lists of three hold one value for each stage.
+    `stage_learning_rates` and `stage_steps` take the place of `learning_rate`, `max_steps` and `num_train_epochs`;
+    every stage has its own warm-up and decay. Lists of three hold one value for each stage. An argument that would
+    have no effect here is refused: `arguments.py` has the table.
 
     `push_to_hub`, `hub_model_id`, `hub_private_repo`, `hub_revision` and `hub_token` are for `linmu-distill`, which
     uploads the finished model with its processor and card once all stages are done and the folder has been checked.
@@ -46,7 +48,7 @@ class DistillConfig(TrainingArguments):
             the dataset has it, else decoded once before that stage. `False` leaves L_seq out.
         max_completion_length (`int`, *optional*, defaults to 128): longest answer that the teacher decodes, in tokens.
         lora_r (`int`, *optional*, defaults to 8): rank of the adapters on the decoder's FFNs in stage 3; 0 for none.
-        lora_alpha (`float`, *optional*, defaults to 16): their scale is `lora_alpha / lora_r`.
+        lora_alpha (`float`, *optional*, defaults to `lora_r`): their scale is `lora_alpha / lora_r`; Eq. 12 has 1.
         slow_lr_multiplier (`float`, *optional*, defaults to 0.2):
             Learning rate of decays, step widths and gates, relative to the stage's.
         logits_chunk_size (`int`, *optional*, defaults to 1024): positions whose logits exist at a time.
@@ -92,7 +94,9 @@ class DistillConfig(TrainingArguments):
         default=128, metadata={"help": "Longest answer that the teacher decodes, in tokens."}
     )
     lora_r: int = field(default=8, metadata={"help": "Rank of the adapters on the decoder's FFNs in stage 3."})
-    lora_alpha: float = field(default=16, metadata={"help": "Scale of the adapters, divided by their rank."})
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "Scale of the adapters times their rank, by default `lora_r`: a scale of 1."}
+    )
     slow_lr_multiplier: float = field(
         default=0.2, metadata={"help": "Learning rate of decays, step widths and gates, relative to the stage's."}
     )
@@ -110,11 +114,13 @@ class DistillConfig(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Log every X updates steps."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept while a stage runs."})
     hub_strategy: str = field(default="end", metadata={"help": "Must stay `end`: checkpoints are no models."})
+    # A loss that is not finite is an error here, not something to filter.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay off."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: rows are encoded whole."})
 
     def __post_init__(self):
+        refuse_ignored(self)
         super().__post_init__()
-        self.logging_nan_inf_filter = False  # a loss that is not finite is an error here, not something to filter
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
         if len(self.hidden_input) == 1:
@@ -126,14 +132,14 @@ class DistillConfig(TrainingArguments):
         for name in ("stage_steps", "align_steps"):
             if min(getattr(self, name)) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.lora_alpha is None:
+            self.lora_alpha = max(self.lora_r, 1)
         for name in ("temperature", "slow_lr_multiplier", "lora_alpha", "align_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
         for name in ("logits_chunk_size", "max_completion_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns=True would drop images and messages: leave it off")
         if self.push_to_hub and self.hub_strategy != HubStrategy.END:
             raise ValueError(
                 f"hub_strategy={self.hub_strategy.value!r} would upload checkpoints, which hold only the parameters "

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import TrainerState, set_seed
 
 from ..data.rows import check_dataset
+from .arguments import RESULT
 from .collator import EncodedDataset
 from .config import DistillConfig
 from .lora import add_lora, merge_lora
@@ -35,13 +36,8 @@ PSEUDO_COLUMN = "pseudo_messages"
 # Gets a stage's complete folder, the stages so far and the rows of their logs.
 FinishFolder = Callable[[Path, Sequence[Stage], list[dict[str, Any]]], object]
 
-# The arguments that change the result, apart from the stages. Everything else may differ when a run is continued.
-ARGUMENTS = (
-    "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed", "train_sampling_strategy",
-    "dataloader_drop_last", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "slow_lr_multiplier", "bf16", "fp16",
-    "temperature", "lora_alpha", "max_completion_length",
-)  # fmt: skip
+# The arguments that decide the result, apart from the stages. Everything else may differ when a run is continued.
+ARGUMENTS = (*RESULT, "slow_lr_multiplier", "temperature", "lora_alpha", "max_completion_length")
 
 
 def distill(
@@ -96,7 +92,7 @@ def distill(
         _load_weights(student, out / finished[-1].name)
     for index, stage in enumerate(stages[len(finished) :], len(finished)):
         features.pseudo_messages = _pseudo_messages(config, teacher, features, out) if stage.seq else None
-        args = _stage_arguments(config, stage, index, out / f"{stage.name}.running")
+        args = _stage_arguments(config, index, out / f"{stage.name}.running")
         _run_stage(args, stages[: index + 1], student, teacher, features, out, finish_folder)
 
     rows = _logged(out, stages)
@@ -158,16 +154,12 @@ def _finish_training(student: nn.Module, stage: Stage, dtypes: dict[str, torch.d
     student.eval()
 
 
-def _stage_arguments(config: DistillConfig, stage: Stage, index: int, running: Path) -> DistillConfig:
+def _stage_arguments(config: DistillConfig, index: int, running: Path) -> DistillConfig:
     args = copy.copy(config)
     args.output_dir = str(running)
     args.seed = config.seed + index  # another order of the rows in every stage
     if config.data_seed is not None:
         args.data_seed = config.data_seed + index
-    args.max_steps = stage.max_steps
-    args.learning_rate = stage.learning_rate
-    if args.logging_steps > stage.max_steps:
-        args.logging_steps = stage.max_steps
     return args
 
 
@@ -202,7 +194,7 @@ def _check_inputs(config: DistillConfig, student, teacher, features: EncodedData
         raise ValueError("the dataset has no rows")
     check_dataset(features.rows)
     features[0]  # the template, the processor and the labels fit together
-    if student.dtype.itemsize < 4 and not (config.bf16 or config.fp16):
+    if student.dtype.itemsize < 4 and not config.bf16:
         raise ValueError(f"the student is in {student.dtype}: load it in float32, or train in mixed precision (bf16)")
     if not any(layer.is_m_mate for layer in student.model.language_model.layers):
         raise ValueError("the student has no M-MATE layer to train: convert the teacher with `linmu-convert` first")

@@ -1,12 +1,14 @@
 """One stage of a distillation as a `transformers.Trainer`."""
 
+import copy
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import ProgressCallback, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from .collator import DistillCollator, EncodedDataset
 from .config import DistillConfig
@@ -42,13 +44,14 @@ class DistillTrainer(Trainer):
             The student, with LoRA in place and [`set_trainable`] done; see [`distill`] for the whole way.
         teacher (`LinMUForConditionalGeneration`):
             The teacher, as [`load_teacher`] gives it; it is frozen and put into evaluation mode.
-        args (`DistillConfig`): its arguments, `max_steps` and `learning_rate` those of the stage.
-        stage (`Stage`): the losses.
+        args (`DistillConfig`): the arguments.
+        stage (`Stage`): the losses, the steps and the learning rate.
         train_dataset (`EncodedDataset`): the rows.
         kwargs: passed on to [`~transformers.Trainer`].
     """
 
-    # Every loss here is divided by the counts of the whole accumulated batch.
+    # Every loss here is divided by the counts of the whole accumulated batch. Transformers before 5.19 asks
+    # `model_accepts_loss_kwargs` instead.
     loss_is_scaled_for_ga = True
 
     def __init__(self, model, teacher, args: DistillConfig, stage: Stage, train_dataset: EncodedDataset, **kwargs):
@@ -56,7 +59,10 @@ class DistillTrainer(Trainer):
         check_teacher(model, teacher)
         tokenizer = train_dataset.processor.tokenizer
         collator = DistillCollator(tokenizer.pad_token_id, pseudo=stage.seq > 0)
+        args = copy.copy(args)
+        args.max_steps, args.learning_rate = stage.max_steps, stage.learning_rate
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collator, **kwargs)
+        self.model_accepts_loss_kwargs = True
         if args.world_size > 1 or args.n_gpu > 1:
             raise ValueError(f"found {max(args.world_size, args.n_gpu)} devices; distillation runs on one so far")
         self.stage = stage
@@ -70,6 +76,7 @@ class DistillTrainer(Trainer):
             model.enable_input_require_grads()
         self._sums: dict[str, Tensor] = {}
         self._first_unlogged_step = 0
+        self.add_callback(LogLastStep)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(StageProgress(stage.name))
@@ -104,8 +111,7 @@ class DistillTrainer(Trainer):
         num_tokens, num_answers, num_pseudo = counts
         labels, pseudo_labels = inputs.pop("labels"), inputs.pop("pseudo_labels", None)
         mask = inputs["attention_mask"]
-        logs_errors = bool(self.state.logging_steps) and (self.state.global_step + 1) % self.state.logging_steps == 0
-        compares = stage.hid > 0 or logs_errors
+        compares = stage.hid > 0 or self._logs_after(self.state.global_step + 1)
 
         with torch.no_grad():
             inputs["position_ids"], inputs["vision_layout"] = student.model.get_positions(**inputs)
@@ -181,6 +187,10 @@ class DistillTrainer(Trainer):
 
     # ---- Logs
 
+    def _logs_after(self, step: int) -> bool:
+        every = self.state.logging_steps
+        return step == self.stage.max_steps or (bool(every) and step % every == 0)
+
     def _add(self, **values: Tensor) -> None:
         if not self._sums:
             self._first_unlogged_step = self.state.global_step
@@ -217,6 +227,14 @@ class DistillTrainer(Trainer):
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(saved[name])
+
+
+class LogLastStep(TrainerCallback):
+    """Logs the last steps of a stage that do not fill `logging_steps`."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == state.max_steps and args.logging_strategy == IntervalStrategy.STEPS:
+            control.should_log = True
 
 
 class StageProgress(ProgressCallback):

@@ -124,8 +124,6 @@ def train_stage(
 ) -> list:
     config = DistillConfig(
         output_dir=folder,
-        max_steps=stage.max_steps,
-        learning_rate=stage.learning_rate,
         per_device_train_batch_size=batch_size,
         seed=seed,
         logging_steps=10,

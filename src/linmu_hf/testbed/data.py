@@ -17,7 +17,6 @@ from functools import cache
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
 
 TASKS = ("cell", "below", "large", "when", "first")
@@ -53,6 +52,8 @@ def split_indices(split: str) -> np.ndarray:
     """Indices into `load_digits` of one split (`"train"` or `"test"`): fixed, stratified, disjoint."""
     if split not in ("train", "test"):
         raise ValueError(f"split={split!r} must be 'train' or 'test'")
+    from sklearn.datasets import load_digits
+
     labels = load_digits().target
     rng = np.random.default_rng(0)
     per_digit = TEST_DIGITS // 10
@@ -67,6 +68,8 @@ def glyph_pool(split: str) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
 
     Version 0 is the plain digit. The training split adds shifted, turned, scaled and paler or bolder versions of it.
     """
+    from sklearn.datasets import load_digits
+
     source = split_indices(split)
     data = load_digits()
     images = data.images[source].astype(np.float32) / 16

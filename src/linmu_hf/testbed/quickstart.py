@@ -38,6 +38,7 @@ STAGES = ("stage-1", "stage-2", "stage-3")
 PICTURED_TASKS = ("cell", "below", "large")
 PICTURES_PER_TASK = 3
 LOGGING_STEPS = 5
+LORA_ALPHA = 16  # twice the scale of Eq. 12: few steps
 LAMBDA_HID = 0.02  # Eq. 6 sums over the width: at 0.5 it would outweigh the token loss tenfold here
 
 
@@ -176,7 +177,7 @@ def walk(output: Path, teacher: str, schedule: Schedule) -> dict[str, Any]:
             "linmu-distill", distillation.main,
             "--model", init, "--teacher", teacher, "--dataset", data, "--output_dir", student,
             "--per_device_train_batch_size", schedule.batch_size, "--logging_steps", LOGGING_STEPS,
-            "--lambda_hid", LAMBDA_HID, "--feature_cache_gb", 6,
+            "--lambda_hid", LAMBDA_HID, "--lora_alpha", LORA_ALPHA, "--feature_cache_gb", 6,
             "--align_steps", schedule.align_steps, "--align_learning_rate", schedule.align_learning_rate,
             "--stage_steps", schedule.stage_steps, "--stage_learning_rates", schedule.stage_learning_rates,
             "--seq_kd", schedule.seq_kd,

@@ -1,0 +1,80 @@
+"""Which of `TrainingArguments` a distillation honours and which it refuses, in one table."""
+
+from dataclasses import MISSING, fields
+
+from transformers import TrainingArguments
+
+
+# Honoured, and they decide the result: a run is continued only with the same values.
+RESULT = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed", "train_sampling_strategy",
+    "dataloader_drop_last", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "bf16",
+)  # fmt: skip
+
+# Honoured, and free to differ when a run is continued. `do_train` asks for what happens anyway.
+FREE = (
+    "output_dir", "tf32", "use_cpu", "full_determinism", "torch_empty_cache_steps", "do_train",
+    "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
+    "gradient_checkpointing_kwargs",
+    "logging_strategy", "logging_steps", "logging_first_step", "include_num_input_tokens_seen", "log_level",
+    "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id",
+    "trackio_static_space_id", "skip_memory_metrics",
+    "save_strategy", "save_steps", "save_total_limit",
+    "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_revision",
+    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+    "dataloader_multiprocessing_context",
+)  # fmt: skip
+
+# Every other argument must keep its default. These say what to use in its place, by the start of the name.
+REMEDIES = {
+    "num_train_epochs": "set stage_steps, optimizer steps for each stage",
+    "max_steps": "set stage_steps, optimizer steps for each stage",
+    "learning_rate": "set stage_learning_rates, a peak rate for each stage",
+    "label_smoothing_factor": "soften the teacher instead: temperature",
+    "resume_from_checkpoint": "the same call with the same output_dir continues a run by itself",
+    "save_only_model": "checkpoints hold only what trains, and a run could not be continued",
+    "auto_find_batch_size": "set per_device_train_batch_size and gradient_accumulation_steps",
+    "remove_unused_columns": "rows are encoded whole, with images and messages",
+    "fp16": "use bf16=True",
+    "load_best_model_at_end": "nothing is evaluated in between: compare the stages by linmu-eval",
+} | dict.fromkeys(
+    ("eval", "per_device_eval", "do_eval", "do_predict", "bf16_full_eval", "fp16_full_eval", "metric", "include_for"),
+    "evaluate the stages by linmu-eval",
+) | dict.fromkeys(
+    ("ddp", "fsdp", "deepspeed", "parallelism", "average_tokens", "local_rank", "save_on_each", "log_on_each"),
+    "distillation runs on one device so far",
+)  # fmt: skip
+
+# Values, by their start, of arguments that are honoured otherwise: they need evaluation, lengths of the rows, or
+# optimizers that choose their own parameters.
+REFUSED_VALUES = {
+    "save_strategy": ("best",),
+    "lr_scheduler_type": ("reduce_lr_on_plateau", "greedy"),
+    "train_sampling_strategy": ("group_by_length",),
+    "optim": ("galore", "apollo", "lomo", "adalomo"),
+}
+
+
+def refused_fields() -> list[str]:
+    """Names the fields of the installed `TrainingArguments` that a distillation does not take."""
+    return [field.name for field in fields(TrainingArguments) if field.init and field.name not in (*RESULT, *FREE)]
+
+
+def refuse_ignored(config) -> None:
+    """
+    Raises the `ValueError` of the first argument of `config` that would be accepted and have no effect, or not the
+    one it promises. To be called before `TrainingArguments` rewrites its fields.
+    """
+    defaults = {field.name: field for field in fields(config)}
+    for name in refused_fields():
+        field, value = defaults[name], getattr(config, name)
+        default = field.default if field.default is not MISSING else field.default_factory()
+        if value != default and (value or default):
+            specific = (remedy for start, remedy in REMEDIES.items() if name.startswith(start))
+            remedy = next(specific, "a distillation has no use for it")
+            raise ValueError(f"{name}={value!r} is not supported: {remedy}, and leave {name} at {default!r}")
+    for name, starts in REFUSED_VALUES.items():
+        value = str(getattr(getattr(config, name), "value", getattr(config, name)))
+        if value.startswith(starts):
+            raise ValueError(f"{name}={value!r} is not supported: use {defaults[name].default!r}, for example")

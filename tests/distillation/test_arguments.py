@@ -1,0 +1,78 @@
+"""Every field of the installed TrainingArguments is honoured or refused, never accepted and ignored."""
+
+import dataclasses
+import re
+
+import pytest
+from transformers import TrainingArguments
+
+from linmu_hf.distillation.arguments import FREE, REFUSED_VALUES, RESULT, refused_fields
+from linmu_hf.distillation.config import DistillConfig
+
+
+pytestmark = pytest.mark.core_training
+
+FIELDS = {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
+
+
+def another(field):
+    """A value that is not the default of a field."""
+    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    if isinstance(default, bool) or default is None:
+        return not default
+    return default + 1 if isinstance(default, (int, float)) else "something" if isinstance(default, str) else ["x"]
+
+
+def test_the_table_names_fields_once():
+    names = [*RESULT, *FREE]
+    assert len(set(names)) == len(names)
+    # Some are fields of a newer Transformers; the bulk must be there, or a spelling is wrong.
+    assert len(set(names) - FIELDS.keys()) <= 5
+
+
+@pytest.mark.parametrize("name", refused_fields())
+def test_refused_by_name_value_and_remedy(tmp_path, name):
+    field = next(f for f in dataclasses.fields(DistillConfig) if f.name == name)
+    value = another(field)
+    with pytest.raises(ValueError, match=rf"^{name}={re.escape(repr(value))} is not .*leave {name} at"):
+        DistillConfig(output_dir=str(tmp_path), use_cpu=True, **{name: value})
+
+
+def test_a_field_that_nobody_decided_on_is_refused():
+    assert not set(refused_fields()) & {*RESULT, *FREE}
+    assert {*refused_fields(), *RESULT, *FREE} >= FIELDS.keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"max_steps": 100}, "stage_steps"),
+        ({"num_train_epochs": 1.0}, "stage_steps"),
+        ({"learning_rate": 1.0}, "stage_learning_rates"),
+        ({"resume_from_checkpoint": "/nonexistent"}, "output_dir"),
+        ({"fp16": True}, "bf16"),
+        ({"do_eval": True}, "linmu-eval"),
+        ({"eval_strategy": "steps"}, "linmu-eval"),
+        ({"load_best_model_at_end": True}, "linmu-eval"),
+        ({"remove_unused_columns": True}, "rows are encoded whole"),
+    ],
+)
+def test_a_refusal_names_the_remedy(tmp_path, changes, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        DistillConfig(output_dir=str(tmp_path), use_cpu=True, **changes)
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, f"{v}") for n, values in REFUSED_VALUES.items() for v in values])
+def test_values_that_cannot_work_are_refused(tmp_path, name, value):
+    with pytest.raises(ValueError, match=name):
+        DistillConfig(output_dir=str(tmp_path), use_cpu=True, **{name: value})
+
+
+def test_defaults_may_be_repeated(tmp_path):
+    values = {name: getattr(DistillConfig(output_dir=str(tmp_path), use_cpu=True), name) for name in ("fp16", "debug")}
+    DistillConfig(output_dir=str(tmp_path), use_cpu=True, max_steps=-1, eval_strategy="no", **values)
+
+
+def test_lora_has_the_scale_of_equation_12(tmp_path):
+    for changes, alpha in (({}, 8), ({"lora_r": 4}, 4), ({"lora_r": 4, "lora_alpha": 8}, 8)):
+        assert DistillConfig(output_dir=str(tmp_path), use_cpu=True, **changes).lora_alpha == alpha
