@@ -45,8 +45,8 @@ class StoredTensor:
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    def chunks(self, dtype: torch.dtype | None = None) -> Iterator[memoryview]:
-        """The tensor's bytes, cast to `dtype`, in pieces of at most `CHUNK_BYTES` read at a time."""
+    def chunks(self) -> Iterator[memoryview]:
+        """The tensor's bytes, in pieces of at most `CHUNK_BYTES` read at a time."""
         with open(self.file, "rb") as file:
             file.seek(self.begin)
             left = self.end - self.begin
@@ -55,7 +55,11 @@ class StoredTensor:
                 if file.readinto(data) != len(data):
                     raise OSError(f"{self.file} ended while it was read")
                 left -= len(data)
-                yield memoryview(data) if dtype in (None, self.dtype) else _cast(data, self.dtype, dtype)
+                yield memoryview(data)
+
+    def values(self) -> Iterator[torch.Tensor]:
+        """The tensor's values in the same pieces, flat."""
+        return (torch.frombuffer(chunk, dtype=self.dtype) for chunk in self.chunks())
 
 
 def tensor_chunks(tensor: torch.Tensor) -> Iterator[memoryview]:
@@ -248,8 +252,3 @@ def file_hash(tensor: StoredTensor, progress: Callable[[int], object]) -> str:
         digest.update(chunk)
         progress(len(chunk))
     return digest.hexdigest()
-
-
-def _cast(data: bytearray, source: torch.dtype, target: torch.dtype) -> memoryview:
-    values = torch.frombuffer(data, dtype=source).to(target)
-    return memoryview(values.view(torch.uint8).numpy())

@@ -193,3 +193,33 @@ def test_load_teacher_refuses_the_same(teacher, tmp_path):
     sorted(teacher.glob("*.safetensors"))[0].write_bytes(b"")
     with pytest.raises(ValueError, match="is corrupt"):
         load_teacher(teacher)
+
+
+@pytest.mark.parametrize(
+    ("value", "stored", "dtype", "message"),
+    [
+        (70_000.0, torch.bfloat16, "float16", "has the value 70144: torch.float16 ends at 65504"),
+        (-3.4e38, torch.float32, "bfloat16", "torch.bfloat16 ends at 3.38953e.38"),
+        (float("nan"), torch.float32, None, "has the value nan: the teacher is damaged"),
+        (float("-inf"), torch.bfloat16, "float32", "has the value -inf: the teacher is damaged"),
+    ],
+)
+def test_values_that_are_not_finite(processor, tmp_path, value, stored, dtype, message):
+    """Nothing is published, and the tensor is named; `load_teacher` refuses the same."""
+    key = "model.layers.2.self_attn.k_proj.bias"
+    make_teacher(tmp_path / "teacher", processor=processor, shard=None)
+
+    def damage(tensors):
+        tensors = {name: tensor.to(stored) for name, tensor in tensors.items()}
+        tensors[key][5] = value
+        return tensors
+
+    rewrite(tmp_path / "teacher" / "model.safetensors", damage)
+    message = f"teacher tensor {key!r} .*{message}"
+    with pytest.raises(ValueError, match=message):
+        convert(str(tmp_path / "teacher"), str(tmp_path / "out"), dtype=dtype)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=message):
+        load_teacher(tmp_path / "teacher", dtype=dtype)
+    if dtype and abs(value) < float("inf"):
+        convert(str(tmp_path / "teacher"), str(tmp_path / "out"))

@@ -109,9 +109,9 @@ def test_killed_by_signal(case, tmp_path, monkeypatch):
     output = tmp_path / "out"
     real = checkpoint.StoredTensor.chunks
 
-    def slow_chunks(self, dtype=None):
+    def slow_chunks(self):
         time.sleep(0.02)  # several seconds in all: no kill below comes too late
-        return real(self, dtype)
+        return real(self)
 
     with monkeypatch.context() as slowly:
         slowly.setattr(checkpoint.StoredTensor, "chunks", slow_chunks)

@@ -215,7 +215,7 @@ def test_a_part_that_changed_is_another_teacher(tmp_path):
         )
         source = open_source(tmp_path / "teacher")
         config = LinMUConfig.from_teacher(source.config, keep_attention="all")
-        plans.append(convert_module.Plan(source, config, None).fingerprint({}))
+        plans.append(convert_module.ConversionPlan(source, config, None).fingerprint({}))
     assert plans[0] != plans[1]
 
 

@@ -27,7 +27,7 @@ from ..safetensors_io import (
     write_shard,
 )
 from .calibrate import CalibrationReport, calibrate
-from .plan import Plan, parse_dtype
+from .plan import ConversionPlan, parse_dtype
 from .source import open_source
 from .teacher import build_model, load_teacher
 from .weight_map import decoder_config
@@ -134,7 +134,7 @@ def convert(
         config = LinMUConfig.from_teacher(source.config, keep_attention=kept, preset=preset, **(mixer_options or {}))
     except StrictDataclassError as error:  # a value of the wrong type
         raise ValueError(str(error)) from error
-    plan = Plan(source, config, dtype)
+    plan = ConversionPlan(source, config, dtype)
     shards = pack_shards(plan.tensors, max_bytes)
 
     calibration = None
@@ -200,7 +200,7 @@ def check_output(output: str, overwrite: bool, teacher: str) -> Path:
     return target
 
 
-def _write(work: Path, plan: Plan, shards: Shards) -> dict[str, dict[str, str]]:
+def _write(work: Path, plan: ConversionPlan, shards: Shards) -> dict[str, dict[str, str]]:
     """Writes what is not there yet, noting each finished shard in the manifest; returns the hashes of every shard."""
     fingerprint = plan.fingerprint(shards)
     manifest = _read_manifest(work)
@@ -223,7 +223,7 @@ def _write(work: Path, plan: Plan, shards: Shards) -> dict[str, dict[str, str]]:
 
 def _calibrate(
     work: Path,
-    plan: Plan,
+    plan: ConversionPlan,
     shards: Shards,
     hashes: dict[str, dict[str, str]],
     teacher: torch.nn.Module,
@@ -234,6 +234,9 @@ def _calibrate(
     student = build_model(plan.config, plan.dtype, stored)
     report = calibrate(student, teacher, batches)
     state = student.state_dict()
+    for name in report.changed:
+        if not state[name].isfinite().all():
+            raise ValueError(f"calibration left {name!r} with values that are not finite: choose another dtype")
     touched = {file: tensors for file, tensors in shards.items() if {t.name for t in tensors} & set(report.changed)}
     # A run that is killed from here on writes these shards anew from the teacher.
     manifest = _read_manifest(work)
@@ -251,7 +254,7 @@ def _calibrate(
     return report
 
 
-def _verify(work: Path, plan: Plan, hashes: dict[str, dict[str, str]]) -> None:
+def _verify(work: Path, plan: ConversionPlan, hashes: dict[str, dict[str, str]]) -> None:
     """Reads everything back: names, shapes and dtypes against the model, bytes against what their source gave."""
     wanted = {name: value for shard in hashes.values() for name, value in shard.items()}
     stored = read_checkpoint(work)
@@ -267,7 +270,7 @@ def _verify(work: Path, plan: Plan, hashes: dict[str, dict[str, str]]) -> None:
         raise OSError(f"what was written to {work} does not read back ({bad[0]!r} first): check the disk, run again")
 
 
-def _finish(work: Path, target: Path, plan: Plan, finish_folder: Callable[[Path], object] | None) -> None:
+def _finish(work: Path, target: Path, plan: ConversionPlan, finish_folder: Callable[[Path], object] | None) -> None:
     """Adds processor and configuration, config.json last, and gives the folder its name."""
     plan.source.write_processor(work)
     add_remote_code(plan.config, work)

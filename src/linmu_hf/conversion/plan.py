@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -11,15 +12,16 @@ from torch import nn
 
 from ..modeling.configuration_linmu import LinMUConfig
 from ..modeling.modeling_linmu import LinMUForConditionalGeneration
-from ..safetensors_io import OutputTensor, tensor_chunks
+from ..safetensors_io import OutputTensor, StoredTensor, tensor_chunks
 from .source import Source
 from .weight_map import is_new, map_teacher_key, teacher_key
 
 
 FLOAT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 
 
-class Plan:
+class ConversionPlan:
     """
     Every tensor of the student, in the model's own order, and where its bytes come from.
 
@@ -40,6 +42,7 @@ class Plan:
                 counts[tensor.dtype] += tensor.numel
         self.cast = dtype
         self.dtype = dtype or counts.most_common(1)[0][0]  # of the model as a whole, and of new parameters
+        mapped = self._map_teacher()
         config.dtype = self.dtype
         config.architectures = [LinMUForConditionalGeneration.__name__]
         with torch.device("meta"):  # names and shapes without memory
@@ -49,8 +52,7 @@ class Plan:
         origins: dict[str, str] = {}
         self.used: list[str] = []
         self.dropped: list[str] = []
-        for key in source.tensors:
-            targets = map_teacher_key(key, config)
+        for key, targets in mapped.items():
             (self.dropped if targets is None else self.used).append(key)
             for name in targets or ():
                 if name in origins:
@@ -63,9 +65,27 @@ class Plan:
             keys = list(dict.fromkeys(teacher_key(name, config) for name in missing))
             raise ValueError(
                 f"{source.folder} lacks {len(keys)} tensor(s) that its config.json asks for, {keys[0]!r} first: "
-                "download or copy it again"
+                + ("set tie_word_embeddings there if it is the embedding, or " if missing == [HEAD] else "")
+                + "download or copy it again"
             )
         self.tensors = [self._output(name, tensor, origins.get(name)) for name, tensor in expected.items()]
+
+    def _map_teacher(self) -> dict[str, list[str] | None]:
+        """
+        What becomes of every teacher tensor; decides whether the head is the embedding.
+
+        As in Transformers, a head that the file holds counts, whatever `tie_word_embeddings` says, and where the file
+        holds no other, it is the embedding too.
+        """
+        tied, self.config.tie_word_embeddings = self.config.tie_word_embeddings, False
+        mapped = {key: map_teacher_key(key, self.config) for key in self.source.tensors}
+        keys = {names[0]: key for key, names in mapped.items() if names}
+        if tied and HEAD in keys and EMBEDDING in keys:
+            tied = _same_values(self.source.tensors[keys[HEAD]], self.source.tensors[keys[EMBEDDING]])
+        if tied and HEAD in keys:
+            mapped[keys[HEAD]] = None if EMBEDDING in keys else [EMBEDDING]
+        self.config.tie_word_embeddings = tied
+        return mapped
 
     def _output(self, name: str, expected: torch.Tensor, origin: str | None) -> OutputTensor:
         shape = tuple(expected.shape)
@@ -80,7 +100,7 @@ class Plan:
                 "config.json and weights do not belong together"
             )
         dtype = (self.cast or stored.dtype) if stored.dtype.is_floating_point else stored.dtype
-        return OutputTensor(name, dtype, shape, partial(stored.chunks, dtype))
+        return OutputTensor(name, dtype, shape, partial(_finite_chunks, origin, stored, dtype))
 
     def _new_tensor(self, name: str, dtype: torch.dtype) -> Iterator[memoryview]:
         layer = int(name.removeprefix("model.language_model.layers.").split(".")[0])
@@ -99,6 +119,31 @@ class Plan:
             "shards": {file: [(t.name, str(t.dtype)) for t in tensors] for file, tensors in shards.items()},
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _same_values(first: StoredTensor, second: StoredTensor) -> bool:
+    digests = [hashlib.sha256() for _ in range(2)]
+    for digest, tensor in zip(digests, (first, second)):
+        for values in tensor.values():
+            digest.update(_bytes(values.to(torch.promote_types(first.dtype, second.dtype))))
+    return first.shape == second.shape and digests[0].digest() == digests[1].digest()
+
+
+def _finite_chunks(name: str, stored: StoredTensor, dtype: torch.dtype) -> Iterator[memoryview]:
+    """The bytes of a tensor in `dtype`; a `ValueError` at the first value that is not finite there."""
+    for given in stored.values():
+        values = given.to(dtype)
+        if dtype.is_floating_point and not (finite := values.isfinite()).all():
+            value = given[~finite][0].item()
+            remedy = "the teacher is damaged; download or copy it again"
+            if math.isfinite(value):
+                remedy = f"{dtype} ends at {torch.finfo(dtype).max:g}; choose another dtype, such as float32"
+            raise ValueError(f"teacher tensor {name!r} has the value {value:g}: {remedy}")
+        yield _bytes(values)
+
+
+def _bytes(values: torch.Tensor) -> memoryview:
+    return memoryview(values.view(torch.uint8).numpy())
 
 
 def student_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

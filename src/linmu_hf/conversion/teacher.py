@@ -10,7 +10,7 @@ from transformers.initialization import no_init_weights
 from ..modeling.configuration_linmu import LinMUConfig
 from ..modeling.modeling_linmu import LinMUForConditionalGeneration
 from ..safetensors_io import OutputTensor, StoredTensor
-from .plan import Plan, parse_dtype
+from .plan import ConversionPlan, parse_dtype
 from .source import open_source
 
 
@@ -43,7 +43,7 @@ def load_teacher(
 
     assert source.config is not None
     config = LinMUConfig.from_teacher(source.config, keep_attention="all")
-    plan = Plan(source, config, dtype)
+    plan = ConversionPlan(source, config, dtype)
     model = build_model(config, plan.dtype, {tensor.name: tensor for tensor in plan.tensors}, device)
     if source.generation_config is not None:
         model.generation_config = source.generation_config
