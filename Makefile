@@ -35,7 +35,7 @@ conformance: $(READY)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -c conformance/pytest.ini \
 		conformance -n 2 $(if $(ARGS),,--write-report docs/conformance.md) $(ARGS)
 
-# The core tests with every minor of Transformers that is supported; MINORS="5.17 5.23" for some, MINORS=ends for two.
+# The core tests with every minor of Transformers that is supported; MINORS="5.17 5.24" for some, MINORS=ends for two.
 test-matrix:
 	$(PYTHON) tools/matrix.py $(MINORS) --output $(RUNS)/matrix.json --pytest-args="-n 2 --dist loadscope $(ARGS)"
 

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import transformers
 from packaging.requirements import Requirement
 
 
@@ -33,7 +32,7 @@ def test_declared_range_is_the_tested_one():
 
 
 def test_make_installs_the_newest_minor():
-    assert transformers.__version__.startswith(matrix.MINORS[-1] + ".")
+    assert f"transformers=={matrix.MINORS[-1]}." in (ROOT / "constraints.txt").read_text()
 
 
 def test_the_oldest_minor_runs_with_the_lowest_versions():

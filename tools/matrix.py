@@ -1,6 +1,6 @@
 """
 Runs the core tests with every supported minor of Transformers, each in a virtual environment of its own that holds the
-core install and pytest, no extras: `make test-matrix`, or `make test-matrix MINORS="5.17 5.23"`.
+core install and pytest, no extras: `make test-matrix`, or `make test-matrix MINORS="5.17 5.24"`.
 
 The wheel is built once, from a copy of the sources, and installed as a user would. The oldest minor runs with the
 lowest version of every dependency that setup.cfg allows, torch aside; the others with what pip chooses. Environments
@@ -24,7 +24,7 @@ from pathlib import Path
 
 
 # The one list of the supported minors, without gaps; setup.cfg declares the same range, which a test compares.
-MINORS = ("5.17", "5.18", "5.19", "5.20", "5.21", "5.22", "5.23")
+MINORS = ("5.17", "5.18", "5.19", "5.20", "5.21", "5.22", "5.23", "5.24")
 
 ROOT = Path(__file__).parents[1]
 TESTS = ("tests/modeling", "tests/families", "tests/ops")

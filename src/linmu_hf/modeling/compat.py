@@ -1,11 +1,43 @@
 """What the Transformers minors of the supported range do differently, told by a feature and never by a version."""
 
+import functools
+import inspect
+
 import torch
 from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
+# The cache's name in arguments and outputs: `past_key_values` before 5.24, `cache` since.
+CACHE = next(
+    name
+    for name in ("cache", "past_key_values")
+    if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+)
+
 _PIXELS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
+
+
+def takes_cache(method):
+    """
+    Lets a method with an argument `past_key_values` take the cache under its newer name `cache` too. Its signature
+    shows the name that the installed Transformers uses.
+    """
+
+    @functools.wraps(method)
+    def wrapper(*args, **kwargs):
+        if "cache" in kwargs:
+            if kwargs.get("past_key_values") is not None:
+                raise ValueError("both cache and past_key_values were passed, which are the same: leave one out")
+            kwargs["past_key_values"] = kwargs.pop("cache")
+        return method(*args, **kwargs)
+
+    signature = inspect.signature(method)
+    parameters = [
+        one.replace(name=CACHE) if one.name == "past_key_values" else one for one in signature.parameters.values()
+    ]
+    wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return wrapper
 
 
 class MediaGeneration:

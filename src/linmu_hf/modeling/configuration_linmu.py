@@ -66,7 +66,7 @@ class LinMUTextConfig(RemoteCode, PreTrainedConfig):
     model_type = "linmu_text"
     base_config_key = "text_config"
     remote_classes: ClassVar[dict[str, str]] = {"AutoConfig": "LinMUTextConfig", "AutoModel": "LinMUTextModel"}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     ignore_keys_at_rope_validation = {"mrope_section"}
     default_theta = 1000000.0
     base_model_tp_plan = None
@@ -228,7 +228,7 @@ class LinMUConfig(RemoteCode, PreTrainedConfig):
         "AutoModelForImageTextToText": "LinMUForConditionalGeneration",
     }
     sub_configs = {"vision_config": AutoConfig, "text_config": LinMUTextConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLAttention,
     Qwen2_5_VLRMSNorm,
@@ -19,6 +19,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache import MMateCacheLayer, fitting_cache
+from .compat import CACHE, takes_cache
 from .configuration_linmu import LAYER_TYPES, LinMUConfig, LinMUTextConfig
 from .layout.packing import lengths_to_bounds, packed_lengths, positions_within
 from .layout.token_layout import TextStep, TokenLayout
@@ -29,11 +30,11 @@ from .remote_code import InstalledCode
 
 
 @dataclass
-class LinMUModelOutput(ModelOutput):
+class LinMUModelOutput(BaseModelOutputWithPast):
     """
     Args:
         last_hidden_state (`torch.Tensor` of shape `[b, t, d]`): Hidden states after the final norm.
-        past_key_values (`Cache`, *optional*): With `use_cache`.
+        cache (`Cache`, *optional*): With `use_cache`; `past_key_values` before Transformers 5.24.
         hidden_states (`tuple[torch.Tensor]`, *optional*): With `output_hidden_states`: input of every layer, and the
             last hidden state.
         attentions (`tuple[torch.Tensor]`, *optional*): With `output_attentions` and eager attention: the weights
@@ -42,10 +43,6 @@ class LinMUModelOutput(ModelOutput):
             the normed input and the output of its mixer, `[b, t, d]`, as Eq. 6 compares them.
     """
 
-    last_hidden_state: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     mixer_inputs: tuple[torch.Tensor, ...] | None = None
     mixer_outputs: tuple[torch.Tensor, ...] | None = None
 
@@ -70,7 +67,7 @@ class LinMUDecoderLayer(GradientCheckpointingLayer):
         if self.is_m_mate:
             cache_layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
             return self.mixer(mixer_input, rope, layout, cache_layer)
-        return self.mixer(mixer_input, position_embeddings=rope, past_key_values=past_key_values, **attention)[0]
+        return self.mixer(mixer_input, position_embeddings=rope, **{CACHE: past_key_values}, **attention)[0]
 
     def forward(self, hidden_states, rope, layout=None, attention=None, past_key_values=None):
         mixer_input = self.input_layernorm(hidden_states)
@@ -87,7 +84,7 @@ class LinMUPreTrainedModel(InstalledCode, PreTrainedModel):
     input_modalities: tuple[str, ...] = ("image", "video", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["LinMUDecoderLayer", "Qwen2_5_VLVisionBlock", "SiglipVisionEmbeddings", "SiglipEncoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _keep_in_fp32_modules_strict = set(FP32_PARAMETERS)
     # float32 in a float16 model, and never quantised: small maps that steer decays and gates
     _keep_in_fp32_modules = {".*dt_proj", ".*flex_ma.gate_proj", ".*fusion_proj"}
@@ -130,6 +127,7 @@ class LinMUTextModel(LinMUPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_cache
     @capture_outputs
     def forward(
         self,
@@ -180,9 +178,9 @@ class LinMUTextModel(LinMUPreTrainedModel):
                     cache_layer.advance(inputs_embeds.shape[1])
         return LinMUModelOutput(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
             mixer_inputs=tuple(inputs) if output_mixer_states else None,
             mixer_outputs=tuple(outputs) if output_mixer_states else None,
+            **{CACHE: past_key_values},
         )
 
     def run_mixers(self, mixer_inputs, attention_mask=None, position_ids=None, vision_layout=None):
@@ -253,8 +251,8 @@ class LinMUTextModel(LinMUPreTrainedModel):
                 config=self.config,
                 inputs_embeds=embeds,
                 attention_mask=causal_mask,
-                past_key_values=past_key_values,
                 position_ids=text_positions,
                 layer_idx=self.config.layer_types.index("full_attention"),
+                **{CACHE: past_key_values},
             )
         return {"attention_mask": causal_mask, **bounds}

@@ -20,7 +20,7 @@ from transformers.masking_utils import create_causal_mask
 
 from .cache import fitting_cache
 from .checks import check_prompt
-from .compat import MediaGeneration
+from .compat import CACHE, MediaGeneration, takes_cache
 from .vision_side import KINDS
 
 
@@ -124,16 +124,14 @@ class VisionLayoutGeneration(MediaGeneration):
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         input_ids = model_kwargs.get("input_ids", inputs_tensor)
         if "inputs_embeds" not in model_kwargs:
-            check_prompt(
-                self.model, input_ids, model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
-            )
+            check_prompt(self.model, input_ids, model_kwargs.get("attention_mask"), model_kwargs.get(CACHE))
         text_positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         types, embeds = (model_kwargs.get(name) for name in ("mm_token_type_ids", "inputs_embeds"))
         if embeds is not None and any(model_kwargs.get(f"{kind}_grid_thw") is not None for kind in KINDS):
             input_ids = self.model.placeholder_ids(embeds, types, True)
         if input_ids.ndim != 2 or torch.is_floating_point(input_ids) or not input_ids.shape[1]:
             return text_positions
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         past = 0 if cache is None else int(cache.get_seq_length())
         mask = model_kwargs.get("attention_mask")
         if mask is None or mask.shape[1] == input_ids.shape[1]:
@@ -172,13 +170,14 @@ class VisionLayoutGeneration(MediaGeneration):
         if vision_layout is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
             embeds = inputs.get("inputs_embeds")
             length = (inputs["input_ids"] if embeds is None else embeds).shape[1]
-            cache = kwargs.get("past_key_values")
+            cache = kwargs.get(CACHE)
             start = 0 if cache is None else int(cache.get_seq_length())
             layout = vision_layout[:, start : start + length]
             inputs["vision_layout"] = nn.functional.pad(layout, (0, 0, 0, length - layout.shape[1]), value=-1)
         return inputs
 
     @staticmethod
+    @takes_cache
     def create_masks_for_generate(
         config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
     ) -> dict[str, torch.Tensor | None]:
@@ -189,9 +188,9 @@ class VisionLayoutGeneration(MediaGeneration):
                 config=config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids if position_ids is None or position_ids.ndim == 2 else position_ids[0],
                 layer_idx=config.layer_types.index("full_attention"),
+                **{CACHE: past_key_values},
             )
         if "m_mate" in config.layer_types:
             masks["m_mate"] = attention_mask
@@ -205,7 +204,7 @@ class VisionLayoutGeneration(MediaGeneration):
         chunk_size = generation_config.prefill_chunk_size
         if chunk_size is None:
             return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if cache is None:
             raise ValueError(f"prefill_chunk_size={chunk_size} needs a cache: leave use_cache=False out")
         past = int(cache.get_seq_length())
@@ -228,6 +227,7 @@ class VisionLayoutGeneration(MediaGeneration):
             **{key: model_kwargs[key] for key in MEDIA_KEYS if model_kwargs.get(key) is not None},
         )
 
+    @takes_cache
     @torch.no_grad()
     def prefill(
         self,

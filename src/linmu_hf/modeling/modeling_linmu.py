@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache, GenerationMixin
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .cache import fitting_cache
 from .checks import check_forward, check_head_inputs, check_media, check_types
+from .compat import CACHE, takes_cache
 from .configuration_linmu import LinMUConfig
 from .decoder import LinMUModelOutput, LinMUPreTrainedModel, LinMUTextModel
 from .generation import VisionLayoutGeneration, next_positions, remember_positions
@@ -20,14 +21,9 @@ from .vision_side import KINDS, VISION_SIDES, VisionSide, text_positions
 
 
 @dataclass
-class LinMUCausalLMOutput(ModelOutput):
+class LinMUCausalLMOutput(CausalLMOutputWithPast):
     """[`LinMUModelOutput`] with `logits` of shape `[b, t, vocab]` and, given labels, the `loss`."""
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     mixer_inputs: tuple[torch.Tensor, ...] | None = None
     mixer_outputs: tuple[torch.Tensor, ...] | None = None
 
@@ -140,6 +136,7 @@ class LinMUModel(LinMUPreTrainedModel):
         )
         return positions, layout
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -348,6 +345,7 @@ class LinMUForConditionalGeneration(VisionLayoutGeneration, LinMUPreTrainedModel
     def get_video_features(self, pixel_values_videos, video_grid_thw=None, **kwargs):
         return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -416,11 +414,11 @@ class LinMUForConditionalGeneration(VisionLayoutGeneration, LinMUPreTrainedModel
         return LinMUCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             mixer_inputs=outputs.mixer_inputs,
             mixer_outputs=outputs.mixer_outputs,
+            **{CACHE: outputs.get(CACHE)},
         )
 
 

@@ -15,6 +15,7 @@ from ...conversion.source import TEACHER_CONFIGS
 from ...families.nvila.checkpoint import is_nvila
 from ...families.nvila.configuration import NVILAVisionConfig
 from ...families.nvila.vision import tiles_of
+from ...modeling.compat import CACHE
 from ...modeling.configuration_linmu import LinMUConfig, LinMUTextConfig
 from ...modeling.decoder import LinMUTextModel
 from ...modeling.generation import chunk_sizes
@@ -243,7 +244,7 @@ class BenchmarkDecoder(nn.Module):
                 past_key_values=cache,
                 use_cache=True,
             )
-            cache, start = output.past_key_values, start + size
+            cache, start = output[CACHE], start + size
         return self.head(output.last_hidden_state[:, -1:]), cache
 
     def step(self, ids, cache):
