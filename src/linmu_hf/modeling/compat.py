@@ -36,7 +36,7 @@ def takes_cache(method):
     parameters = [
         one.replace(name=CACHE) if one.name == "past_key_values" else one for one in signature.parameters.values()
     ]
-    wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    wrapper.__signature__ = signature.replace(parameters=parameters)
     return wrapper
 
 
