@@ -3,12 +3,17 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict, Features, List, Value
 from datasets import Image as ImageFeature
-from synthetic import ask, image, make_teacher, say
+from synthetic import ask, image, make_processor, make_teacher, say
 
 from linmu_hf import LinMUConfig, LinMUForConditionalGeneration
 from linmu_hf.commands.convert import build_parser, main
 from linmu_hf.conversion.teacher import load_teacher
 from linmu_hf.modeling.configuration_linmu import MIXER_FIELDS
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return make_processor()
 
 
 @pytest.fixture(scope="module")
