@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 from linmu_hf import lora_targets
-from linmu_hf.data.rows import encode_rows
+from linmu_hf.data import encode_rows
 
 
 def main(model: str, dataset: str, output: str, steps: int = 20) -> None:

@@ -32,12 +32,12 @@ def test_image_and_video_in_one_question(student_folder, picture, frames, capsys
 
 def test_stream_prints_the_answer(teacher, processor, picture, capsys):
     conversation = chat.Conversation(teacher, processor, max_new_tokens=4)
-    answer = conversation.ask("row 1 column 1?", images=[chat.read_image(str(picture))], stream=True)
+    answer = conversation.ask("row 1 column 1?", images=[chat.open_image(str(picture))], stream=True)
     assert capsys.readouterr().out.strip() == answer
 
 
 def test_conversation_remembers(teacher, processor, picture):
-    image = chat.read_image(str(picture))
+    image = chat.open_image(str(picture))
     conversation = chat.Conversation(teacher, processor, max_new_tokens=4)
     conversation.ask("row 1 column 1?", images=[image])
     conversation.ask("row 2 column 1?")
@@ -53,21 +53,6 @@ def test_conversation_from_standard_input(teacher_folder, picture, monkeypatch, 
     printed = capsys.readouterr().out
     assert "nowhere.png does not exist" in printed
     assert printed.count(chat.HELP) == 2
-
-
-def test_video_file_is_sampled_twice_a_second(tmp_path):
-    av = pytest.importorskip("av")
-    file = str(tmp_path / "clip.mp4")
-    with av.open(file, "w") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width = stream.height = 32
-        for i in range(30):
-            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 8 * i, dtype=np.uint8), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    frames = chat.read_video(file)
-    brightness = [np.asarray(frame).mean() for frame in frames]
-    assert brightness == pytest.approx([8 * i for i in range(0, 30, 5)], abs=6)
 
 
 def test_errors_are_one_line(teacher_folder, picture, tmp_path, monkeypatch):

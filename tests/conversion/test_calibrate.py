@@ -7,7 +7,7 @@ from linmu_hf import safetensors_io as checkpoint
 from linmu_hf.conversion.calibrate import calibrate
 from linmu_hf.conversion.convert import convert
 from linmu_hf.conversion.teacher import load_teacher
-from linmu_hf.data.rows import encode_rows
+from linmu_hf.data import encode_rows
 
 
 def make_rows(n):

@@ -10,7 +10,7 @@ from linmu_hf import LinMUConfig, LinMUForConditionalGeneration
 from linmu_hf import safetensors_io as checkpoint
 from linmu_hf.conversion.convert import convert, parse_size
 from linmu_hf.conversion.weight_map import MIXERS, is_new, map_teacher_key
-from linmu_hf.data.rows import encode_rows
+from linmu_hf.data import encode_rows
 
 
 LAYER = "model.language_model.layers.{}."

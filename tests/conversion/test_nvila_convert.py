@@ -23,7 +23,7 @@ from linmu_hf.conversion.convert import convert
 from linmu_hf.conversion.source import open_source
 from linmu_hf.conversion.teacher import load_processor, load_teacher
 from linmu_hf.conversion.weight_map import is_new, map_teacher_key
-from linmu_hf.data.rows import encode_prompts, encode_rows
+from linmu_hf.data import encode_prompts, encode_rows
 from linmu_hf.families.nvila.configuration import NVILAConfig, NVILAVisionConfig
 from linmu_hf.hub import check_folder
 

@@ -8,7 +8,7 @@ from synthetic import ask, image, make_teacher, say
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from linmu_hf.conversion.teacher import load_teacher
-from linmu_hf.data.rows import encode_prompts, encode_rows
+from linmu_hf.data import encode_prompts, encode_rows
 
 
 TEXT = {"messages": [ask("which digit?"), say("7")]}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from linmu_hf.data.rows import encode_rows
+from linmu_hf.data import encode_rows
 from linmu_hf.distillation.collator import DistillCollator, EncodedDataset
 
 
@@ -48,5 +48,5 @@ def test_pseudo_targets_share_the_rows_that_agree(processor, rows):
 
 def test_a_bad_row_is_named(processor, rows):
     bad = {**rows[0], "images": []}
-    with pytest.raises(ValueError, match=r"dataset row 1: .*asks for 1 images"):
+    with pytest.raises(ValueError, match=r"row 1 .*asks for 1 images"):
         EncodedDataset(processor, [rows[0], bad])[1]

@@ -14,7 +14,7 @@ from linmu_hf.commands.convert import main as convert
 from linmu_hf.commands.distill import main as distill
 from linmu_hf.commands.evaluate import main as evaluate
 from linmu_hf.conversion.teacher import load_processor, load_teacher
-from linmu_hf.data.rows import encode_prompts
+from linmu_hf.data import encode_prompts
 from linmu_hf.distillation.collator import DistillCollator, EncodedDataset
 from linmu_hf.distillation.pseudo_targets import decode_pseudo_targets
 from linmu_hf.hub import check_folder

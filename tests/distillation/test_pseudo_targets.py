@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from linmu_hf.data.rows import encode_prompts
+from linmu_hf.data import encode_prompts
 from linmu_hf.distillation import decode_pseudo_targets
 from linmu_hf.distillation import pseudo_targets as module
 

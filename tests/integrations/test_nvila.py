@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 import linmu_hf
 from linmu_hf import LinMUConfig, LinMUForConditionalGeneration, LinMUTextConfig, NVILAVisionConfig
 from linmu_hf.commands import chat
-from linmu_hf.data.rows import encode_rows
+from linmu_hf.data import encode_rows
 from linmu_hf.distillation.collator import DistillCollator, EncodedDataset
 from linmu_hf.evaluation.retention import generate_answers
 from linmu_hf.hub.check import check_folder

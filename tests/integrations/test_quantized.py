@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndByte
 
 import linmu_hf
 from linmu_hf import lora_targets
-from linmu_hf.data.rows import encode_prompts, encode_rows
+from linmu_hf.data import encode_prompts, encode_rows
 from linmu_hf.modeling.mixers.flex_ma import FP32_PARAMETERS, ZeroLinear
 from linmu_hf.testbed.data import TASKS, evaluation_rows
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from linmu_hf import LinMUConfig, LinMUForConditionalGeneration, lora_targets
-from linmu_hf.data.rows import encode_rows
+from linmu_hf.data import encode_rows
 from linmu_hf.testbed.data import evaluation_rows
 from linmu_hf.testbed.make_data import FEATURES
 from linmu_hf.testbed.processor import build_processor

@@ -5,7 +5,7 @@ import torch
 from transformers import Qwen2_5_VLProcessor
 
 from linmu_hf.conversion.teacher import load_processor
-from linmu_hf.data.rows import encode_rows
+from linmu_hf.data import encode_rows
 from linmu_hf.testbed import nvila
 from linmu_hf.testbed.check_teacher import TEACHER, TEACHERS
 from linmu_hf.testbed.data import evaluation_rows, evaluation_scenes, to_row, training_scenes

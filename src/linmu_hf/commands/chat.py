@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from transformers import TextStreamer
-from transformers.video_utils import VideoMetadata, load_video
 
-from ..data.rows import VIDEO_FPS, encode_prompts
-from ..evaluation.loading import check_device, first_line, load_model, load_processor
+from ..data import encode_prompts
+from ..data.image import open_image
+from ..data.video import read_video
+from ..evaluation.loading import check_device, load_model, load_processor
 
 
 SHIPPED_STUDENT = Path(__file__).parents[1] / "testbed" / "student"
@@ -33,52 +33,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if arguments.max_new_tokens < 1:
         parser.error(f"--max-new-tokens {arguments.max_new_tokens} must be at least 1")
     return arguments
-
-
-def read_image(file: str) -> Image.Image:
-    try:
-        return Image.open(file).convert("RGB")
-    except FileNotFoundError as error:
-        raise ValueError(f"{file} does not exist: give an image file") from error
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"{file} is not an image that Pillow can read") from error
-
-
-def read_video(path: str, processor=None) -> list[Image.Image]:
-    """
-    Frames of a video file, or of a folder's images in the order of their names.
-
-    As many as the processor takes of every video if it names a number; otherwise two per second of a file, and every
-    image of a folder.
-    """
-    sample = _two_per_second
-    if getattr(getattr(processor, "video_processor", None), "num_frames", None):
-        sample = processor.video_processor.sample_frames
-    if Path(path).is_dir():
-        files = [str(file) for file in sorted(Path(path).iterdir()) if file.is_file()]
-        if not files:
-            raise ValueError(f"{path} is empty: a folder given as video holds one image per frame")
-        indices = sample(metadata=VideoMetadata(total_num_frames=len(files), fps=VIDEO_FPS))
-        return [read_image(files[index]) for index in indices]
-    if not Path(path).is_file():
-        raise ValueError(f"{path} does not exist: give a video file or a folder of frames")
-    try:
-        import av
-    except ImportError as error:
-        raise ValueError('reading video files needs PyAV: pip install "linmu-hf[video]"') from error
-
-    try:
-        frames, metadata = load_video(path, backend="pyav", sample_indices_fn=sample)
-    except (av.error.FFmpegError, OSError, ValueError, IndexError) as error:
-        raise ValueError(f"{path} is not a video that PyAV can read: {first_line(error)}") from error
-    indices = [int(index) for index in metadata.frames_indices]
-    by_index = dict(zip(sorted(set(indices)), frames, strict=False))  # a frame that is taken twice is read once
-    return [Image.fromarray(by_index[index]) for index in indices if index in by_index]
-
-
-def _two_per_second(metadata, **kwargs) -> list[int]:
-    step = max(1.0, (metadata.fps or VIDEO_FPS) / VIDEO_FPS)
-    return [int(i * step) for i in range(int(-(-metadata.total_num_frames // step)))]
 
 
 class Conversation:
@@ -130,7 +84,7 @@ class Conversation:
         return answer
 
 
-def converse(conversation: Conversation, images: list[Image.Image], videos: list[list[Image.Image]]) -> None:
+def converse(conversation: Conversation, images: list[Any], videos: list[Any]) -> None:
     """Reads questions from standard input until an empty line."""
     print(HELP)
     while True:
@@ -143,7 +97,7 @@ def converse(conversation: Conversation, images: list[Image.Image], videos: list
             return
         try:
             if command == "/image":
-                images = [*images, read_image(argument.strip())]
+                images = [*images, open_image(argument.strip())]
             elif command == "/video":
                 videos = [*videos, read_video(argument.strip(), conversation.processor)]
             elif command == "/new":
@@ -167,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
         check_device(arguments.device)
         if arguments.model == str(SHIPPED_STUDENT) and not SHIPPED_STUDENT.is_dir():
             raise ValueError("no student is shipped with this installation: name a model with --model")
-        images = [read_image(file) for file in arguments.image]
+        images = [open_image(file) for file in arguments.image]
         processor = load_processor(arguments.model)
         videos = [read_video(file, processor) for file in arguments.video]
         model, _ = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..conversion.convert import check_output, convert
 from ..conversion.plan import FLOAT_DTYPES
 from ..conversion.teacher import load_processor
-from ..data.rows import check_dataset, encode_rows, load_rows
+from ..data import check_dataset, encode_rows, load_rows
 from ..files import check_report, write_text
 from ..hub import find_origin, prepare_repo, push_folder, write_model_card
 from ..modeling.configuration_linmu import MIXER_FIELDS, PRESETS, LinMUTextConfig
@@ -146,12 +146,12 @@ def load_batches(args: argparse.Namespace) -> list:
         raise ValueError(f"--calibrate-samples {args.calibrate_samples} must be at least 2: some are held out")
     dataset = load_rows(args.calibrate, args.calibrate_split)
     rows = dataset.select(range(min(args.calibrate_samples, len(dataset))))
-    check_dataset(rows)
     processor = load_processor(args.teacher, revision=args.revision)
+    check_dataset(rows, processor)
     size = max(1, min(8, len(rows) // 2))
     return [
-        encode_rows(processor, [rows[i] for i in range(first, min(first + size, len(rows)))])
-        for first in range(0, len(rows), size)
+        encode_rows(processor, [rows[i] for i in batch], batch)
+        for batch in (range(first, min(first + size, len(rows))) for first in range(0, len(rows), size))
     ]
 
 

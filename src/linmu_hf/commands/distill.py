@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..conversion.source import read_processor, read_raw_config
 from ..conversion.teacher import load_teacher
-from ..data.rows import load_rows
+from ..data import load_rows
 from ..distillation.arguments import refused_fields
 from ..distillation.config import DistillConfig
 from ..distillation.runner import check_output, distill

@@ -5,10 +5,11 @@ import json
 import sys
 import time
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
-from ..data.rows import check_dataset, load_rows
-from ..evaluation.loading import check_device, check_model, library_versions, load_model
+from ..data import bad_rows, load_rows
+from ..evaluation.loading import check_device, check_model, library_versions, load_model, load_processor
 from ..evaluation.retention import compare, correct_answers, format_table, generate_answers, tasks_of
 
 
@@ -37,15 +38,15 @@ def name_models(paths: list[str]) -> dict[str, str]:
     return {short if last.count(short) == 1 else path: path for short, path in zip(last, paths)}
 
 
-def first_of_every_task(dataset, limit: int):
-    """The dataset's first `limit` rows of every task, in their order."""
+def first_of_every_task(dataset, limit: int, without: Collection[int] = ()) -> list[int]:
+    """Returns the numbers of the first `limit` rows of every task, in their order, and none that is in `without`."""
     seen: Counter = Counter()
     picked = []
     for i, task in enumerate(dataset["task"] if "task" in dataset.column_names else ["all"] * len(dataset)):
-        seen[task] += 1
-        if seen[task] <= limit:
+        if i not in without and seen[task] < limit:
+            seen[task] += 1
             picked.append(i)
-    return dataset.select(picked)
+    return picked
 
 
 def evaluate(arguments: argparse.Namespace) -> dict:
@@ -58,10 +59,11 @@ def evaluate(arguments: argparse.Namespace) -> dict:
     for path in models.values():
         check_model(path)
     dataset = load_rows(arguments.dataset, arguments.split)
-    check_dataset(dataset)
-    if arguments.limit is not None:
-        dataset = first_of_every_task(dataset, arguments.limit)
-    rows = list(dataset)  # images are decoded once, not once per model
+    unusable = {i: str(error) for path in models.values() for i, error in bad_rows(dataset, load_processor(path))}
+    numbers = first_of_every_task(dataset, arguments.limit or len(dataset), unusable)
+    if not numbers:
+        raise ValueError(unusable[0])
+    rows = [dataset[i] for i in numbers]
 
     correct, seconds = {}, {}
     for name, path in models.items():
@@ -74,10 +76,16 @@ def evaluate(arguments: argparse.Namespace) -> dict:
             batch_size=arguments.batch_size,
             max_new_tokens=arguments.max_new_tokens,
             description=name,
+            numbers=numbers,
+            unusable=unusable,
         )
         seconds[name] = round(time.perf_counter() - start, 2)
         correct[name] = correct_answers(rows, answers)
         del model
+    kept = [i for i, number in enumerate(numbers) if number not in unusable]  # the same rows for every model
+    if not kept:
+        raise ValueError(unusable[numbers[0]])
+    rows, correct = [rows[i] for i in kept], {name: right[kept] for name, right in correct.items()}
     reports = compare(correct, tasks_of(rows), "teacher" if arguments.teacher else None)
     for name, report in reports.items():
         report |= {"path": models[name], "seconds": seconds[name]}
@@ -85,6 +93,7 @@ def evaluate(arguments: argparse.Namespace) -> dict:
         "dataset": arguments.dataset,
         "split": arguments.split,
         "rows": len(rows),
+        "unusable_rows": unusable,
         "models": reports,
         "versions": library_versions(),
     }
@@ -97,6 +106,8 @@ def main(argv: list[str] | None = None) -> None:
     except (ImportError, OSError, ValueError) as error:
         sys.exit(f"linmu-eval: error: {error}")
     print(format_table(results["models"]))
+    for error in results["unusable_rows"].values():
+        print(f"linmu-eval: left out: {error}", file=sys.stderr)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")

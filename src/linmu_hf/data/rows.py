@@ -1,29 +1,29 @@
 """Rows of a conversational vision dataset, turned into model inputs.
 
-A row is `{"messages": [...], "images": [PIL.Image, ...], "videos": [[frame, ...], ...]}`, TRL's conversational vision
-format: every `{"type": "image"}` or `{"type": "video"}` part of a message stands for the row's next image or video.
+A row is `{"messages": [...], "images": [...], "videos": [...]}`, TRL's conversational vision format: every
+`{"type": "image"}` or `{"type": "video"}` part of a message stands for the row's next image or video. An image is a
+PIL image, a path, bytes or an array; a video is a file, a list of frames (two per second), or
+`{"frames": [...], "fps": 0.5}`. [`read_row`] and [`read_video`] say what else is read.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import BatchFeature
 from transformers.utils.chat_template_utils import render_jinja_template
-from transformers.video_utils import VideoMetadata
+
+from .formats import MEDIA, Row, name_row, raw_rows, read_row, texts_of
+from .image import image_size, open_image
+from .video import Video, check_video, read_video
 
 
 IGNORE_INDEX = -100
-VIDEO_FPS = 2.0  # rows carry frames that are already sampled, two per second
-MEDIA = {"image": "images", "video": "videos"}
-
-Row = Mapping[str, Any]
 
 
-def encode_rows(processor, rows: Sequence[Row]) -> BatchFeature:
+def encode_rows(processor, rows: Sequence[Row], numbers: Sequence[int] | None = None) -> BatchFeature:
     """
     Encodes rows as one right-padded training batch.
 
@@ -32,20 +32,25 @@ def encode_rows(processor, rows: Sequence[Row]) -> BatchFeature:
             A processor with a chat template: a `Qwen2_5_VLProcessor` or an `NVILAProcessor`.
         rows (`Sequence[Mapping]`):
             Rows with `messages` and, where the messages ask for them, `images` and `videos`.
+        numbers (`Sequence[int]`, *optional*):
+            The rows' numbers in their dataset, for errors; by default 0, 1, ...
 
     Returns:
         `BatchFeature`: `input_ids`, `attention_mask`, `mm_token_type_ids` of shape [b, t], the pixels and grids, and
         `labels` of shape [b, t]: the ids of every assistant turn (its content and the closing token), -100 elsewhere.
 
     Raises:
-        `ValueError`: if a row misses an image or a video, has no assistant turn, or no token with a label.
+        `ValueError`: if a row misses an image or a video or has one that cannot be read, has no assistant turn, or no
+            token with a label.
     """
-    rows = [_checked(row, index) for index, row in enumerate(rows)]
+    numbers = range(len(rows)) if numbers is None else numbers
+    rows = [_check_row(row, number, processor) for row, number in zip(rows, numbers, strict=True)]
     turns = [_render_with_spans(processor, row["messages"]) for row in rows]
     batch = _call_processor(
         processor,
         [text for text, _ in turns],
         rows,
+        numbers,
         padding_side="right",
         return_offsets_mapping=True,
         return_text_replacement_offsets=True,
@@ -63,135 +68,144 @@ def encode_rows(processor, rows: Sequence[Row]) -> BatchFeature:
             trained |= (start < end) & (first <= start) & (start < last)
         trained &= ~is_vision[index]
         if not trained.any():
-            raise ValueError(f"{_name(rows[index], index)} has no token to learn from: its assistant turns are empty")
+            name = name_row(rows[index], numbers[index])
+            raise ValueError(f"{name} has no token to learn from: its assistant turns are empty")
         labels[index, trained] = batch["input_ids"][index, trained]
     batch["labels"] = labels
     return batch
 
 
-def encode_prompts(processor, rows: Sequence[Row]) -> BatchFeature:
+def encode_prompts(processor, rows: Sequence[Row], numbers: Sequence[int] | None = None) -> BatchFeature:
     """
     Encodes everything before each row's last assistant turn as one left-padded batch, ready for `generate`.
 
     Takes the same arguments as [`encode_rows`] and returns the same tensors without `labels`.
     """
+    numbers = range(len(rows)) if numbers is None else numbers
     prompts = []
-    for index, row in enumerate(rows):
-        row = _checked(row, index)
+    for row, number in zip(rows, numbers, strict=True):
+        row = _check_row(row, number, processor)
         last = max(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
-        prompts.append({**row, "messages": row["messages"][:last]})
+        messages = row["messages"][:last]
+        media = {column: row[column][: _count(messages, kind)] for kind, column in MEDIA.items()}
+        prompts.append({**row, "messages": messages, **media})
     texts = [_render(processor, row["messages"], add_generation_prompt=True) for row in prompts]
-    return _call_processor(processor, texts, prompts, padding_side="left")
+    return _call_processor(processor, texts, prompts, numbers, padding_side="left")
 
 
 def answer_text(row: Row) -> str:
-    """The text of the row's last assistant turn: what a model has to say after [`encode_prompts`]."""
-    content = next(message["content"] for message in reversed(row["messages"]) if message["role"] == "assistant")
-    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
+    """Returns the text of the row's last assistant turn: what a model has to say after [`encode_prompts`]."""
+    messages = [message for message in read_row(row)["messages"] if message["role"] == "assistant"]
+    return "".join(texts_of({"messages": messages[-1:]}))
 
 
-def load_rows(path: str, split: str = "train"):
+def check_dataset(dataset: Iterable[Row], processor=None) -> None:
     """
-    One split of a dataset: a folder written by `save_to_disk`, or anything that `datasets.load_dataset` opens.
+    Raises the `ValueError` of the first bad row: a test before long work starts.
 
-    Raises:
-        `FileNotFoundError`: No such dataset.
-        `ValueError`: No such split, or an empty one.
+    Args:
+        dataset (`datasets.Dataset` or `Iterable[Mapping]`):
+            The rows. Of pictures in files and bytes only the header is read.
+        processor (`ProcessorMixin`, *optional*):
+            The processor to encode them with: its placeholders must not be in a text, and a picture must be of a
+            shape that it takes.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError("reading a dataset needs `datasets`: pip install 'linmu-hf[train]'") from error
-    folder = Path(path).expanduser()
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        dataset = datasets.load_from_disk(str(folder))
-    else:
+    for _, error in bad_rows(dataset, processor):
+        raise error
+
+
+def bad_rows(dataset: Iterable[Row], processor=None) -> Iterator[tuple[int, ValueError]]:
+    """Yields number and error of every row that [`check_dataset`] would refuse."""
+    for number, row in enumerate(raw_rows(dataset)):
         try:
-            dataset = datasets.load_dataset(str(folder) if folder.exists() else str(path))
-        except (datasets.exceptions.DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
-            raise FileNotFoundError(f"there is no folder {path}, and no dataset of that name on the Hub") from error
-    if isinstance(dataset, datasets.DatasetDict):
-        if split not in dataset:
-            raise ValueError(f"dataset {path} has no split {split!r}: it has {list(dataset)}")
-        dataset = dataset[split]
-    if len(dataset) == 0:
-        raise ValueError(f"dataset {path} has no rows in split {split!r}")
-    return dataset
+            if isinstance(row, ValueError):
+                raise row
+            row = _check_row(row, number, processor)
+            _read_media(row, number, lambda image: _check_size(image_size(image), processor), check_video)
+        except ValueError as error:
+            yield number, error
 
 
-def check_dataset(dataset: Iterable[Row]) -> None:
-    """Raises the `ValueError` of the first bad row, decoding no image: a cheap test before long work starts."""
-    for index, row in enumerate(_undecoded_rows(dataset)):
-        _checked(row, index)
+def row_size(row: Row) -> tuple[int, int]:
+    """Returns pixels, then characters of a row: rows of about one size need about one number of tokens."""
+    row = read_row(row)
+    pixels = 0
+    for medium in [*row["images"], *(frame for video in row["videos"] for frame in _frames_of(video))]:
+        try:
+            height, width = image_size(medium)
+        except ValueError:
+            continue  # said where it is read
+        pixels += height * width
+    return pixels, sum(map(len, texts_of(row)))
 
 
-def _checked(row: Row, index: int) -> dict[str, Any]:
-    if not row.get("messages"):
-        raise ValueError(f"row {index} has no `messages`; its columns are {sorted(row)}")
-    row = {**row, "messages": [_clean_message(message) for message in row["messages"]]}
-    parts = [
-        part for message in row["messages"] if not isinstance(message["content"], str) for part in message["content"]
-    ]
-    for kind, column in MEDIA.items():
-        wanted = sum(part.get("type") == kind for part in parts)
-        media = [item for item in row.get(column) or [] if item is not None]
-        if wanted != len(media):
+def _frames_of(video: Any) -> Sequence[Any]:
+    video = video.get("frames", []) if isinstance(video, Mapping) else video
+    return video.frames if isinstance(video, Video) else video if isinstance(video, (list, np.ndarray)) else []
+
+
+def _check_row(row: Row, number: int, processor) -> dict[str, Any]:
+    row = read_row(row, number)
+    for token in (getattr(processor, f"{kind}_token", None) for kind in MEDIA):
+        if token and any(token in text for text in texts_of(row)):
             raise ValueError(
-                f"{_name(row, index)} asks for {wanted} {column} in its messages but has {len(media)} in `{column}`: "
-                f'give one {kind} for each {{"type": "{kind}"}} part'
+                f"{name_row(row, number)} has {token} in a text, which would stand for a picture: write it in another "
+                'way, or give the picture as a {"type": ...} part'
             )
-        row[column] = media
-    if not any(message["role"] == "assistant" for message in row["messages"]):
-        roles = [message["role"] for message in row["messages"]]
-        raise ValueError(f"{_name(row, index)} has no assistant turn to learn from: its roles are {roles}")
     return row
 
 
-def _clean_message(message: Mapping[str, Any]) -> dict[str, Any]:
-    # Arrow gives every part all keys of its siblings; templates take an `image` key, even of None, for an image.
-    content = message["content"]
-    if not isinstance(content, str):
-        content = [{key: value for key, value in part.items() if value is not None} for part in content]
-    return {"role": message["role"], "content": content}
+def _check_size(size: tuple[int, int], processor) -> None:
+    if hasattr(processor, "_get_num_multimodal_tokens"):
+        processor._get_num_multimodal_tokens(image_sizes=[size])
 
 
-def _name(row: Row, index: int) -> str:
-    text = next(
-        (
-            part["text"]
-            for message in row["messages"]
-            for part in ([{"text": message["content"]}] if isinstance(message["content"], str) else message["content"])
-            if part.get("text")
-        ),
-        "",
-    )
-    return f"row {index} ({text[:60]!r})"
+def _read_media(row: Row, number: int, read_image, read_one_video) -> tuple[list[Any], list[Any]]:
+    read: tuple[list[Any], list[Any]] = ([], [])
+    for (kind, column), reader, out in zip(MEDIA.items(), (read_image, read_one_video), read):
+        for position, medium in enumerate(row[column]):
+            try:
+                out.append(reader(medium))
+            except (ValueError, TypeError, OSError) as error:
+                raise ValueError(f"{name_row(row, number)}, {kind} {position}: {error}") from error
+    return read
 
 
-def _call_processor(processor, texts: list[str], rows: Sequence[Row], **kwargs) -> BatchFeature:
-    images = [image for row in rows for image in row["images"]]
-    videos = [_frames(video) for row in rows for video in row["videos"]]
+def _count(messages: Sequence[Mapping[str, Any]], kind: str) -> int:
+    contents = [message["content"] for message in messages if isinstance(message["content"], list)]
+    return sum(part["type"] == kind for content in contents for part in content)
+
+
+def _call_processor(
+    processor, texts: list[str], rows: Sequence[Row], numbers: Sequence[int], **kwargs
+) -> BatchFeature:
+    read = [
+        _read_media(row, number, open_image, lambda video: read_video(video, processor))
+        for row, number in zip(rows, numbers)
+    ]
+    images = [image for of_row, _ in read for image in of_row]
+    videos = [video for _, of_row in read for video in of_row]
     media: dict[str, Any] = {}
     if images:
         media["images"] = images
     if videos:
-        media["videos"] = videos
+        media["videos"] = [video.frames for video in videos]
         media["do_sample_frames"] = False
-        media["video_metadata"] = [
-            VideoMetadata(total_num_frames=len(video), fps=VIDEO_FPS, frames_indices=list(range(len(video))))
-            for video in videos
-        ]
-    return processor(text=texts, padding=True, return_tensors="pt", **media, **kwargs)
+        media["video_metadata"] = [video.metadata for video in videos]
+    try:
+        return processor(text=texts, padding=True, return_tensors="pt", **media, **kwargs)
+    except ValueError as error:
+        if len(rows) == 1:
+            raise ValueError(f"{name_row(rows[0], numbers[0])}: {error}") from error
+        for text, row, number in zip(texts, rows, numbers):
+            _call_processor(processor, [text], [row], [number], **kwargs)  # raises at the row it is
+        raise
 
 
 def _expanded(position: int, replacements: Sequence[Mapping[str, Any]]) -> int:
     """Where a character of the text is once the processor has expanded the placeholders before it."""
     before = [item["new_span"][1] - item["span"][1] for item in replacements if item["span"][1] <= position]
     return position + before[-1] if before else position
-
-
-def _frames(video: Sequence[Any]) -> np.ndarray:
-    return np.stack([np.asarray(frame.convert("RGB") if hasattr(frame, "convert") else frame) for frame in video])
 
 
 def _render(processor, messages: list[dict[str, Any]], **kwargs) -> str:
@@ -225,16 +239,3 @@ def _render_with_spans(processor, messages: list[dict[str, Any]]) -> tuple[str, 
 
 def _has_generation_marks(template: str) -> bool:
     return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
-
-
-def _undecoded_rows(dataset: Iterable[Row]) -> Iterator[Row]:
-    if not hasattr(dataset, "with_format"):
-        yield from dataset
-        return
-    for table in dataset.with_format("arrow").iter(256):
-        lengths = {column: table[column].combine_chunks() for column in MEDIA.values() if column in table.column_names}
-        for i, messages in enumerate(table["messages"].to_pylist()):
-            media = {
-                column: [True] * (len(values[i]) if values[i].is_valid else 0) for column, values in lengths.items()
-            }
-            yield {"messages": messages, **media}

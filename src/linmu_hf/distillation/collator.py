@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from ..data.rows import encode_rows
+from ..data import encode_rows
+from ..data.formats import fetch, undecoded
 from .losses import IGNORE_INDEX
 
 
@@ -29,7 +30,7 @@ class EncodedDataset(Dataset):
     """
 
     def __init__(self, processor, rows, pseudo_messages: Sequence[list] | None = None, cache_bytes: int = 0):
-        self.processor, self.rows, self.pseudo_messages = processor, rows, pseudo_messages
+        self.processor, self.rows, self.pseudo_messages = processor, undecoded(rows), pseudo_messages
         self.room = cache_bytes
         self.cache: dict[tuple[str, int], Features] = {}
 
@@ -48,7 +49,7 @@ class EncodedDataset(Dataset):
     def _features(self, kind: str, index: int) -> Features:
         features = self.cache.get((kind, index))
         if features is None:
-            row = self.rows[index]
+            row = fetch(self.rows, index)
             if kind == "pseudo":
                 row = {**row, "messages": self.pseudo_messages[index]}
             features = self._encode_row(row, index)
@@ -59,10 +60,7 @@ class EncodedDataset(Dataset):
         return features
 
     def _encode_row(self, row: Any, index: int) -> Features:
-        try:
-            batch = encode_rows(self.processor, [row])
-        except ValueError as error:
-            raise ValueError(f"dataset row {index}: {error}") from error
+        batch = encode_rows(self.processor, [row], [index])
         features = {key: torch.as_tensor(value) for key, value in batch.items()}
         return {key: value[0] if key in TOKEN_FIELDS else value for key, value in features.items()}
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from ..data.rows import encode_prompts, encode_rows
+from ..data import encode_prompts, encode_rows, read_row
 from .losses import IGNORE_INDEX, next_token_targets
 
 
@@ -50,7 +50,7 @@ def decode_pseudo_targets(
     """
     done = [] if cache_file is None else _read_lines(Path(cache_file))
     for start in tqdm(range(len(done), len(rows), batch_size), desc="teacher's answers", unit="batch"):
-        batch = [dict(rows[index]) for index in range(start, min(start + batch_size, len(rows)))]
+        batch = [read_row(rows[index], index) for index in range(start, min(start + batch_size, len(rows)))]
         decoded = _decode(teacher, processor, batch, max_new_tokens)
         done += decoded
         if cache_file is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import TrainerState, set_seed
 
-from ..data.rows import check_dataset
+from ..data import check_dataset
 from .arguments import RESULT
 from .collator import EncodedDataset
 from .config import DistillConfig
@@ -192,7 +192,7 @@ def _check_inputs(config: DistillConfig, student, teacher, features: EncodedData
     check_teacher(student, teacher)
     if len(features) == 0:
         raise ValueError("the dataset has no rows")
-    check_dataset(features.rows)
+    check_dataset(features.rows, features.processor)
     features[0]  # the template, the processor and the labels fit together
     if student.dtype.itemsize < 4 and not config.bf16:
         raise ValueError(f"the student is in {student.dtype}: load it in float32, or train in mixed precision (bf16)")

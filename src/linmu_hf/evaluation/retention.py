@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..data.rows import Row, answer_text, encode_prompts
+from ..data import Row, answer_text, encode_prompts
+from ..data.rows import row_size
 
 
 Z_95 = 1.959964
@@ -42,6 +43,8 @@ def generate_answers(
     batch_size: int = 32,
     max_new_tokens: int = 32,
     description: str | None = None,
+    numbers: Sequence[int] | None = None,
+    unusable: dict[int, str] | None = None,
 ) -> list[str]:
     """
     Answers each row's last question by greedy decoding.
@@ -52,7 +55,7 @@ def generate_answers(
         processor (`ProcessorMixin`):
             Its processor.
         rows (`Sequence[Mapping]`):
-            Rows as in `linmu_hf.data.rows`; everything before the last assistant turn is the prompt.
+            Rows as in `linmu_hf.data`; everything before the last assistant turn is the prompt.
         batch_size (`int`, *optional*, defaults to 32):
             Rows decoded together. Rows of similar size share a batch, longest first, so that a batch too large for
             the memory fails at once.
@@ -60,17 +63,33 @@ def generate_answers(
             Longest answer.
         description (`str`, *optional*):
             Shows a progress bar with this title.
+        numbers (`Sequence[int]`, *optional*):
+            The rows' numbers in their dataset, for errors; by default 0, 1, ...
+        unusable (`dict[int, str]`, *optional*):
+            Gets the number and error of each row that cannot be encoded, such as one with a damaged image, and whose
+            answer is then empty; without it such a row is an error.
 
     Returns:
         `list[str]`: the answers, in the order of `rows`.
     """
     model.eval()
+    numbers = range(len(rows)) if numbers is None else numbers
     answers = [""] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: _size(rows[i]), reverse=True)
+    order = sorted(range(len(rows)), key=lambda i: row_size(rows[i]), reverse=True)
     progress = tqdm(total=len(rows), desc=description, unit="row", disable=description is None)
     for start in range(0, len(rows), batch_size):
         chosen = order[start : start + batch_size]
-        inputs = encode_prompts(processor, [rows[i] for i in chosen]).to(model.device)
+        progress.update(len(chosen))
+        try:
+            inputs = encode_prompts(processor, [rows[i] for i in chosen], [numbers[i] for i in chosen])
+        except ValueError:
+            if unusable is None:
+                raise
+            chosen = [i for i in chosen if _can_encode(processor, rows[i], numbers[i], unusable)]
+            if not chosen:
+                continue
+            inputs = encode_prompts(processor, [rows[i] for i in chosen])
+        inputs = inputs.to(model.device)
         ids = model.generate(
             **inputs,
             do_sample=False,
@@ -81,7 +100,6 @@ def generate_answers(
         texts = processor.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for i, text in zip(chosen, texts):
             answers[i] = text.strip()
-        progress.update(len(chosen))
     progress.close()
     return answers
 
@@ -213,8 +231,9 @@ def _rows_of(tasks: Sequence[str], task: str) -> np.ndarray:
     return np.array([name == task for name in tasks])
 
 
-def _size(row: Row) -> tuple[int, int]:
-    """Pixels, then characters: rows of about one size need about one number of tokens."""
-    pixels = sum(image.width * image.height for image in row.get("images") or [])
-    pixels += sum(frame.width * frame.height for video in row.get("videos") or [] for frame in video)
-    return pixels, sum(len(str(message["content"])) for message in row["messages"])
+def _can_encode(processor, row: Row, number: int, unusable: dict[int, str]) -> bool:
+    try:
+        encode_prompts(processor, [row], [number])
+    except ValueError as error:
+        unusable[number] = str(error)
+    return number not in unusable

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from linmu_hf.conversion.teacher import load_processor, load_teacher
-from linmu_hf.data.rows import answer_text, encode_prompts
+from linmu_hf.data import answer_text, encode_prompts
 
 from .data import TASKS, evaluation_rows
 

@@ -26,7 +26,8 @@ from transformers.utils import logging
 from ..commands import convert as conversion
 from ..commands import distill as distillation
 from ..commands import evaluate as evaluation
-from ..data.rows import load_rows
+from ..data import load_rows
+from ..data.image import open_image
 from ..evaluation.retention import correct_answers, format_table
 from ..files import write_text
 from .ablate import WINDOWS
@@ -215,8 +216,10 @@ def draw_pictures(output: Path, student: Path, data: Path) -> None:
     from transformers import pipeline
 
     shutil.copyfile(student / "loss_curves.png", output / "curves.png")
-    rows = evaluation.first_of_every_task(load_rows(str(data), "test"), PICTURES_PER_TASK)
-    rows = [row for task in PICTURED_TASKS for row in rows if row["task"] == task]
+    dataset = load_rows(str(data), "test")
+    dataset = dataset.select(evaluation.first_of_every_task(dataset, PICTURES_PER_TASK))
+    rows = [row for task in PICTURED_TASKS for row in dataset if row["task"] == task]
+    rows = [{**row, "images": [open_image(image) for image in row["images"]]} for row in rows]
     rows[0]["images"][0].save(output / "picture.png")
     ask = pipeline("image-text-to-text", model=str(student))
     conversations = []

@@ -7,7 +7,7 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoVideoProcessor
 from transformers.utils import DummyObject
 
 from linmu_hf import NVILAImageProcessor, NVILAProcessor, NVILAVideoProcessor, NVILAVisionConfig
-from linmu_hf.data.rows import encode_prompts, encode_rows
+from linmu_hf.data import encode_prompts, encode_rows
 from linmu_hf.families.nvila.processing import build_processor
 
 

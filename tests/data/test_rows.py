@@ -4,7 +4,7 @@ from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from synthetic import CHAT_TEMPLATE, ask, image, say
 
-from linmu_hf.data.rows import answer_text, check_dataset, encode_prompts, encode_rows
+from linmu_hf.data import answer_text, check_dataset, encode_prompts, encode_rows
 
 
 ROWS = [
@@ -101,8 +101,8 @@ def test_rows_from_disk_equal_rows_in_memory(processor):
         ({"messages": [ask("digit?", images=1), say("7")]}, "row 1 .'digit[?]'. asks for 1 images .* has 0"),
         ({"messages": [ask("digit?"), say("7")], "images": [image(8, 8)]}, "asks for 0 images .* has 1"),
         ({"messages": [ask("first?", videos=1), say("7")], "videos": None}, "asks for 1 videos .* has 0"),
-        ({"messages": [ask("digit?")]}, "row 1 .* no assistant turn"),
-        ({"text": "digit?"}, "row 1 has no `messages`"),
+        ({"messages": [ask("digit?")]}, "row 1.* no assistant turn"),
+        ({"text": "digit?"}, "row 1: it has no `messages`"),
     ],
 )
 def test_bad_rows_are_named(processor, row, message):
