@@ -1,9 +1,10 @@
+import os
+
 import pytest
 import torch
 from synthetic import ask, image, make_teacher, say
 
 from linmu_hf import LinMUForConditionalGeneration
-from linmu_hf import safetensors_io as checkpoint
 from linmu_hf.conversion.calibrate import calibrate
 from linmu_hf.conversion.convert import convert
 from linmu_hf.conversion.teacher import load_teacher
@@ -49,6 +50,7 @@ def test_every_layer_comes_closer_on_held_out_samples(case, name):
     for old, new in zip(report.error_before, report.error_after, strict=True):
         assert new < old
     assert max(report.weight_growth) <= 1.5
+    assert all(1e-12 < smallest < 1 for smallest in report.smallest_normalizer)
     changed = {key for key, value in student.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == set(report.changed)
     assert "mean" in str(report)
@@ -112,7 +114,7 @@ def test_calibrated_conversion(case, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
-    real, calls = checkpoint.os.replace, iter(range(1000))
+    real, calls = os.replace, iter(range(1000))
     total = sum(1 for _ in (tmp_path / "out").glob("*.safetensors"))
 
     def replace_or_die(source, target):
@@ -121,7 +123,7 @@ def test_calibrated_conversion(case, tmp_path, monkeypatch):
         real(source, target)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(checkpoint.os, "replace", replace_or_die)
+        patch.setattr(os, "replace", replace_or_die)
         convert(str(root / "teacher"), str(tmp_path / "again"), **options)
     assert not (tmp_path / "again").exists()
     with pytest.raises(OSError, match="valid JSON"):

@@ -22,21 +22,23 @@ from tqdm.auto import tqdm
 @dataclass(frozen=True)
 class CalibrationReport:
     """
-    Relative error |student - teacher|^2 / |teacher|^2 of every M-MATE layer, before and after, on the held-out batch.
+    Relative error |student - teacher|^2 / |teacher|^2 of every M-MATE layer, before and after, on the held-out batch,
+    and the smallest sum of weights there that an output of Flex-MA is divided by.
     """
 
     layers: list[int]
     error_before: list[float]
     error_after: list[float]
     weight_growth: list[float]  # |W| / |W_0|
+    smallest_normalizer: list[float]
     changed: list[str]
 
     def __str__(self) -> str:
-        lines = ["  layer   error before   after   weight norm"]
-        for layer, before, after, growth in zip(
-            self.layers, self.error_before, self.error_after, self.weight_growth, strict=True
+        lines = ["  layer   error before   after   weight norm   smallest normalizer"]
+        for layer, before, after, growth, normalizer in zip(
+            self.layers, self.error_before, self.error_after, self.weight_growth, self.smallest_normalizer, strict=True
         ):
-            lines.append(f"  {layer:5d}   {before:12.3f} {after:7.3f}   x {growth:.2f}")
+            lines.append(f"  {layer:5d}   {before:12.3f} {after:7.3f}   x {growth:.2f}   {normalizer:23.1e}")
         n = max(len(self.layers), 1)
         lines.append(f"  {'mean':>5}   {sum(self.error_before) / n:12.3f} {sum(self.error_after) / n:7.3f}")
         return "\n".join(lines)
@@ -79,7 +81,7 @@ def calibrate(
     fitted, held_out = (batches[:-1], batches[-1:]) if len(batches) > 1 else (batches, batches)
     text = student.model.language_model
     layers = [index for index, layer in enumerate(text.layers) if layer.is_m_mate]
-    before = _errors(student, teacher, held_out, layers)
+    before, _ = _errors(student, teacher, held_out, layers)
     growth = {}
     n = layers_at_once or max(len(layers), 1)
     for first in range(0, len(layers), n):
@@ -92,12 +94,13 @@ def calibrate(
         for layer in group:
             growth[layer] = _fit_projections(text.layers[layer].mixer, moments[layer], strength, max_growth)
     _fit_norms(student, teacher, fitted, layers)
-    after = _errors(student, teacher, held_out, layers)
+    after, normalizer = _errors(student, teacher, held_out, layers)
     return CalibrationReport(
         layers=layers,
         error_before=[before[layer] for layer in layers],
         error_after=[after[layer] for layer in layers],
         weight_growth=[growth[layer] for layer in layers],
+        smallest_normalizer=[normalizer[layer] for layer in layers],
         changed=[
             f"model.language_model.layers.{layer}.mixer.{name}"
             for layer in layers
@@ -202,16 +205,18 @@ def _fit_norms(student, teacher, batches, layers) -> None:
         norm.bias.copy_((target - gain * y) / count)
 
 
-def _errors(student, teacher, batches, layers) -> dict[int, float]:
-    """Relative error of every layer, fed with the teacher's input, over real tokens."""
+def _errors(student, teacher, batches, layers) -> tuple[dict[int, float], dict[int, float]]:
+    """Relative error and smallest normaliser of every layer, fed with the teacher's input, over real tokens."""
     text = student.model.language_model
-    wrong, size = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
+    wrong, size, normalizer = (dict.fromkeys(layers, start) for start in (0.0, 0.0, float("inf")))
     for states in _states(student, teacher, batches):
         for layer in layers:
             mixer_input, target, rope, layout = states[layer]
             real = next(iter(layout.orders.values()))
-            y = text.layers[layer].mixer(mixer_input, rope, layout).flatten(0, 1)[real].double()
+            mixer = text.layers[layer].mixer
+            y = mixer(mixer_input, rope, layout).flatten(0, 1)[real].double()
             target = target.flatten(0, 1)[real].double()
             wrong[layer] += float((y - target).square().sum())
             size[layer] += float(target.square().sum())
-    return {layer: wrong[layer] / size[layer] for layer in layers}
+            normalizer[layer] = min(normalizer[layer], mixer.smallest_normalizer(mixer_input, rope, layout))
+    return {layer: wrong[layer] / size[layer] for layer in layers}, normalizer

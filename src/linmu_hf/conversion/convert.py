@@ -54,6 +54,7 @@ class ConversionReport:
     shards: int
     dtype: str
     dropped: list[str]
+    scaled_heads: dict[str, float]  # whose features a large bias would saturate, and that bias
     seconds: float
     peak_memory_bytes: int
     dry_run: bool
@@ -73,6 +74,12 @@ class ConversionReport:
         ]
         if self.dropped:
             lines.insert(4, f"  dropped      {len(self.dropped)} teacher tensor(s): {', '.join(self.dropped[:4])}")
+        if self.scaled_heads:
+            worst = max(self.scaled_heads, key=self.scaled_heads.__getitem__)
+            lines.append(
+                f"  scaled       features of {len(self.scaled_heads)} head(s), whose biases of up to "
+                f"{self.scaled_heads[worst]:.3g} ({worst}) would saturate them"
+            )
         if self.calibration:
             lines.append(str(self.calibration))
         return "\n".join(lines)
@@ -159,6 +166,7 @@ def convert(
         shards=len(shards),
         dtype=str(plan.dtype).removeprefix("torch."),
         dropped=plan.dropped,
+        scaled_heads=plan.scaled_heads(),
         seconds=time.perf_counter() - start,
         peak_memory_bytes=peak_memory(),
         dry_run=dry_run,

@@ -3,14 +3,16 @@
 import hashlib
 import json
 import math
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
 from torch import nn
 
 from ..modeling.configuration_linmu import LinMUConfig
+from ..modeling.mixers.flex_ma import feature_scale
 from ..modeling.modeling_linmu import LinMUForConditionalGeneration
 from ..safetensors_io import OutputTensor, StoredTensor, tensor_chunks
 from .source import Source
@@ -19,6 +21,7 @@ from .weight_map import is_new, map_teacher_key, teacher_key
 
 FLOAT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+_FEATURE_BIAS = re.compile(r".+\.layers\.(\d+)\.mixer\.flex_ma\.forward_scan\.([bc])_proj\.bias")
 
 
 class ConversionPlan:
@@ -68,6 +71,7 @@ class ConversionPlan:
                 + ("set tie_word_embeddings there if it is the embedding, or " if missing == [HEAD] else "")
                 + "download or copy it again"
             )
+        self.origins = origins
         self.tensors = [self._output(name, tensor, origins.get(name)) for name, tensor in expected.items()]
 
     def _map_teacher(self) -> dict[str, list[str] | None]:
@@ -105,8 +109,24 @@ class ConversionPlan:
     def _new_tensor(self, name: str, dtype: torch.dtype) -> Iterator[memoryview]:
         layer = int(name.removeprefix("model.language_model.layers.").split(".")[0])
         if self._layer[0] != layer:
-            self._layer = (layer, new_parameters(self.skeleton, self.config, layer))
+            biases = self._biases(rf"model\.language_model\.layers\.{layer}\.mixer\..+\.bias")
+            self._layer = (layer, new_parameters(self.skeleton, self.config, layer, biases))
         return tensor_chunks(self._layer[1][name].to(dtype))
+
+    def _biases(self, pattern: str) -> dict[str, torch.Tensor]:
+        """The teacher's biases, by the student's names that match."""
+        found = {name: self.source.tensors[key] for name, key in self.origins.items() if re.fullmatch(pattern, name)}
+        return {name: torch.cat([*stored.values()]) for name, stored in found.items()}
+
+    def scaled_heads(self) -> dict[str, float]:
+        """Heads whose features start scaled down, as `layers.0 C head 3`, with the bias that would saturate them."""
+        text, scaled = self.skeleton.config.text_config, {}
+        for name, bias in self._biases(_FEATURE_BIAS.pattern).items() if text.bc_feature_map else ():
+            layer, letter = _FEATURE_BIAS.findall(name)[0]
+            for head, own in enumerate(bias.float().view(-1, text.head_dim)):
+                if (feature_scale(own, text.scan_rope) < 1).any():
+                    scaled[f"layers.{layer} {letter.upper()} head {head}"] = float(own.abs().max())
+        return scaled
 
     def fingerprint(self, shards: dict[str, list[OutputTensor]]) -> str:
         """Changes with whatever changes the output: the teacher's files, the configuration, the files to write."""
@@ -154,20 +174,32 @@ def student_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def new_parameters(skeleton: nn.Module, config: LinMUConfig, layer: int) -> dict[str, torch.Tensor]:
-    """The parameters of one layer's mixer that no teacher has, at their initial values, by full name."""
+def new_parameters(
+    skeleton: nn.Module, config: LinMUConfig, layer: int, biases: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """
+    The parameters of one layer's mixer that no teacher has, at their initial values, by full name. The teacher's
+    `biases` in this mixer have a say in them.
+    """
     prefix = f"model.language_model.layers.{layer}.mixer."
     mixer = skeleton.get_submodule(prefix.removesuffix("."))
-    new = {name: parameter for name, parameter in mixer.named_parameters() if is_new(prefix + name, config)}
-    for name, parameter in new.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(mixer.get_submodule(owner), leaf, nn.Parameter(torch.empty(parameter.shape, dtype=torch.float32)))
+    new = {name for name, _ in mixer.named_parameters() if is_new(prefix + name, config)}
+    real = {name: torch.empty(mixer.get_parameter(name).shape, dtype=torch.float32) for name in new}
+    real |= {name.removeprefix(prefix): bias for name, bias in biases.items()}
+    meta = {name: _replace(mixer, name, nn.Parameter(tensor)) for name, tensor in real.items()}
     mixer.reset_new_parameters()
     values = {prefix + name: mixer.get_parameter(name).detach() for name in new}
-    for name, parameter in new.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(mixer.get_submodule(owner), leaf, parameter)
+    for name, parameter in meta.items():
+        _replace(mixer, name, parameter)
     return values
+
+
+def _replace(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+    """Sets a parameter and returns the one before."""
+    owner, _, leaf = name.rpartition(".")
+    before = module.get_parameter(name)
+    setattr(module.get_submodule(owner), leaf, parameter)
+    return before
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

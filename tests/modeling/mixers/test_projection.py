@@ -35,6 +35,45 @@ def test_joint_is_one_by_one(n, products):
         torch.testing.assert_close(grad, right)
 
 
+def kept_bytes(function, known):
+    """Bytes that autograd keeps for the backward pass beside the tensors that are there anyway."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()
+    there = {tensor.untyped_storage().data_ptr() for tensor in (*known, result)}
+    return sum(size for place, size in kept.items() if place not in there)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_no_copy_of_the_weights_is_kept_for_the_backward_pass(frozen, products):
+    modules, x = maps(), torch.randn(20, 6, dtype=torch.float64, requires_grad=True)
+    for module in modules:
+        module.requires_grad_(not frozen)
+    known = [x, *(p for module in modules for p in module.parameters())]
+    assert kept_bytes(lambda: joint_linear(x, *modules), known) == 0
+    assert products == [11]
+    grads = torch.autograd.grad(joint_linear(x, *modules).sum(), [p for p in known if p.requires_grad])
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_joint_in_mixed_precision(products):
+    """As PyTorch's own linear maps under autocast: the product in bfloat16, gradients in float32."""
+    modules, x = [nn.Linear(6, width) for width in (4, 2, 5)], torch.randn(20, 6, requires_grad=True)
+    parameters = [x, *(p for module in modules for p in module.parameters())]
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = joint_linear(x, *modules), torch.cat([module(x) for module in modules], -1)
+    assert y.dtype == torch.bfloat16 and products == [11]
+    torch.testing.assert_close(y, expected)
+    for grad, right in zip(*(torch.autograd.grad(out.float().sum(), parameters) for out in (y, expected))):
+        assert grad.dtype == torch.float32
+        torch.testing.assert_close(grad, right, atol=0.05, rtol=0.05)
+
+
 class Adapted(nn.Linear):
     def forward(self, x):
         return super().forward(x) + 1

@@ -22,24 +22,24 @@ from ...ops.ssd.scan import ssd, ssd_pair, ssd_step
 from .projection import joint_linear, rotate
 
 
-def softmax_features(x: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+def softmax_features(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """
-    Positive features (LoLCATs): softmax of z and of -z, with z = x W per head.
+    Returns positive features (LoLCATs): softmax of z and of -z, with z = x W per head.
 
     Args:
         x (`torch.Tensor` of shape `[n, h, p]`): B or C.
-        directions (`torch.Tensor` of shape `[h, p, k / 2]`): W.
+        weight (`torch.Tensor` of shape `[h, p, k / 2]`): W.
 
     Returns:
         `torch.Tensor` of shape `[n, h, k]`.
     """
-    # one product and one softmax give both halves where they belong; heads stay in front until the end
-    z = x.transpose(0, 1) @ torch.cat([directions, -directions], dim=-1)
+    # one product and one softmax write both halves in place; heads stay in front until the end
+    z = x.transpose(0, 1) @ torch.cat([weight, -weight], dim=-1)
     return z.unflatten(-1, (2, -1)).softmax(-1).flatten(-2).transpose(0, 1)
 
 
-def feature_directions(p: int, k: int) -> torch.Tensor:
-    """Where W [p, k] starts: the coordinates themselves, then fixed random rotations of them."""
+def initial_feature_weight(p: int, k: int) -> torch.Tensor:
+    """Returns the start of W [p, k]: the coordinates themselves, then fixed random rotations of them."""
     generator = torch.Generator().manual_seed(0)
     blocks = [torch.eye(p, dtype=torch.float32, device="cpu")]
     while len(blocks) * p < k:
@@ -47,12 +47,29 @@ def feature_directions(p: int, k: int) -> torch.Tensor:
     return torch.cat(blocks, dim=1)[:, :k]
 
 
-# What is kept in float32 whatever the model is cast to: rounding a decay rate moves every later state.
+# Bias of a channel of B or C above which it is scaled down: its softmax would have one weight near 1, the others and
+# all gradients near 0. Teachers hold biases of 30 to 400 in single channels beside ordinary ones below 3.
+LARGEST_BIAS = 3.0
+
+
+def feature_scale(bias: torch.Tensor, rotated: bool) -> torch.Tensor:
+    """
+    Returns the temperature of each channel: 1 up to `LARGEST_BIAS`, so that ordinary channels stay as they are.
+
+    Args:
+        bias (`torch.Tensor` of shape `[..., p]`): Of the projection to B or C, by head.
+        rotated (`bool`): Whether a rotary embedding turns channel i and i + p / 2 into each other.
+    """
+    size = torch.hypot(bias, bias.roll(bias.shape[-1] // 2, -1)) if rotated else bias.abs()
+    return LARGEST_BIAS / size.clamp_min(LARGEST_BIAS)
+
+
+# Parameters that stay in float32 whatever the model is cast to: rounding a decay rate moves every later state.
 FP32_PARAMETERS = ("A_log", "dt_bias", "D")
 
 
 class ZeroLinear(nn.Linear):
-    """A linear map that starts at zero: what it feeds does not depend on the token at first."""
+    """Maps to zero at the start, so that a gate or step size does not depend on the token at first."""
 
     def forward(self, x):
         # a model in half precision may keep these small weights in float32
@@ -66,7 +83,7 @@ class ZeroLinear(nn.Linear):
 
 class ScanDirection(nn.Module):
     """
-    What one direction of the scan has of its own: B, C, the step size, the decay and the convolution (Eq. 1 or 2).
+    Holds the parameters of one direction of the scan: B, C, step size, decay and convolution (Eq. 1 or 2).
 
     Args:
         config (`LinMUTextConfig`): Sizes and options.
@@ -80,7 +97,7 @@ class ScanDirection(nn.Module):
         self.normalized = config.bc_feature_map == "softmax"
         self.c_proj = nn.Linear(d, h * p)
         self.b_proj = nn.Linear(d, g * p)
-        # of the scan, per head: the normaliser has a row of its own
+        # per sequence; the normaliser has a row of its own
         self.state_shape = (h, p + 1, config.state_size) if self.normalized else (h, p, p)
         if self.normalized:
             self.c_features = nn.Parameter(torch.empty(h, p, config.state_size // 2))
@@ -116,20 +133,88 @@ class ScanDirection(nn.Module):
         init.copy_(self.dt_bias, step + torch.log(-torch.expm1(-step)))  # softplus(dt_bias) = step
         init.zeros_(self.D)
         if self.normalized:
-            directions = feature_directions(self.head_dim, self.config.state_size // 2)
-            init.copy_(self.c_features, directions.expand_as(self.c_features))
-            init.copy_(self.b_features, directions.expand_as(self.b_features))
+            weight = initial_feature_weight(self.head_dim, self.config.state_size // 2)
+            for features, proj in ((self.c_features, self.c_proj), (self.b_features, self.b_proj)):
+                scale = torch.ones(features.shape[:2])
+                if not proj.bias.is_meta:  # known at conversion, or loaded with the other weights
+                    bias = proj.bias.detach().float().cpu().view(-1, self.head_dim)
+                    scale = feature_scale(bias, self.config.scan_rope)
+                init.copy_(features, scale[..., None] * weight)
         if self.config.conv_kernel > 1:
             identity = torch.zeros(self.conv_weight.shape)
             identity[-1] = 1.0
             init.copy_(self.conv_weight, identity)
 
-    def forward(self, scan, *args):
+    def forward(self, u, x, rope, segments, *, bc=None, tail=None, states=None, keep=None):
         """
-        `scan(*args)`, which reads this module's parameters. It goes through the module's call, because that is where
-        accelerate brings in what a device_map left on disk, and DeepSpeed what it has sharded.
+        Returns the arguments of the scan (Eq. 1 or 2), its skip D and the tail of its convolution.
+
+        All that reads this module's parameters runs inside `__call__`, so that accelerate and DeepSpeed hooks load
+        them first.
+
+        Args:
+            u (`torch.Tensor` of shape `[n, d]`): Packed tokens in the order of the scan.
+            x (`torch.Tensor` of shape `[n, g p]`): Their projection by W_X.
+            rope (`tuple[torch.Tensor, torch.Tensor]`): Their cos and sin, each `[n, p]`.
+            segments (`Segments` or `None`): The packed sequences; `None` is a decode step of one token per row, which
+                returns y `[n, h, p]`, tail and states.
+            bc (`torch.Tensor` of shape `[n, (g + h) p]`, *optional*): B and C where they were projected beside x.
+            tail (`torch.Tensor` of shape `[m, w - 1, c]`, *optional*): x, B and C before each sequence.
+            states (`torch.Tensor`, *optional*): States before each sequence, `[m, *state_shape]`.
+            keep (`torch.Tensor` of shape `[n, 1]`, *optional*): 0 at tokens that bring no input (M_V of Eq. 2), and in
+                a decode step at rows whose state stays as it is.
+
+        Returns:
+            `tuple[Scan, torch.Tensor, torch.Tensor | None]`
         """
-        return scan(*args)
+        if segments is None:
+            return self._step(u, x, rope, tail, states, keep)
+        if bc is None:
+            bc = joint_linear(u, self.b_proj, self.c_proj)
+        if keep is not None:
+            x, bc = x * keep, bc * keep  # before the convolution, which would carry text over to its neighbours
+        if self.config.conv_kernel > 1:
+            widths = [x.shape[-1], bc.shape[-1]]
+            tails = (None, None) if tail is None else tail.split(widths, dim=-1)
+            (x, x_tail), (bc, bc_tail) = (
+                causal_conv(tokens, taps, segments, before)
+                for tokens, taps, before in zip((x, bc), self.conv_weight.split(widths, dim=-1), tails)
+            )
+            tail = torch.cat([x_tail, bc_tail], dim=-1)
+        x, dt, A, B, C = self.scan_inputs(u, x, bc, rope)
+        if keep is not None:
+            x, B = x * keep[..., None], B * keep[..., None]  # without B, text does not reach the normaliser either
+        return Scan(x, dt, A, B, C, segments, states), self.D.clone(), tail
+
+    def _step(self, u, x, rope, tail, states, keep):
+        """One token per row, without a shape that depends on the values: y, tail and states."""
+        b, taps = len(u), self.config.conv_kernel
+        tokens = x, self.b_proj(u), self.c_proj(u)
+        if states is None:
+            states = u.new_zeros(b, *self.state_shape, dtype=torch.promote_types(u.dtype, torch.float32))
+        if tail is None and taps > 1:
+            tail = x.new_zeros(b, taps - 1, self.conv_weight.shape[1])
+        if taps > 1 and not torch.is_grad_enabled() and kernels_serve(u):
+            from ...ops.decode_triton import decode_triton
+
+            y, tail = decode_triton(
+                *tokens, tail, self.conv_weight, *(rope if self.config.scan_rope else (None, None)),
+                *((self.b_features, self.c_features) if self.normalized else (None, None)),
+                self.dt_proj(u), self.dt_bias, self.A_log, self.D, keep, states,
+                1.0 if self.normalized else 1 / math.sqrt(self.head_dim),
+            )  # fmt: skip
+            return y, tail, states
+        xbc = torch.cat(tokens, dim=-1)
+        real = None if keep is None else keep.bool()[:, None, None]
+        if taps > 1:
+            window = torch.cat([tail.to(xbc.dtype), xbc[:, None]], dim=1)
+            xbc, before, tail = (window * self.conv_weight.to(xbc.dtype)).sum(1), tail, window[:, 1:]
+            tail = tail if real is None else torch.where(real, tail, before)
+        inputs = self.scan_inputs(u, *xbc.tensor_split([x.shape[-1]], dim=-1), rope)
+        y, new_states = ssd_step(*inputs, states, normalized=self.normalized)
+        if real is not None:
+            new_states = torch.where(real[..., None], new_states, states)
+        return add_skip(y, inputs[0], self.D), tail, new_states
 
     def _initial_timescales(self):
         """Decay rates -A and step sizes of the heads."""
@@ -141,11 +226,10 @@ class ScanDirection(nn.Module):
         half_life = shortest * (longest / shortest) ** position
         return torch.ones_like(position), math.log(2) / half_life
 
-    def prepare(self, u, x, bc, rope):
-        """Scan arguments x, dt, A, B, C as in `ops/ssd.py`, from the convolved x [n, g p] and B, C [n, (g + h) p]."""
-        config = self.config
+    def scan_inputs(self, u, x, bc, rope):
+        """Returns x, dt, A, B, C as [`ssd`] takes them, from convolved x [n, g p] and B, C [n, (g + h) p]."""
         x, bc = (t.unflatten(-1, (-1, self.head_dim)) for t in (x, bc))
-        if config.scan_rope:
+        if self.config.scan_rope:
             bc = rotate(bc, rope)
         dtype = torch.promote_types(u.dtype, torch.float32)
         if self.normalized:
@@ -156,25 +240,21 @@ class ScanDirection(nn.Module):
         dt = softplus(self.dt_proj(u).to(dtype) + self.dt_bias.to(dtype))
         return x, dt, -self.A_log.to(dtype).exp(), B, C
 
-    def skip(self):
-        """D, for use outside this module's call."""
-        return self.D.clone()
 
-
-def finish(y, x, skip):
+def add_skip(y, x, skip):
     """Adds the skip [h] times x [n, g, p] to y [n, h, p]."""
     g = x.shape[1]
     return torch.addcmul(y.unflatten(1, (g, -1)), skip.to(y.dtype).view(g, -1, 1), x[:, :, None]).flatten(1, 2)
 
 
 class FlexMA(nn.Module):
-    """The Flex-MA branch: forward scan over all tokens, reverse scan over vision tokens, gate, output projection."""
+    """Forward scan over all tokens, reverse scan over vision tokens, and the gate between them."""
 
     def __init__(self, config, layer_idx: int):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
         h, g, p, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
-        self.heads, self.head_dim, self.x_width = h, p, g * p
+        self.heads, self.x_width = h, g * p
         self.x_proj = nn.Linear(d, self.x_width)
         self.forward_scan = ScanDirection(config)
         self.reverse_scan = ScanDirection(config)
@@ -183,121 +263,79 @@ class FlexMA(nn.Module):
 
     def forward(self, u, rope, layout, cache_layer=None):
         """
+        Returns the branch before its output projection `[n, h * p]`, in scan order.
+
         Args:
             u (`torch.Tensor` of shape `[n, d]`): Packed tokens in this layer's scan order.
             rope (`tuple[torch.Tensor, torch.Tensor]`): cos and sin of the same tokens, each `[n, p]`.
             layout (`TokenLayout`): The packed sequences.
             cache_layer (`MMateCacheLayer`, *optional*): State before these tokens; updated.
-
-        Returns:
-            `torch.Tensor` of shape `[n, h * p]`: the branch before its output projection, in scan order.
         """
-        scan, skip, x, tail = self.forward_scan(self._forward_arguments, u, rope, layout, cache_layer)
+        tail, states = (None, None) if cache_layer is None else cache_layer.load(layout.rows)
+        x, scan, skip, tail = self._forward_scan(u, rope, layout, tail, states)
         normalized = self.forward_scan.normalized
         if layout.reverse is None:
-            y, states = ssd(**scan._asdict(), normalized=normalized)
+            y, states = ssd(**scan._asdict(), normalized=normalized)  # Eq. 1
         else:
-            reverse, reverse_skip = self.reverse_scan(self._reverse_arguments, u, x, rope, layout)
-            (y, states), (y_reverse, _) = ssd_pair(
+            reverse, reverse_skip, _ = self._reverse_scan(u, x, rope, layout)
+            (y, states), (y_reverse, _) = ssd_pair(  # Eq. 1 and 2
                 scan, reverse, normalized=normalized, final_states=cache_layer is not None
             )
         if cache_layer is not None:
             cache_layer.store(tail, states, layout.batch, layout.rows)
-        y = finish(y, scan.x, skip).to(u.dtype)
+        y = add_skip(y, scan.x, skip).to(u.dtype)
         if layout.reverse is not None:
-            y_reverse = finish(y_reverse, reverse.x, reverse_skip).to(u.dtype).index_select(0, layout.reverse_slots)
+            y_reverse = add_skip(y_reverse, reverse.x, reverse_skip).to(u.dtype).index_select(0, layout.reverse_slots)
             # Eq. 3; text rows have the forward direction alone
             vision = layout.scan_vision
             gate = torch.sigmoid(self._gate(u, vision)).to(u.dtype).unflatten(-1, (self.heads, -1))
             y.index_copy_(0, vision, torch.lerp(y_reverse, y.index_select(0, vision), gate))
         return y.flatten(1)
 
+    def _forward_scan(self, u, rope, layout, tail=None, states=None):
+        """x before its convolution, and scan, skip and tail of all tokens."""
+        direction = self.forward_scan
+        projected = joint_linear(u, self.x_proj, direction.b_proj, direction.c_proj)
+        x, bc = projected.tensor_split([self.x_width], dim=-1)
+        return x, *direction(u, x, rope, layout.segments, bc=bc, tail=tail, states=states)
+
+    def _reverse_scan(self, u, x, rope, layout):
+        """Scan, skip and tail in reversed token order: the mask M_V leaves vision tokens only."""
+        keep = None
+        if self.config.reverse_scope == "sequence":
+            keep = x.new_zeros(len(layout.reverse), 1).index_fill(0, layout.reverse_slots, 1)
+        u, x, *rope = (tokens.index_select(0, layout.reverse) for tokens in (u, x, *rope))
+        return self.reverse_scan(u, x, rope, layout.reverse_segments, keep=keep)
+
     def _gate(self, u, vision):
-        """g before its sigmoid at the vision tokens; where it is narrow, picking those afterwards copies less."""
+        """g before its sigmoid at the vision tokens; selecting them after a narrow projection copies less."""
         if self.config.gate == "head":
             return self.gate_proj(u).index_select(0, vision)
         return self.gate_proj(u.index_select(0, vision))
 
     def step(self, u, rope, mask, cache_layer):
         """
-        One text token for every row of a batch: no reverse direction, no shape that depends on the values.
+        Returns the branch before its output projection `[b, h * p]` for one text token of every row of a batch.
 
         Args:
             u (`torch.Tensor` of shape `[b, d]`): The tokens.
             rope (`tuple[torch.Tensor, torch.Tensor]`): Their cos and sin, each `[b, p]`.
             mask (`torch.Tensor` of shape `[b]` or `None`): 0 at rows whose state stays as it is.
             cache_layer (`MMateCacheLayer`): State before these tokens; updated.
-
-        Returns:
-            `torch.Tensor` of shape `[b, h * p]`: the branch before its output projection.
         """
-        return self.forward_scan(self._step, u, rope, mask, cache_layer)
-
-    def _step(self, u, rope, mask, cache_layer):
-        scan, b = self.forward_scan, len(u)
         tail, states = cache_layer.load()
-        if states is None:
-            states = u.new_zeros(b, *scan.state_shape, dtype=torch.promote_types(u.dtype, torch.float32))
-        if self.config.conv_kernel > 1 and not torch.is_grad_enabled() and kernels_serve(u):
-            return self._step_in_one_kernel(u, rope, mask, cache_layer, tail, states)
-        xbc = torch.cat([self.x_proj(u), scan.b_proj(u), scan.c_proj(u)], dim=-1)
-        real = None if mask is None else mask.bool()[:, None, None]
-        if self.config.conv_kernel > 1:
-            before = xbc.new_zeros(b, self.config.conv_kernel - 1, xbc.shape[-1]) if tail is None else tail
-            window = torch.cat([before.to(xbc.dtype), xbc[:, None]], dim=1)
-            xbc, tail = (window * scan.conv_weight.to(xbc.dtype)).sum(1), window[:, 1:]
-            tail = tail if real is None else torch.where(real, tail, before)
-        args = scan.prepare(u, *self._split(xbc), rope)
-        y, new_states = ssd_step(*args, states, normalized=scan.normalized)
-        if real is not None:
-            new_states = torch.where(real[..., None], new_states, states)
-        cache_layer.store(tail, new_states, b)
-        return finish(y, args[0], scan.D).to(u.dtype).flatten(1)
-
-    def _step_in_one_kernel(self, u, rope, mask, cache_layer, tail, states):
-        from ...ops.decode_triton import decode_triton
-
-        scan = self.forward_scan
-        tokens = self.x_proj(u), scan.b_proj(u), scan.c_proj(u)
-        if tail is None:
-            taps, channels = scan.conv_weight.shape
-            tail = tokens[0].new_zeros(len(u), taps - 1, channels)
-        directions = (scan.b_features, scan.c_features) if scan.normalized else (None, None)
-        y, tail = decode_triton(
-            *tokens, tail, scan.conv_weight, *(rope if self.config.scan_rope else (None, None)), *directions,
-            scan.dt_proj(u), scan.dt_bias, scan.A_log, scan.D, mask, states,
-            1.0 if scan.normalized else 1 / math.sqrt(self.head_dim),
-        )  # fmt: skip
+        y, tail, states = self.forward_scan(u, self.x_proj(u), rope, None, tail=tail, states=states, keep=mask)
         cache_layer.store(tail, states, len(u))
         return y.to(u.dtype).flatten(1)
 
-    def _split(self, xbc):
-        """x and what lies behind it."""
-        return xbc.tensor_split([self.x_width], dim=-1)
+    def smallest_normalizer(self, u, rope, layout) -> float:
+        """
+        Returns the smallest sum of weights that the forward scan divides by; arguments as in `forward`.
 
-    def _forward_arguments(self, u, rope, layout, cache_layer):
-        """Scan arguments and skip of the forward direction, x before its convolution, and the convolution's tail."""
-        scan, segments = self.forward_scan, layout.segments
-        tail, states = (None, None) if cache_layer is None else cache_layer.load(layout.rows)
-        projected = xbc = joint_linear(u, self.x_proj, scan.b_proj, scan.c_proj)
-        if self.config.conv_kernel > 1:
-            xbc, tail = causal_conv(projected, scan.conv_weight, segments, tail)
-        arguments = Scan(*scan.prepare(u, *self._split(xbc), rope), segments, states)
-        return arguments, scan.skip(), self._split(projected)[0], tail
-
-    def _reverse_arguments(self, u, x, rope, layout):
-        """Scan arguments and skip of Eq. 2, in reversed token order: the mask M_V leaves vision tokens only."""
-        scan, reverse, segments = self.reverse_scan, layout.reverse, layout.reverse_segments
-        u, x = u.index_select(0, reverse), x.index_select(0, reverse)
-        bc = joint_linear(u, scan.b_proj, scan.c_proj)
-        mask = None
-        if self.config.reverse_scope == "sequence":
-            mask = torch.zeros(len(reverse), 1, dtype=x.dtype, device=x.device).index_fill(0, layout.reverse_slots, 1)
-            x, bc = x * mask, bc * mask  # before the convolution, which would carry text over to its neighbours
-        if self.config.conv_kernel > 1:
-            # x comes from elsewhere than B and C: two convolutions spare a copy of all three
-            x, bc = (causal_conv(t, weight, segments)[0] for t, weight in zip((x, bc), self._split(scan.conv_weight)))
-        x, dt, A, B, C = scan.prepare(u, x, bc, tuple(t.index_select(0, reverse) for t in rope))
-        if mask is not None:
-            x, B = x * mask[..., None], B * mask[..., None]  # without B, text does not reach the normaliser either
-        return Scan(x, dt, A, B, C, segments), scan.skip()
+        Near 0, features of B and C hardly overlap, and outputs are noise: a bias or an outlier saturates the softmax.
+        """
+        if not self.forward_scan.normalized:
+            return 1.0
+        scan = self._forward_scan(u, rope, layout)[1]
+        ones = torch.ones_like(scan.x[..., :1])
+        return float(ssd(**scan._replace(x=ones)._asdict())[0].min())

@@ -11,7 +11,7 @@ from .local_swin import LocalSwin
 
 class MMate(nn.Module):
     """
-    Flex-MA for global context, Local-Swin for neighbours, summed with a learned weight per token.
+    Sums Flex-MA (global context) and Local-Swin (neighbours) with a learned weight per token.
 
     Args:
         config (`LinMUTextConfig`): Sizes and options.
@@ -29,7 +29,7 @@ class MMate(nn.Module):
             self.output_norm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def reset_new_parameters(self):
-        """Sets, in place and deterministically, every parameter that does not come from the teacher (Eq. 4 and 5)."""
+        """Sets every parameter that does not come from the teacher (Eq. 4 and 5), in place and deterministically."""
         for module in self.modules():
             if isinstance(module, (ScanDirection, ZeroLinear)):
                 module.reset_new_parameters()
@@ -38,29 +38,36 @@ class MMate(nn.Module):
 
     def branches(self, hidden_states, rope, layout, cache_layer=None):
         """
-        Both branches before their output projections.
+        Returns both branches before their output projections.
 
         Args:
             hidden_states (`torch.Tensor` of shape `[b, t, d]`): Block input.
             rope (`tuple[torch.Tensor, torch.Tensor]`): cos and sin, each `[b, t, p]`.
-            layout (`TokenLayout`): Where the tokens lie.
+            layout (`TokenLayout`): Scan orders, segments and windows.
             cache_layer (`MMateCacheLayer`, *optional*): Recurrent state; updated.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor | None]`: Flex-MA `[n, h * p]` in scan order, Local-Swin `[v, h * p]`
             (`None` without vision tokens).
         """
-        order = layout.orders[self.config.scan_order(self.layer_idx)]
-        tokens = hidden_states.flatten(0, 1)
-        rope = tuple(t.flatten(0, 1) for t in rope)
-        in_order = tokens.index_select(0, order), tuple(t.index_select(0, order) for t in rope)
-        flex = self.flex_ma(*in_order, layout, cache_layer)
+        tokens, rope = hidden_states.flatten(0, 1), [table.flatten(0, 1) for table in rope]
+        flex = self.flex_ma(*self._in_scan_order(layout, tokens, rope), layout, cache_layer)
         return flex, None if layout.vision is None else self.local_swin(tokens, rope, layout)
+
+    def _in_scan_order(self, layout, tokens, rope):
+        order = layout.orders[self.config.scan_order(self.layer_idx)]
+        return tokens.index_select(0, order), [table.index_select(0, order) for table in rope]
+
+    def smallest_normalizer(self, hidden_states, rope, layout) -> float:
+        """Returns [`FlexMA.smallest_normalizer`] of the same tokens; arguments as in `branches`."""
+        tokens, rope = hidden_states.flatten(0, 1), [table.flatten(0, 1) for table in rope]
+        u, in_order = self._in_scan_order(layout, tokens, rope)
+        return self.flex_ma.smallest_normalizer(u, in_order, layout)
 
     def forward(self, hidden_states, rope, layout, cache_layer=None):
         """
-        The block output, `[b, t, d]`; arguments as in `branches`, or a [`TextStep`] for the layout. Padding rows carry
-        no meaning.
+        Returns the block output `[b, t, d]`; arguments as in `branches`, or a [`TextStep`] for the layout. Rows of
+        padding hold no meaningful values.
         """
         if isinstance(layout, TextStep):
             token, rope = hidden_states[:, 0], tuple(t[:, 0] for t in rope)
