@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 
 Row = Mapping[str, Any]
 
@@ -96,7 +98,9 @@ def raw_rows(dataset) -> Iterator[Row | ValueError]:
     )
     for table in dataset.with_format("arrow").iter(256):
         for i in range(table.num_rows):
-            yield dataset.features.decode_example({name: _to_python(table[name][i]) for name in table.column_names})
+            yield dataset.features.decode_example(
+                {name: _to_python(table[name].slice(i, 1)) for name in table.column_names}
+            )
 
 
 def fetch(rows: Sequence[Row], index: int) -> Row:
@@ -252,19 +256,23 @@ def _undecoded(kind: Any) -> Any:
     return dataclasses.replace(kind, feature=_undecoded(kind.feature)) if hasattr(kind, "feature") else kind
 
 
-def _to_python(scalar) -> Any:
-    """The value of an Arrow scalar; bytes as a file over the memory in which they are."""
+def _to_python(column) -> Any:
+    """The value of an Arrow column of one row; bytes as a file over the memory where they are, as scalars copy."""
     import pyarrow
 
-    if not scalar.is_valid:
+    values = next(chunk for chunk in column.chunks if len(chunk)) if hasattr(column, "chunks") else column
+    if values.null_count:
         return None
-    if isinstance(scalar, pyarrow.StructScalar):
-        return {name: _to_python(value) for name, value in scalar.items()}
-    if hasattr(scalar, "values"):  # a list
-        return [_to_python(value) for value in scalar.values]
-    if hasattr(scalar, "as_buffer") and pyarrow.types.is_binary(scalar.type):
-        return pyarrow.BufferReader(scalar.as_buffer())
-    return scalar.as_py()
+    if pyarrow.types.is_struct(values.type):
+        return {field.name: _to_python(values.field(i)) for i, field in enumerate(values.type)}
+    if pyarrow.types.is_list(values.type) or pyarrow.types.is_large_list(values.type):
+        items = values.flatten()
+        return [_to_python(items.slice(i, 1)) for i in range(len(items))]
+    if pyarrow.types.is_binary(values.type):
+        _, offsets, data = values.buffers()
+        start, end = np.frombuffer(offsets, np.int32)[values.offset : values.offset + 2].tolist()
+        return pyarrow.BufferReader(data.slice(start, end - start)) if data is not None else b""
+    return values[0].as_py()
 
 
 def _find_files(dataset, folder: str):

@@ -54,6 +54,7 @@ def open_image(source: Any) -> Any:
     """
     image = _open(source)
     if not isinstance(image, Image.Image):
+        image_size(image)
         return image
     try:
         return _to_rgb(ImageOps.exif_transpose(image))
@@ -66,10 +67,12 @@ def image_size(source: Any) -> tuple[int, int]:
     image = _open(source)
     if isinstance(image, Image.Image):
         return image.height, image.width
-    shape = [side for side in np.shape(image) if side > 4]  # channels may come first or last
-    if len(shape) < 2:
+    shape = np.shape(image)
+    if len(shape) == 3:
+        shape = shape[:2] if shape[2] in (1, 3, 4) else shape[1:]  # channels may come first or last
+    if len(shape) != 2:
         raise ValueError(f"{_shown(source)} is not an image: give a file, a PIL image or an array")
-    return shape[-2], shape[-1]
+    return shape[0], shape[1]
 
 
 def _open(source: Any) -> Any:

@@ -1,0 +1,51 @@
+"""Pictures are read upright and in RGB, whatever is in the file."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from synthetic import image
+from transformers.image_utils import load_image
+
+from linmu_hf.data.image import image_size, open_image
+
+
+def pixels(source):
+    return np.asarray(open_image(source))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_rotated_by_exif(tmp_path, orientation):
+    file = tmp_path / "phone.png"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image(6, 10).save(file, exif=exif)
+    for source in (str(file), file, {"path": str(file), "bytes": None}, file.read_bytes(), Image.open(file)):
+        assert np.array_equal(pixels(source), np.asarray(load_image(str(file))))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_is_white(tmp_path, mode):
+    picture = Image.new("RGBA", (4, 2), (200, 0, 0, 0))
+    picture.paste((10, 10, 10, 255), (2, 0, 4, 2))
+    picture = picture.quantize(4) if mode == "P" else picture.convert(mode)
+    picture.save(tmp_path / "a.png")
+    read = pixels(str(tmp_path / "a.png"))
+    assert (read[:, :2] == 255).all() and np.abs(read[:, 2:].astype(int) - 10).max() <= 1
+
+
+def test_16_bits_are_scaled(tmp_path):
+    Image.fromarray((np.arange(8, dtype=np.uint16) * 8192).reshape(2, 4)).save(tmp_path / "a.png")
+    assert pixels(str(tmp_path / "a.png"))[..., 0].ravel().tolist() == [32 * i for i in range(8)]
+
+
+def test_cmyk_and_grey(tmp_path):
+    Image.new("CMYK", (2, 2), (0, 255, 255, 0)).save(tmp_path / "a.jpg")
+    assert np.abs(pixels(str(tmp_path / "a.jpg")).astype(int) - [255, 0, 0]).max() <= 3
+    Image.new("L", (2, 2), 7).save(tmp_path / "b.png")
+    assert (pixels(str(tmp_path / "b.png")) == 7).all()
+
+
+def test_sizes_of_arrays():
+    assert image_size(image(3, 8)) == image_size(np.zeros((3, 8, 3))) == image_size(np.zeros((3, 3, 8))) == (3, 8)
+    with pytest.raises(ValueError, match="is not an image"):
+        image_size(np.zeros((2, 3, 4, 3)))

@@ -1,0 +1,167 @@
+"""Frames of a video are those that the processor chooses, at the times at which the file shows them."""
+
+from fractions import Fraction
+
+import numpy as np
+import nvila_processors
+import pytest
+import torch
+from PIL import Image
+from synthetic import ask, image, make_teacher_config, say
+from transformers.video_utils import VideoMetadata
+
+from linmu_hf import LinMUConfig, LinMUForConditionalGeneration
+from linmu_hf.data import check_dataset, encode_prompts, encode_rows
+from linmu_hf.data.video import VIDEO_FPS, choose_frames, read_video
+
+
+av = pytest.importorskip("av")
+ROW = [ask("when is 7?", videos=1), say("8")]
+
+
+def write(file, fps, n, codec="mpeg4", times=None):
+    """A clip of `n` frames that grow brighter."""
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream(codec, rate=fps)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for i in range(n):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), 240 * i // n, np.uint8), format="rgb24")
+            if times:
+                frame.time_base, frame.pts = stream.codec_context.time_base or 1 / Fraction(fps), times[i]
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return str(file)
+
+
+def brightness(video):
+    return [float(np.asarray(frame).mean()) for frame in video.frames]
+
+
+@pytest.mark.parametrize(
+    ("fps", "n", "seconds"), [(Fraction(1, 4), 8, 8.0), (1, 8, 2.0), (2, 8, 1.0), (5, 20, 1.0), (30, 120, 1.0)]
+)
+def test_real_rates_reach_the_model(processor, tmp_path, fps, n, seconds):
+    file = write(tmp_path / "clip.mp4", fps, n)
+    check_dataset([{"messages": ROW, "videos": [file]}], processor)
+    for video in (file, {"video": file}, {"path": None, "bytes": open(file, "rb").read()}):
+        batch = encode_prompts(processor, [{"messages": ROW, "videos": [video]}])
+        assert batch["video_grid_thw"][0, 0] == 4
+        assert batch["second_per_grid_ts"].tolist() == [seconds]
+
+
+def test_containers_without_a_number_of_frames(processor, tmp_path):
+    for name, codec in (("a.mkv", "mpeg4"), ("a.webm", "libvpx"), ("a.ts", "mpeg2video"), ("a.flv", "flv")):
+        fps = 25 if name == "a.ts" else 30
+        video = read_video(write(tmp_path / name, fps, 2 * fps, codec), processor)
+        assert video.metadata.total_num_frames == 2 * fps
+        assert video.metadata.sampled_fps == pytest.approx(VIDEO_FPS)
+        assert brightness(video) == pytest.approx([0, 60, 120, 180], abs=8)
+
+
+def test_frames_are_chosen_by_their_time(processor, tmp_path):
+    """Ten frames in the first second, two in the next four: what is on screen at 0, 0.5, 1 ... seconds."""
+    times = [*range(0, 10), 30, 50]
+    video = read_video(write(tmp_path / "slow.mkv", 10, 12, times=times), processor)
+    assert len(video) == 10
+    shown = [max(i for i, time in enumerate(times) if time <= moment) for moment in range(0, 50, 5)]
+    assert brightness(video) == pytest.approx([240 * i // 12 for i in shown], abs=8)
+
+
+def test_long_videos_are_cut_to_the_processors_most(processor, tmp_path):
+    video = read_video(write(tmp_path / "long.mp4", 2, 40), processor)
+    assert len(video) == 40
+    processor.video_processor.max_frames = 12
+    try:
+        video = read_video(str(tmp_path / "long.mp4"), processor)
+        assert len(video) == 12 and video.metadata.sampled_fps == pytest.approx(0.6)
+        own = processor.video_processor.sample_frames(VideoMetadata(total_num_frames=40, fps=2.0), fps=2.0)
+        assert video.metadata.frames_indices == own.tolist() == choose_frames(processor, video.metadata)
+        assert len(read_video([image(8, 8)] * 14, processor)) == 14  # frames that were chosen before
+        (tmp_path / "frames").mkdir()
+        for i in range(14):
+            Image.new("RGB", (8, 8)).save(tmp_path / "frames" / f"{i:02}.png")
+        assert len(read_video(str(tmp_path / "frames"), processor)) == 12
+    finally:
+        del processor.video_processor.max_frames
+
+
+def test_one_frame(processor, tmp_path):
+    assert len(read_video(write(tmp_path / "one.mp4", 2, 1), processor)) == 1
+
+
+def test_a_rate_to_choose_at(processor, tmp_path):
+    file = write(tmp_path / "clip.mp4", 8, 32)
+    video = read_video({"video": file, "fps": 4.0}, processor)
+    assert len(video) == 16 and video.metadata.sampled_fps == 4.0
+
+
+def test_frames_with_and_without_a_rate(processor, tmp_path):
+    frames = [image(16, 24, seed) for seed in range(4)]
+    for i, frame in enumerate(frames):
+        frame.save(tmp_path / f"{i}.png")
+    paths = [str(tmp_path / f"{i}.png") for i in range(4)]
+    expected = encode_rows(processor, [{"messages": ROW, "videos": [frames]}])
+    assert expected["second_per_grid_ts"].tolist() == [1.0]
+    for video in (paths, str(tmp_path), np.stack([np.asarray(frame) for frame in frames]), {"frames": paths}):
+        batch = encode_rows(processor, [{"messages": ROW, "videos": [video]}])
+        for name in expected:
+            torch.testing.assert_close(torch.as_tensor(batch[name]), torch.as_tensor(expected[name]))
+    slow = encode_rows(processor, [{"messages": ROW, "videos": [{"frames": frames, "fps": 0.25}]}])
+    assert slow["second_per_grid_ts"].tolist() == [8.0]
+
+
+def test_temporal_positions_of_a_slow_clip(processor, tmp_path):
+    config = LinMUConfig.from_teacher(make_teacher_config(processor, layers=1))
+    model = LinMUForConditionalGeneration(config)
+    file = write(tmp_path / "clip.mp4", Fraction(1, 4), 8)
+    batch = encode_prompts(processor, [{"messages": ROW, "videos": [file]}])
+    names = ("input_ids", "attention_mask", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
+    positions = model.model.get_positions(**{name: batch[name] for name in names})[0][0, 0]
+    times = positions[batch["mm_token_type_ids"][0] == 2].unique()
+    step = 8 * config.vision_config.tokens_per_second
+    assert (times - times[0]).tolist() == [0, step, 2 * step, 3 * step]
+
+
+def test_nvila_takes_its_number_of_frames(tmp_path):
+    processor = nvila_processors.tiny(num_video_frames=4)
+    video = read_video(write(tmp_path / "a.mkv", 30, 60), processor)
+    assert brightness(video) == pytest.approx([0, 80, 160, 236], abs=8)
+    assert len(read_video(write(tmp_path / "b.mp4", 2, 2), processor)) == 4  # with repeats
+
+
+def test_held_upright(processor, tmp_path):
+    """A phone writes how it was held into the matrix of the track."""
+    file = tmp_path / "clip.mp4"
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("mpeg4", rate=2)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        picture = np.zeros((32, 64, 3), np.uint8)
+        picture[:, :32] = 255  # bright on the left
+        for _ in range(4):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    data = bytearray(file.read_bytes())
+    matrix = data.index(b"tkhd") + 4 + 40
+    one = 1 << 16
+    for i, value in enumerate((0, one, 0, -one, 0, 0)):  # a quarter clockwise
+        data[matrix + 4 * i : matrix + 4 * i + 4] = value.to_bytes(4, "big", signed=True)
+    file.write_bytes(data)
+    frame = read_video(str(file), processor).frames[0]
+    assert frame.shape == (64, 32, 3)
+    assert frame[:24].mean() > 200 and frame[40:].mean() < 50  # what was left is above
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path / "none.mp4", "none.mp4 does not exist"),
+        (lambda path: path, "is empty: a folder given as video holds one image per frame"),
+        (lambda path: [image(8, 8), image(8, 16)], "several sizes"),
+        (lambda path: 7, "it is a int: give a file"),
+    ],
+)
+def test_bad_videos_are_named(processor, tmp_path, make, message):
+    with pytest.raises(ValueError, match=f"row 1 .*video 0: .*{message}"):
+        encode_rows(
+            processor, [{"messages": ROW, "videos": [[image(8, 8)]]}, {"messages": ROW, "videos": [make(tmp_path)]}]
+        )
