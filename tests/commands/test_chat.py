@@ -46,6 +46,16 @@ def test_conversation_remembers(teacher, processor, picture):
     assert len(conversation.row["images"]) == 2
 
 
+def test_media_are_read_as_in_rows(student_folder, tmp_path, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned
+    Image.new("RGB", (64, 32)).save(tmp_path / "phone.jpg", exif=exif)
+    asked = []
+    monkeypatch.setattr(chat.Conversation, "ask", lambda self, question, images, videos, stream: asked.append(images))
+    run("--model", student_folder, "--image", tmp_path / "phone.jpg", "?")
+    assert asked[0][0].size == (32, 64)
+
+
 def test_conversation_from_standard_input(teacher_folder, picture, monkeypatch, capsys):
     lines = iter(["row 1 column 1?", "/image nowhere.png", f"/image {picture}", "/help", "/new", "how many red?", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))

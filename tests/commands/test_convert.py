@@ -84,6 +84,16 @@ def test_calibrate(teacher, dataset, tmp_path):
     LinMUForConditionalGeneration.from_pretrained(output)
 
 
+def test_calibrate_on_lines(teacher, tmp_path):
+    """The form that the README documents: parts of unequal keys, pictures as paths."""
+    lines = [{"messages": [ask(f"which {i}?", images=1), say("7")], "images": [f"{i}.png"]} for i in range(4)]
+    for i in range(4):
+        image(24, 40, i).save(tmp_path / f"{i}.png")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ["--teacher", str(teacher), "--output", str(tmp_path / "out"), "--calibrate", str(tmp_path / "rows.jsonl")]
+    assert main(flags) == 0
+
+
 def test_bad_calibration_data_stops_before_work(teacher, dataset, tmp_path, capsys):
     flags = ["--teacher", str(teacher), "--output", str(tmp_path / "out")]
     rows = [{"messages": [ask("which digit?", images=1), say("7")]}] * 2

@@ -55,6 +55,14 @@ def test_command_runs_all_stages(folders, tmp_path, capsys):
     assert "loss_hid" in stages["stage-1"] and "loss_seq" in stages["stage-3"]
 
 
+def test_rows_as_lines(folders, rows, tmp_path):
+    """The form that the README documents: parts of unequal keys, pictures as paths."""
+    rows[0]["images"][0].save(tmp_path / "a.png")
+    lines = [{"messages": rows[0]["messages"], "images": ["a.png"] * len(rows[0]["images"])}] * 2
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(command(folders, tmp_path / "out", dataset=tmp_path / "rows.jsonl", stage_steps="1 0 1")) == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

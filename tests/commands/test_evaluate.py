@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 from datasets import Dataset
+from PIL import Image
 
 from linmu_hf.commands import evaluate as cli
 from linmu_hf.testbed.data import TASKS
@@ -60,6 +61,29 @@ def test_errors_are_one_line(teacher_folder, text_only_folder, dataset_folder, t
     ]
     Dataset.from_list([{"messages": turns, "task": "cell"}]).save_to_disk(tmp_path / "no-image")
     assert "asks for 1 images" in message(capsys, *model, "--dataset", tmp_path / "no-image")
+
+
+def test_rows_that_cannot_be_used_are_left_out(teacher_folder, tmp_path, capsys):
+    """Lines as the README documents them, of which one has no picture and one a damaged one."""
+    for name in ("a", "b", "c"):
+        Image.effect_noise((64, 64), 80).convert("RGB").save(tmp_path / f"{name}.png")
+    (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes()[:-40])
+    turns = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "row 1 column 1?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "7"}]},
+    ]
+    lines = [{"messages": turns, "images": images} for images in (["a.png"], [], ["b.png"], ["c.png"])]
+    file, report = tmp_path / "rows.jsonl", tmp_path / "report.json"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = ("--model", teacher_folder, "--max-new-tokens", 1)
+    run(*arguments, "--dataset", file, "--json", report)
+    assert capsys.readouterr().err.count("left out: row ") == 2
+    results = json.loads(report.read_text())
+    assert results["rows"] == results["models"]["teacher"]["accuracy"]["tasks"]["all"]["rows"] == 2
+    assert "asks for 1 images" in results["unusable_rows"]["1"] and "b.png" in results["unusable_rows"]["2"]
+    for bad in (lines[1], lines[2]):
+        file.write_text(json.dumps(bad) + "\n")
+        assert "row 0 ('row 1 column 1?')" in message(capsys, *arguments, "--dataset", file)
 
 
 def test_weights_of_another_shape(student_folder, dataset_folder, tmp_path, capsys):

@@ -108,24 +108,26 @@ def test_system_line_string_and_parts_in_one_file(processor, folder):
 
 BYTES = {"bytes": PNG, "path": None}
 STORED = {
-    "bytes": ([{"messages": TEXT["messages"], "images": []}, {"messages": MEANT["messages"], "images": [BYTES]}], None),
-    "null": ([{"messages": TEXT["messages"], "images": [None]}, {"messages": MEANT["messages"], "images": [BYTES]}], "Image"),
-    "Image": ([{**TEXT, "images": []}, {**MEANT, "images": [BYTES]}], "Image"),
-    "Json": ([{**TEXT, "images": []}, {**MEANT, "images": [BYTES]}], "Json"),
-}  # fmt: skip
+    "bytes": ([], List(PART), {"bytes": Value("binary"), "path": Value("string")}),
+    "Image": ([], List(PART), ImageFeature()),
+    "null for no image": ([None], List(PART), ImageFeature()),
+    "parts as Json": ([], Json(), ImageFeature()),
+}
+
+
+def filled(messages):
+    """Messages as Arrow holds them: lists of parts, all with all keys."""
+    contents = [[m["content"]] if isinstance(m["content"], str) else m["content"] for m in messages]
+    parts = [[{"type": "text", "text": p} if isinstance(p, str) else {"text": None, **p} for p in c] for c in contents]
+    return [{"role": message["role"], "content": content} for message, content in zip(messages, parts)]
 
 
 @pytest.mark.parametrize("kind", STORED)
 def test_stored_rows_are_read(processor, tmp_path, kind):
-    rows, feature = STORED[kind]
-    parts = Json() if feature == "Json" else List(PART)
-    media = {"bytes": Value("binary"), "path": Value("string")} if feature is None else ImageFeature()
+    no_images, parts, media = STORED[kind]
+    rows = [{**TEXT, "images": no_images}, {**MEANT, "images": [BYTES]}]
     if parts != Json():
-        rows = [
-            {**row, "messages": [{**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m["content"], str)
-             else {**m, "content": [{"text": None, **part} for part in m["content"]]} for m in row["messages"]]}
-            for row in rows
-        ]  # fmt: skip
+        rows = [{**row, "messages": filled(row["messages"])} for row in rows]
     features = Features({"messages": List({"role": Value("string"), "content": parts}), "images": List(media)})
     Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "rows")
     stored = load_rows(str(tmp_path / "rows"))
@@ -140,9 +142,7 @@ def test_the_check_copies_no_picture(processor, monkeypatch):
     features = Features(
         {"messages": List({"role": Value("string"), "content": List(PART)}), "images": List(ImageFeature())}
     )
-    rows = [{**MEANT, "images": [BYTES]}] * 3
-    for row in rows:
-        row["messages"] = [{**m, "content": [{"text": None, **p} for p in m["content"]]} for m in row["messages"]]
+    rows = [{"messages": filled(MEANT["messages"]), "images": [BYTES]}] * 3
     dataset = Dataset.from_list(rows, features=features)
     seen = []
 
@@ -247,9 +247,9 @@ def test_damaged_pictures_are_named_where_they_are_read(processor):
 
 def test_unreadable_files_are_one_line(folder):
     (folder / "train.jsonl").write_text("{not json\n")
-    with pytest.raises(ValueError, match="train.jsonl cannot be read") as refused:
+    with pytest.raises(ValueError, match=r"train\.jsonl cannot be read") as refused:
         load_rows(str(folder / "train.jsonl"))
     assert len(str(refused.value).splitlines()) == 1
     (folder / "notes.txt").write_text("hi")
-    with pytest.raises(ValueError, match="notes.txt is no dataset.*jsonl"):
+    with pytest.raises(ValueError, match=r"notes\.txt is no dataset.*jsonl"):
         load_rows(str(folder / "notes.txt"))
