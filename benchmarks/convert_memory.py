@@ -92,7 +92,7 @@ def write_teacher(folder: Path, n_bytes: int, dtype: torch.dtype) -> int:
 def measure(gigabytes: float, dtype: str, convert_dtype: str | None, folder: Path) -> dict:
     written = write_teacher(folder / "teacher", int(gigabytes * 1e9), getattr(torch, dtype))
     command = [sys.executable, "-m", "linmu_hf.commands.convert", "--teacher", folder / "teacher"]
-    command += ["--output", folder / "student", "--json", folder / "report.json"]
+    command += ["--output_dir", folder / "student", "--json", folder / "report.json"]
     command += ["--dtype", convert_dtype] if convert_dtype else []
     source = Path(__file__).parents[1] / "src"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(source), os.environ.get("PYTHONPATH", "")])}

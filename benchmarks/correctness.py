@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from linmu_hf.commands.bench import DTYPES, machine, versions
-from linmu_hf.evaluation.loading import default_device, first_line
+from linmu_hf.commands.bench import DTYPES, machine
+from linmu_hf.evaluation.loading import default_device, first_line, library_versions
 from linmu_hf.ops.backends import missing
 from linmu_hf.ops.segments import Scan, Segments
 from linmu_hf.ops.ssd.plain import ssd_recurrence
@@ -119,7 +119,7 @@ def main() -> None:
             "backends": worst,
             "device": arguments.device,
             "machine": machine(arguments.device),
-            "versions": versions(),
+            "versions": library_versions(),
         }
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
     if wrong:

@@ -15,7 +15,8 @@ import torch
 from ssd_vs_sdpa import HEADS, attention_of, best_seconds, scan_of
 from torch.utils.flop_counter import FlopCounterMode
 
-from linmu_hf.commands.bench import machine, versions
+from linmu_hf.commands.bench import machine
+from linmu_hf.evaluation.loading import library_versions
 from linmu_hf.evaluation.speed.measure import Variant, growth_exponent, measure, summarise
 from linmu_hf.evaluation.speed.models import BenchmarkDecoder, prompt_layout, text_config
 
@@ -153,7 +154,7 @@ def main() -> None:
             print(explain(measured[name]))
     if arguments.json:
         result = {"ratios": ratios, "ttft": measured, "rows": rows, "rows_bfloat16": half_rows, **summarise(rows)}
-        result |= {"machine": machine(), "versions": versions()}
+        result |= {"machine": machine(), "versions": library_versions()}
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 

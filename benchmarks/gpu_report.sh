@@ -82,10 +82,10 @@ if [ -n "$dry" ]; then
     ops ops.py ops-forward 300 --lengths 64 128 --backends $backends --dtype float32 --repeats 1
     ops ops.py ops-backward 300 --lengths 64 128 --backends $backends --dtype float32 --repeats 1 --backward
     ops around_scan.py around-scan 300 --lengths 256 512 --dtype bfloat16 --repeats 1 --backward
-    bench decoder 300 --model tiny --lengths 64 128 256 --batch-sizes 1 2 --repeats 1 --steps 2 \
-        --teacher-backends flash cudnn
-    bench graphs 300 --model tiny --lengths 64 --batch-sizes 1 2 --prefill-batch-sizes 2 --graphs --repeats 1 --steps 2
-    bench long 300 --model tiny --lengths 512 1024 --prefill-chunk 256 --teacher-max-tokens 512 --repeats 1 --steps 2
+    bench decoder 300 --model tiny --lengths 64 128 256 --batch_sizes 1 2 --repeats 1 --steps 2 \
+        --teacher_backends flash cudnn
+    bench graphs 300 --model tiny --lengths 64 --batch_sizes 1 2 --prefill_batch_sizes 2 --graphs --repeats 1 --steps 2
+    bench long 300 --model tiny --lengths 512 1024 --prefill_chunk 256 --teacher_max_tokens 512 --repeats 1 --steps 2
     bench ablation 300 --model tiny --lengths 128 --ablate --repeats 1 --steps 2
 else
     step tests 300 "$PYTHON" -m pytest -q -m gpu tests/kernels
@@ -93,20 +93,20 @@ else
     ops ops.py ops-backward 120 --shape 7b --lengths 8192 32768 --backends $backends --dtype bfloat16 --backward
     ops around_scan.py around-scan 60 --shape 7b --lengths 8192 65536 --dtype bfloat16
     ops around_scan.py around-scan-backward 60 --shape 7b --lengths 32768 --dtype bfloat16 --backward
-    bench decoder 420 --model qwen2.5-vl-7b --lengths 8192 16384 32768 65536 131072 --batch-sizes 1 8 32 \
-        --largest-batch --teacher-backends flash cudnn
+    bench decoder 420 --model qwen2.5-vl-7b --lengths 8192 16384 32768 65536 131072 --batch_sizes 1 8 32 \
+        --largest_batch --teacher_backends flash cudnn
     # compiling takes about a minute for each model and batch
-    bench graphs 300 --model qwen2.5-vl-7b --lengths 16384 --batch-sizes 1 8 --prefill-batch-sizes 4 --graphs
-    bench long 300 --model qwen2.5-vl-7b --lengths 262144 524288 1048576 --prefill-chunk 65536 \
-        --teacher-max-tokens 262144 --teacher-backends cudnn --batch-sizes 1 8 --repeats 1
+    bench graphs 300 --model qwen2.5-vl-7b --lengths 16384 --batch_sizes 1 8 --prefill_batch_sizes 4 --graphs
+    bench long 300 --model qwen2.5-vl-7b --lengths 262144 524288 1048576 --prefill_chunk 65536 \
+        --teacher_max_tokens 262144 --teacher_backends cudnn --batch_sizes 1 8 --repeats 1
     bench ablation 120 --model qwen2.5-vl-7b --lengths 32768 --ablate
 fi
 # one by one: a backend that is named and missing is an error
 for backend in triton mamba_ssm chunked; do
     if [ -n "$dry" ]; then
-        bench "backend-$backend" 300 --model tiny --lengths 128 --no-teacher --backends "$backend" --repeats 1 --steps 2
+        bench "backend-$backend" 300 --model tiny --lengths 128 --no_teacher --backends "$backend" --repeats 1 --steps 2
     else
-        bench "backend-$backend" 60 --model qwen2.5-vl-7b --lengths 32768 --no-teacher --backends "$backend"
+        bench "backend-$backend" 60 --model qwen2.5-vl-7b --lengths 32768 --no_teacher --backends "$backend"
     fi
 done
 "$PYTHON" benchmarks/merge_report.py "$parts" "$OUTPUT/$name.json"

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from linmu_hf.commands.bench import DTYPES, machine, versions
-from linmu_hf.evaluation.loading import default_device, first_line
+from linmu_hf.commands.bench import DTYPES, machine
+from linmu_hf.evaluation.loading import default_device, first_line, library_versions
 from linmu_hf.evaluation.speed.measure import Clock
 from linmu_hf.ops.backends import missing
 from linmu_hf.ops.segments import Scan, Segments
@@ -191,7 +191,12 @@ def write(arguments, rows) -> None:
     if arguments.json:
         setting = {key: value for key, value in vars(arguments).items() if key != "json"}
         setting["heads"] = dict(zip(("h", "s", "g", "p", "k", "normalized"), SHAPES[arguments.shape], strict=True))
-        result = {"setting": setting, "machine": machine(arguments.device), "versions": versions(), "rows": rows}
+        result = {
+            "setting": setting,
+            "machine": machine(arguments.device),
+            "versions": library_versions(),
+            "rows": rows,
+        }
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
 

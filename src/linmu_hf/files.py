@@ -101,7 +101,7 @@ def _hold(file: Path, folder: Path) -> IO[str]:
     return stream
 
 
-def check_report(file: str | None) -> None:
+def check_report(file: str | Path | None) -> None:
     """Raises an `OSError` if `--json FILE` cannot be written: before the work that it will report."""
     if file is None:
         return

@@ -38,11 +38,11 @@ def dataset(tmp_path_factory):
 
 
 def test_flags_reach_the_config(teacher, tmp_path, capsys):
-    flags = "--keep-attention 0,2 --dtype bfloat16 --scan-rope false --bc-feature-map none --gate channel"
-    flags += " --window-size 8,2,2 --scan-orders thw --conv-kernel 2 --timescale-range 2,64.5 --json"
+    flags = "--keep_attention 0,2 --dtype bfloat16 --scan_rope false --bc_feature_map none --gate channel"
+    flags += " --window_size 8,2,2 --scan_orders thw --conv_kernel 2 --timescale_range 2,64.5 --json"
     output = tmp_path / "out"
     report = tmp_path / "report.json"
-    assert main(["--teacher", str(teacher), "--output", str(output), *flags.split(), str(report)]) == 0
+    assert main(["--teacher", str(teacher), "--output_dir", str(output), *flags.split(), str(report)]) == 0
     text = LinMUConfig.from_pretrained(output).text_config
     assert text.layer_types == ["full_attention", "m_mate", "full_attention", "m_mate"]
     assert (text.scan_rope, text.bc_feature_map, text.window_size) == (False, None, [8, 2, 2])
@@ -60,25 +60,25 @@ def test_every_option_has_a_flag():
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        (("--scan-rope", "yes"), "'yes' must be bool, such as true"),
-        (("--window-size", "big"), "'big' must be list[int] | tuple[int, ...], such as 16,4,4"),
+        (("--scan_rope", "yes"), "'yes' must be bool, such as true"),
+        (("--window_size", "big"), "'big' must be list[int] | tuple[int, ...], such as 16,4,4"),
     ],
 )
 def test_values_of_another_kind_are_refused_with_an_example(flag, message, capsys):
     with pytest.raises(SystemExit):
-        main(["--teacher", "here", "--output", "there", *flag])
+        main(["--teacher", "here", "--output_dir", "there", *flag])
     assert message in capsys.readouterr().err
 
 
 def test_dry_run(teacher, tmp_path):
-    assert main(["--teacher", str(teacher), "--output", str(tmp_path / "out"), "--dry-run"]) == 0
+    assert main(["--teacher", str(teacher), "--output_dir", str(tmp_path / "out"), "--dry_run"]) == 0
     assert not any(tmp_path.iterdir())
 
 
 def test_calibrate(teacher, dataset, tmp_path):
     output, report = tmp_path / "out", tmp_path / "report.json"
-    flags = ["--teacher", str(teacher), "--output", str(output), "--json", str(report)]
-    assert main([*flags, "--calibrate", str(dataset), "--calibrate-samples", "6"]) == 0
+    flags = ["--teacher", str(teacher), "--output_dir", str(output), "--json", str(report)]
+    assert main([*flags, "--calibrate", str(dataset), "--calibrate_samples", "6"]) == 0
     calibration = json.loads(report.read_text())["calibration"]
     assert sum(calibration["error_after"]) < sum(calibration["error_before"])
     LinMUForConditionalGeneration.from_pretrained(output)
@@ -95,7 +95,7 @@ def test_calibrate_on_lines(teacher, tmp_path):
 
 
 def test_bad_calibration_data_stops_before_work(teacher, dataset, tmp_path, capsys):
-    flags = ["--teacher", str(teacher), "--output", str(tmp_path / "out")]
+    flags = ["--teacher", str(teacher), "--output_dir", str(tmp_path / "out")]
     rows = [{"messages": [ask("which digit?", images=1), say("7")]}] * 2
     Dataset.from_list(rows).save_to_disk(tmp_path / "bad")
     for data, message in {
@@ -104,7 +104,7 @@ def test_bad_calibration_data_stops_before_work(teacher, dataset, tmp_path, caps
     }.items():
         assert main([*flags, "--calibrate", data]) == 2
         assert message in capsys.readouterr().err
-    assert main([*flags, "--calibrate", str(dataset), "--calibrate-split", "dev"]) == 2
+    assert main([*flags, "--calibrate", str(dataset), "--calibrate_split", "dev"]) == 2
     assert "has no split 'dev': it has ['train']" in capsys.readouterr().err
     for report, message in {tmp_path / "no" / "report.json": "does not exist", tmp_path: "is a folder"}.items():
         assert main([*flags, "--json", str(report)]) == 2
@@ -113,7 +113,7 @@ def test_bad_calibration_data_stops_before_work(teacher, dataset, tmp_path, caps
 
 
 def test_teacher_may_be_linmu(teacher, tmp_path):
-    assert main(["--teacher", str(teacher), "--output", str(tmp_path / "out")]) == 0
+    assert main(["--teacher", str(teacher), "--output_dir", str(tmp_path / "out")]) == 0
     model = load_teacher(tmp_path / "out")
     assert set(model.config.text_config.layer_types) == {"m_mate"}
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""`linmu-convert --push-to-hub` and `linmu-distill --push_to_hub`: from a teacher to a model on the Hub."""
+"""`linmu-convert --push_to_hub` and `linmu-distill --push_to_hub`: from a teacher to a model on the Hub."""
 
 import json
 import shutil
@@ -60,7 +60,7 @@ def test_each_command_names_the_extra_of_the_processor(teacher, data, saved, tmp
     monkeypatch.setattr(source, "is_torchvision_available", lambda: False)
     out, student = str(tmp_path / "out"), str(saved)
     for main, arguments in {
-        conversion.main: ["--teacher", str(teacher), "--output", out, "--calibrate", str(data)],
+        conversion.main: ["--teacher", str(teacher), "--output_dir", out, "--calibrate", str(data)],
         distillation.main: [
             "--model",
             student,
@@ -88,7 +88,7 @@ def test_each_command_names_the_extra_of_the_processor(teacher, data, saved, tmp
 
 
 def convert(teacher, output, *more):
-    return conversion.main(["--teacher", str(teacher), "--output", str(output), *more])
+    return conversion.main(["--teacher", str(teacher), "--output_dir", str(output), *more])
 
 
 def test_conversion_leaves_a_folder_that_may_be_pushed(teacher, tmp_path):
@@ -100,7 +100,15 @@ def test_conversion_leaves_a_folder_that_may_be_pushed(teacher, tmp_path):
 
 
 def test_convert_and_push(hub, teacher, tmp_path, capsys):
-    flags = ["--push-to-hub", "org/model", "--private", "--hub-revision", "init", "--json", str(tmp_path / "r.json")]
+    flags = [
+        "--push_to_hub",
+        "org/model",
+        "--hub_private_repo",
+        "--hub_revision",
+        "init",
+        "--json",
+        str(tmp_path / "r.json"),
+    ]
     assert convert(teacher, tmp_path / "out", *flags) == 0
     assert capsys.readouterr().out.strip().splitlines()[-1].startswith(f"{hub.url}/org/model/commit/")
     repo = hub.repos["org/model"]
@@ -114,7 +122,7 @@ def test_convert_and_push(hub, teacher, tmp_path, capsys):
 
 @pytest.mark.parametrize("fault", [500, "cut"])
 def test_the_same_command_takes_up_a_failed_upload(hub, teacher, tmp_path, capsys, monkeypatch, fault):
-    flags = ["--push-to-hub", "org/model"]
+    flags = ["--push_to_hub", "org/model"]
     hub.breaks["POST .*/commit/"] = [fault]
     assert convert(teacher, tmp_path / "out", *flags) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -132,14 +140,14 @@ def test_the_same_command_takes_up_a_failed_upload(hub, teacher, tmp_path, capsy
 
 def test_convert_flags_that_make_no_sense(hub, teacher, tmp_path, capsys):
     for flags, message in (
-        (["--private"], "--private and --hub-revision are for --push-to-hub"),
-        (["--hub-revision", "v2"], "--private and --hub-revision are for --push-to-hub"),
-        (["--push-to-hub", "org/model", "--dry-run"], "--dry-run writes nothing"),
-        (["--push-to-hub", "forbidden/model"], "cannot push to forbidden/model"),
+        (["--hub_private_repo"], "--hub_private_repo and --hub_revision are for --push_to_hub"),
+        (["--hub_revision", "v2"], "--hub_private_repo and --hub_revision are for --push_to_hub"),
+        (["--push_to_hub", "org/model", "--dry_run"], "--dry_run writes nothing"),
+        (["--push_to_hub", "forbidden/model"], "cannot push to forbidden/model"),
     ):
         assert convert(teacher, tmp_path / "out", *flags) == 2
         assert message in capsys.readouterr().err
-    assert convert(tmp_path / "nowhere", tmp_path / "out", "--push-to-hub", "org/model") == 2
+    assert convert(tmp_path / "nowhere", tmp_path / "out", "--push_to_hub", "org/model") == 2
     assert not hub.repos and not list(tmp_path.iterdir())  # a typing error leaves no repository behind
 
 

@@ -20,7 +20,7 @@ def refused(tmp_path, capsys):
             convert(str(folder), str(tmp_path / "out"), **options)
         capsys.readouterr()
         try:
-            assert main(["--teacher", str(folder), "--output", str(tmp_path / "out"), *flags]) == 2
+            assert main(["--teacher", str(folder), "--output_dir", str(tmp_path / "out"), *flags]) == 2
         except SystemExit as exit:  # argparse's own way
             assert exit.code == 2
         printed = capsys.readouterr().err

@@ -142,7 +142,7 @@ def test_fewer_layers_in_the_config(refused, teacher):
 
 def test_layer_out_of_range(refused, teacher):
     printed = refused(
-        teacher, r"\[4\]; the teacher has layers 0 to 3", ["--keep-attention", "1,4"], keep_attention=[1, 4]
+        teacher, r"\[4\]; the teacher has layers 0 to 3", ["--keep_attention", "1,4"], keep_attention=[1, 4]
     )
     assert "keep_attention names layers [4]" in printed
 
@@ -153,13 +153,13 @@ def test_unknown_mixer_option(refused, teacher):
 
 def test_wrong_window(refused, teacher):
     message = r"window_size=\(16, 4\) must have 3 entries \(frames, height, width\)"
-    printed = refused(teacher, message, ["--window-size", "16,4"], mixer_options={"window_size": (16, 4)})
+    printed = refused(teacher, message, ["--window_size", "16,4"], mixer_options={"window_size": (16, 4)})
     assert "window_size=(16, 4) must have 3 entries" in printed
-    refused(teacher, "window_size", ["--window-size", "big"], mixer_options={"window_size": "big"})
+    refused(teacher, "window_size", ["--window_size", "big"], mixer_options={"window_size": "big"})
 
 
 def test_wrong_type_of_option(refused, teacher):
-    refused(teacher, "scan_rope", ["--scan-rope", "maybe"], mixer_options={"scan_rope": "maybe"})
+    refused(teacher, "scan_rope", ["--scan_rope", "maybe"], mixer_options={"scan_rope": "maybe"})
 
 
 def test_unknown_preset(refused, teacher):
@@ -174,7 +174,7 @@ def test_output_in_the_way(refused, teacher, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
     refused(teacher, "exists and is not empty")
-    refused(teacher, "holds no model that overwrite could replace", ["--overwrite"], overwrite=True)
+    refused(teacher, "holds no model that overwrite could replace", ["--overwrite_output_dir"], overwrite=True)
     (tmp_path / "out" / "thesis.tex").unlink()
     convert(str(teacher), str(tmp_path / "out"))  # an empty folder is no obstacle
 

@@ -231,7 +231,7 @@ def test_command_writes_a_whole_folder_with_a_card(license, tmp_path):
     make_nvila(tmp_path / "NVILA-tiny", kind="lite")
     if license:
         (tmp_path / "NVILA-tiny" / "README.md").write_text(f"---\nlicense: {license}\n---\n# NVILA")
-    assert main(["--teacher", str(tmp_path / "NVILA-tiny"), "--output", str(tmp_path / "out")]) == 0
+    assert main(["--teacher", str(tmp_path / "NVILA-tiny"), "--output_dir", str(tmp_path / "out")]) == 0
     check_folder(tmp_path / "out")
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert "# NVILA-tiny as LinMU" in card.text and "| family | NVILA |" in card.text
@@ -244,7 +244,7 @@ def test_command_writes_a_whole_folder_with_a_card(license, tmp_path):
 
 def test_dry_run(tmp_path, capsys):
     make_nvila(tmp_path / "teacher")
-    assert main(["--teacher", str(tmp_path / "teacher"), "--output", str(tmp_path / "out"), "--dry-run"]) == 0
+    assert main(["--teacher", str(tmp_path / "teacher"), "--output_dir", str(tmp_path / "out"), "--dry_run"]) == 0
     assert "4 of 4 replaced by M-MATE" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
 

@@ -43,8 +43,8 @@ def test_convert_distil_evaluate(kind, data, rows, tmp_path, capsys):
     teacher, student, out = tmp_path / "teacher", tmp_path / "student", tmp_path / "out"
     make_nvila(teacher, "nvila" if kind == "lite" else "llava_llama", kind)
     report = tmp_path / "report.json"
-    flags = ["--teacher", str(teacher), "--output", str(student), "--json", str(report)]
-    assert convert([*flags, "--calibrate", str(data), "--calibrate-samples", "6", "--keep-attention", "1"]) == 0
+    flags = ["--teacher", str(teacher), "--output_dir", str(student), "--json", str(report)]
+    assert convert([*flags, "--calibrate", str(data), "--calibrate_samples", "6", "--keep_attention", "1"]) == 0
     calibration = json.loads(report.read_text())["calibration"]
     assert sum(calibration["error_after"]) < sum(calibration["error_before"])
 
@@ -69,7 +69,7 @@ def test_convert_distil_evaluate(kind, data, rows, tmp_path, capsys):
     assert model.generate(**prompts, max_new_tokens=3).shape[1] > prompts["input_ids"].shape[1]
 
     flags = ["--model", str(out), "--teacher", str(teacher), "--dataset", str(data), "--device", "cpu"]
-    evaluate([*flags, "--max-new-tokens", "3", "--json", str(report)])
+    evaluate([*flags, "--max_new_tokens", "3", "--json", str(report)])
     assert set(json.loads(report.read_text())["models"]) == {"teacher", "out"}
 
 

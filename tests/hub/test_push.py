@@ -237,13 +237,13 @@ def test_a_folder_that_is_not_whole_is_not_sent(hub, folder, message):
 
 
 def test_command(hub, folder, capsys):
-    assert main([str(folder), NAME, "--private", "--revision", "trial", "--commit-message", "first"]) == 0
+    assert main([str(folder), NAME, "--private", "--revision", "trial", "--commit_message", "first"]) == 0
     assert capsys.readouterr().out.strip().startswith(f"{hub.url}/{NAME}/commit/")
     assert hub.repos[NAME].private and arrived(hub, folder, revision="trial")
 
 
 def test_dry_run(hub, folder, capsys):
-    assert main([str(folder), NAME, "--dry-run"]) == 0
+    assert main([str(folder), NAME, "--dry_run"]) == 0
     assert set(capsys.readouterr().out.split()) == MODEL | PROCESSOR
     assert not hub.log
 

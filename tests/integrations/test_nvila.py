@@ -197,7 +197,7 @@ def test_linmu_chat(folder, tmp_path, capsys):
     for number, frame in enumerate(clip(10)):
         Image.fromarray(frame).save(tmp_path / "frames" / f"{number}.png")
     media = ["--image", tmp_path / "picture.png", "--video", tmp_path / "frames"]
-    chat.main([str(argument) for argument in ["--model", folder, *media, "--max-new-tokens", 3, "what?"]])
+    chat.main([str(argument) for argument in ["--model", folder, *media, "--max_new_tokens", 3, "what?"]])
     assert capsys.readouterr().out.endswith("\n")
 
 

@@ -107,7 +107,7 @@ def test_vision_tokens_learn_the_cell_at_their_centre():
 
 
 def test_the_vision_side_is_trained_before_the_decoder(tmp_path, monkeypatch):
-    options = ["--output", str(tmp_path), "--steps", "2", "--batch-size", "6", "--log-every", "1", "--threads", "1"]
+    options = ["--output", str(tmp_path), "--steps", "2", "--batch_size", "6", "--log_every", "1", "--threads", "1"]
     monkeypatch.setattr(sys, "argv", ["train_vision", *options])
     train_vision()
     log = [json.loads(line) for line in (tmp_path / "vision_log.jsonl").read_text().splitlines()]

@@ -1,16 +1,14 @@
 """`linmu-bench`: time to first token, throughput and memory of student and teacher against the prompt's length."""
 
 import argparse
-import json
 import os
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from ..evaluation.loading import check_device, default_device
+from ..evaluation.loading import check_device, default_device, library_versions
 from ..evaluation.speed.measure import Clock, Variant, encode_seconds, is_teacher, measure, summarise
 from ..evaluation.speed.models import (
     ATTENTIONS,
@@ -26,30 +24,22 @@ from ..evaluation.speed.models import (
     without_flex_ma,
     without_local_swin,
 )
+from .common import Parser, check_positive, run_command, write_report
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PACKAGES = (
-    "linmu-hf",
-    "torch",
-    "transformers",
-    "triton",
-    "mamba-ssm",
-    "flash-linear-attention",
-    "flash-attn",
-)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="linmu-bench", description=__doc__.split(": ", 1)[1])
+    parser = Parser(prog="linmu-bench", description=__doc__.split(": ", 1)[1])
     parser.add_argument("--model", default="tiny", help=f"{', '.join(PRESETS)}, a folder, a config.json or a Hub id")
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="tokens of the prompt"
     )
-    parser.add_argument("--no-teacher", action="store_true", help="leave full attention out")
-    parser.add_argument("--teacher-max-tokens", type=int, help="leave full attention out above this length")
+    parser.add_argument("--no_teacher", action="store_true", help="leave full attention out")
+    parser.add_argument("--teacher_max_tokens", type=int, help="leave full attention out above this length")
     parser.add_argument(
-        "--teacher-backends", nargs="+", default=[], choices=list(ATTENTIONS), metavar="NAME",
+        "--teacher_backends", nargs="+", default=[], choices=list(ATTENTIONS), metavar="NAME",
         help=f"also full attention by these backends of PyTorch: {', '.join(ATTENTIONS)}; the fastest one counts",
     )  # fmt: skip
     parser.add_argument("--backends", nargs="+", default=[], metavar="NAME", help="also the student with these scans")
@@ -58,13 +48,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--grid", metavar="HxW", help="vision tokens of a frame or image (default: 16x16, for nvila-8b 48x64)"
     )
-    parser.add_argument("--vision-share", type=float, default=0.95, help="share of vision tokens in the prompt")
-    parser.add_argument("--vision-encoder", action="store_true", help="also what the vision encoder takes")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1], help="sequences decoded at once")
-    parser.add_argument("--prefill-batch-sizes", type=int, nargs="+", default=[1], help="prompts read at once")
+    parser.add_argument("--vision_share", type=float, default=0.95, help="share of vision tokens in the prompt")
+    parser.add_argument("--vision_encoder", action="store_true", help="also what the vision encoder takes")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1], help="sequences decoded at once")
+    parser.add_argument("--prefill_batch_sizes", type=int, nargs="+", default=[1], help="prompts read at once")
     parser.add_argument("--graphs", action="store_true", help="also decode compiled, on a GPU with CUDA graphs")
-    parser.add_argument("--largest-batch", action="store_true", help="also the largest batch that fits (CUDA)")
-    parser.add_argument("--prefill-chunk", type=int, metavar="N", help="read the prompt in chunks of N tokens")
+    parser.add_argument("--largest_batch", action="store_true", help="also the largest batch that fits (CUDA)")
+    parser.add_argument("--prefill_chunk", type=int, metavar="N", help="read the prompt in chunks of N tokens")
     parser.add_argument("--steps", type=int, default=16, help="decode steps of one measurement")
     parser.add_argument("--repeats", type=int, default=3, help="measurements in turns, of which the fastest counts")
     parser.add_argument("--dtype", choices=list(DTYPES), help="by default bfloat16 on a GPU, float32 elsewhere")
@@ -82,12 +72,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check(arguments: argparse.Namespace) -> None:
     """Raises a `ValueError` naming the option, its value and the remedy; fills in what depends on others."""
-    for name in ("teacher_max_tokens", "prefill_chunk", "steps", "repeats", "threads"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
-    for name in ("lengths", "batch_sizes", "prefill_batch_sizes"):
-        if min(getattr(arguments, name)) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {min(getattr(arguments, name))} must be at least 1")
+    lists = ("lengths", "batch_sizes", "prefill_batch_sizes")
+    check_positive(arguments, *lists, "teacher_max_tokens", "prefill_chunk", "steps", "repeats", "threads")
+    for name in lists:
         setattr(arguments, name, sorted(set(getattr(arguments, name))))
     media, grid = PROMPTS.get(arguments.model, ("video", "16x16"))
     arguments.media, arguments.grid = arguments.media or media, arguments.grid or grid
@@ -96,11 +83,11 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--grid {arguments.grid} must be height x width of at least 1, such as 16x16")
     arguments.grid = (int(height), int(width))
     if not 0 <= arguments.vision_share <= 1:
-        raise ValueError(f"--vision-share {arguments.vision_share} must be between 0 and 1")
+        raise ValueError(f"--vision_share {arguments.vision_share} must be between 0 and 1")
     arguments.device = arguments.device or default_device()
     device = check_device(arguments.device)
     if arguments.largest_batch and device.type != "cuda":
-        raise ValueError(f"--largest-batch needs a GPU, and the device is {arguments.device}")
+        raise ValueError(f"--largest_batch needs a GPU, and the device is {arguments.device}")
     arguments.dtype = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     for file in (arguments.json, arguments.png):
         if file is not None and file.is_dir():
@@ -178,7 +165,7 @@ def benchmark(arguments: argparse.Namespace) -> dict:
         results = {
             "setting": setting,
             "machine": machine(arguments.device),
-            "versions": versions(),
+            "versions": library_versions(),
             "rows": rows,
             **summarise(rows),
         }
@@ -199,16 +186,6 @@ def machine(device: str = "cuda") -> dict:
         properties = torch.cuda.get_device_properties(torch.device(device).index or 0)
         facts |= {"gpu": properties.name, "gpu_bytes": properties.total_memory, "cuda": torch.version.cuda}
     return facts
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def plot(results: dict, path: Path) -> None:
@@ -259,23 +236,21 @@ def format_summary(results: dict) -> str:
 
 
 def write_json(results: dict, path: Path) -> None:
-    """In one step: an interrupted run leaves no half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(results, indent=2) + "\n")
-    temporary.replace(path)
+    write_report(path, results)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    try:
+
+    def run() -> None:
         results = benchmark(arguments)
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"linmu-bench: error: {error}")
-    print(format_summary(results))
-    if arguments.png:
-        plot(results, arguments.png)
+        print(format_summary(results))
+        if arguments.png:
+            plot(results, arguments.png)
+
+    return run_command("linmu-bench", run)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,6 +12,7 @@ from ..data import encode_prompts
 from ..data.image import open_image
 from ..data.video import read_video
 from ..evaluation.loading import check_device, load_model, load_processor
+from .common import DTYPES, Parser, check_positive, run_command
 
 
 SHIPPED_STUDENT = Path(__file__).parents[1] / "testbed" / "student"
@@ -19,20 +20,17 @@ HELP = "/image FILE and /video FILE attach to the next question, /new starts ove
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="linmu-chat", description=__doc__.split(": ", 1)[1])
+    parser = Parser(prog="linmu-chat", description=__doc__.split(": ", 1)[1])
     parser.add_argument("question", nargs="?", help="without one, a conversation starts")
     parser.add_argument(
         "--model", default=str(SHIPPED_STUDENT), help="folder or Hub id; by default the testbed's student"
     )
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="may be repeated")
     parser.add_argument("--video", action="append", default=[], metavar="FILE", help="a video, or a folder of frames")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--max_new_tokens", type=int, default=256)
+    parser.add_argument("--dtype", default="auto", choices=DTYPES)
     parser.add_argument("--device", help="by default a GPU if there is one")
-    arguments = parser.parse_args(argv)
-    if arguments.max_new_tokens < 1:
-        parser.error(f"--max-new-tokens {arguments.max_new_tokens} must be at least 1")
-    return arguments
+    return parser.parse_args(argv)
 
 
 class Conversation:
@@ -115,9 +113,11 @@ def _fresh(conversation: Conversation) -> Conversation:
     return Conversation(conversation.model, conversation.processor, conversation.max_new_tokens)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    try:
+
+    def run() -> None:
+        check_positive(arguments, "max_new_tokens")
         check_device(arguments.device)
         if arguments.model == str(SHIPPED_STUDENT) and not SHIPPED_STUDENT.is_dir():
             raise ValueError("no student is shipped with this installation: name a model with --model")
@@ -130,11 +130,9 @@ def main(argv: list[str] | None = None) -> None:
             converse(conversation, images, videos)
         else:
             conversation.ask(arguments.question, images, videos, stream=True)
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"linmu-chat: error: {error}")
-    except KeyboardInterrupt:
-        print()
+
+    return run_command("linmu-chat", run)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,17 +16,17 @@ from ..data import check_dataset, encode_rows, load_rows
 from ..files import check_report, write_text
 from ..hub import find_origin, prepare_repo, push_folder, write_model_card
 from ..modeling.configuration_linmu import MIXER_FIELDS, PRESETS, LinMUTextConfig
+from .common import Parser, run_command, write_report
 
 
-# Left in the output with --push-to-hub: which command wrote it, and its report. It is not uploaded.
+# Left in the output with --push_to_hub: which command wrote it, and its report. It is not uploaded.
 RECORD = "conversion_command.json"
 # Arguments that do not change what is written.
-HOW = ("json", "push_to_hub", "private", "hub_revision", "overwrite", "dry_run", *MIXER_FIELDS)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")  # one line: the usage has too many flags to be read
+HOW = (
+    "json", "push_to_hub", "hub_private_repo", "hub_revision", "overwrite_output_dir", "dry_run", *MIXER_FIELDS
+)  # fmt: skip
+# Flags of the release before.
+RENAMED = {"--output": "--output_dir", "--overwrite": "--overwrite_output_dir", "--private": "--hub_private_repo"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,29 +34,30 @@ def build_parser() -> argparse.ArgumentParser:
         prog="linmu-convert",
         description="Replaces the self-attention of Qwen2.5-VL or NVILA by M-MATE blocks that reuse its weights.",
     )
+    parser.renamed = RENAMED
     parser.add_argument("--teacher", required=True, help="folder, or model on the Hub")
-    parser.add_argument("--output", required=True, help="folder to be written")
+    parser.add_argument("--output_dir", required=True, help="folder to be written")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--dtype", choices=sorted(FLOAT_DTYPES), help="default: the teacher's")
     parser.add_argument(
-        "--keep-attention", type=_layers, default=(), metavar="LAYERS", help='layers such as 3,11, or "all"'
+        "--keep_attention", type=_layers, default=(), metavar="LAYERS", help='layers such as 3,11, or "all"'
     )
     parser.add_argument("--preset", choices=sorted(PRESETS), default="default", help="choices inside M-MATE")
-    parser.add_argument("--max-shard-size", default="2GB", help="largest weight file (default: %(default)s)")
+    parser.add_argument("--max_shard_size", default="2GB", help="largest weight file (default: %(default)s)")
     parser.add_argument("--calibrate", metavar="DATASET", help="closed-form start on samples of this dataset")
-    parser.add_argument("--calibrate-samples", type=int, default=64, help="how many (default: %(default)s)")
-    parser.add_argument("--calibrate-split", default="train", help="of that dataset (default: %(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="check everything and report, write nothing")
-    parser.add_argument("--overwrite", action="store_true", help="replace a model that is in the output folder")
+    parser.add_argument("--calibrate_samples", type=int, default=64, help="how many (default: %(default)s)")
+    parser.add_argument("--calibrate_split", default="train", help="of that dataset (default: %(default)s)")
+    parser.add_argument("--dry_run", action="store_true", help="check everything and report, write nothing")
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace a model that is there")
     parser.add_argument("--json", metavar="FILE", help="write the report there too")
-    parser.add_argument("--push-to-hub", metavar="ORG/NAME", help="upload the result to this model on the Hub")
-    parser.add_argument("--private", action="store_true", default=None, help="with --push-to-hub: a private model")
-    parser.add_argument("--hub-revision", metavar="BRANCH", help="with --push-to-hub: branch (default: main)")
+    parser.add_argument("--push_to_hub", metavar="ORG/NAME", help="upload the result to this model on the Hub")
+    parser.add_argument("--hub_private_repo", action="store_true", default=None, help="with --push_to_hub: private")
+    parser.add_argument("--hub_revision", metavar="BRANCH", help="with --push_to_hub: branch (default: main)")
     group = parser.add_argument_group("M-MATE options", "over the preset; lists as 16,4,4; none for None")
     kinds = {field.name: field for field in fields(LinMUTextConfig)}
     for name in MIXER_FIELDS:
         shown = f"default: {_shown(kinds[name].default)}"
-        group.add_argument(_flag(name), dest=name, type=_reader(kinds[name]), default=argparse.SUPPRESS, help=shown)
+        group.add_argument(f"--{name}", type=_reader(kinds[name]), default=argparse.SUPPRESS, help=shown)
     return parser
 
 
@@ -64,17 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     options = {name: getattr(args, name) for name in MIXER_FIELDS if hasattr(args, name)}
-    try:
-        report = run(args, options)
-    except (ImportError, OSError, ValueError) as error:
-        print(f"linmu-convert: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("linmu-convert: interrupted; the same command takes it up again", file=sys.stderr)
-        return 130
-    if args.json:
-        Path(args.json).expanduser().write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return 0
+    again = "; the same command takes it up again"
+    return run_command("linmu-convert", lambda: write_report(args.json, run(args, options)), again)
 
 
 def run(args: argparse.Namespace, options: dict) -> dict:
@@ -82,11 +74,11 @@ def run(args: argparse.Namespace, options: dict) -> dict:
     _check_push(args)
     finished = _finished(args, record)
     if finished is not None:
-        print(f"{args.output} was converted before, by the same command")
-        _push(args, prepare_repo(args.push_to_hub, private=args.private, revision=args.hub_revision))
+        print(f"{args.output_dir} was converted before, by the same command")
+        _push(args, prepare_repo(args.push_to_hub, private=args.hub_private_repo, revision=args.hub_revision))
         return finished
 
-    check_output(args.output, args.overwrite, args.teacher)
+    check_output(args.output_dir, args.overwrite_output_dir, args.teacher)
     check_report(args.json)
     settings = {
         "dtype": args.dtype,
@@ -95,18 +87,18 @@ def run(args: argparse.Namespace, options: dict) -> dict:
         "mixer_options": options,
         "revision": args.revision,
         "max_shard_size": args.max_shard_size,
-        "overwrite": args.overwrite,
+        "overwrite": args.overwrite_output_dir,
     }
     batches = repo = None
     if (args.calibrate or args.push_to_hub) and not args.dry_run:
-        convert(args.teacher, args.output, **settings, dry_run=True)  # the teacher's errors before all others
+        convert(args.teacher, args.output_dir, **settings, dry_run=True)  # the teacher's errors before all others
         batches = load_batches(args) if args.calibrate else None
     if args.push_to_hub:
-        repo = prepare_repo(args.push_to_hub, private=args.private, revision=args.hub_revision)
+        repo = prepare_repo(args.push_to_hub, private=args.hub_private_repo, revision=args.hub_revision)
     write_card = partial(write_model_card, origin=find_origin(args.teacher, args.revision))
     report = convert(
         args.teacher,
-        args.output,
+        args.output_dir,
         **settings,
         calibration_batches=batches,
         dry_run=args.dry_run,
@@ -115,26 +107,26 @@ def run(args: argparse.Namespace, options: dict) -> dict:
     print(report)
     if repo:
         text = json.dumps({"command": record, "report": report.to_dict()})
-        write_text(Path(args.output).expanduser() / RECORD, text)
+        write_text(Path(args.output_dir).expanduser() / RECORD, text)
         _push(args, repo)
     return report.to_dict()
 
 
 def _check_push(args: argparse.Namespace) -> None:
-    if args.push_to_hub is None and (args.private or args.hub_revision):
-        raise ValueError("--private and --hub-revision are for --push-to-hub ORG/NAME: name the model too")
+    if args.push_to_hub is None and (args.hub_private_repo or args.hub_revision):
+        raise ValueError("--hub_private_repo and --hub_revision are for --push_to_hub ORG/NAME: name the model too")
     if args.push_to_hub is not None and args.dry_run:
-        raise ValueError("--dry-run writes nothing that --push-to-hub could upload: leave one of them out")
+        raise ValueError("--dry_run writes nothing that --push_to_hub could upload: leave one of them out")
 
 
 def _push(args: argparse.Namespace, repo: str) -> None:
-    print(push_folder(args.output, repo, revision=args.hub_revision).commit_url)
+    print(push_folder(args.output_dir, repo, revision=args.hub_revision).commit_url)
 
 
 def _finished(args: argparse.Namespace, record: dict) -> dict | None:
     """The report of a conversion by the same command, of which only the upload may be missing."""
-    file = Path(args.output).expanduser() / RECORD
-    if args.push_to_hub is None or args.overwrite or not file.is_file():
+    file = Path(args.output_dir).expanduser() / RECORD
+    if args.push_to_hub is None or args.overwrite_output_dir or not file.is_file():
         return None
     earlier = json.loads(file.read_text(encoding="utf-8"))
     return earlier["report"] if earlier["command"] == json.loads(json.dumps(record)) else None
@@ -143,7 +135,7 @@ def _finished(args: argparse.Namespace, record: dict) -> dict | None:
 def load_batches(args: argparse.Namespace) -> list:
     """The samples to calibrate on, encoded by the teacher's processor; the last batch is held out."""
     if args.calibrate_samples < 2:
-        raise ValueError(f"--calibrate-samples {args.calibrate_samples} must be at least 2: some are held out")
+        raise ValueError(f"--calibrate_samples {args.calibrate_samples} must be at least 2: some are held out")
     dataset = load_rows(args.calibrate, args.calibrate_split)
     rows = dataset.select(range(min(args.calibrate_samples, len(dataset))))
     processor = load_processor(args.teacher, revision=args.revision)
@@ -153,10 +145,6 @@ def load_batches(args: argparse.Namespace) -> list:
         encode_rows(processor, [rows[i] for i in batch], batch)
         for batch in (range(first, min(first + size, len(rows))) for first in range(0, len(rows), size))
     ]
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _layers(text: str) -> tuple[int, ...] | str:

@@ -2,13 +2,11 @@
 
 import argparse
 import copy
-import json
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser
 from transformers.utils import logging
 
 from ..conversion.source import read_processor, read_raw_config
@@ -18,11 +16,12 @@ from ..distillation.arguments import refused_fields
 from ..distillation.config import DistillConfig
 from ..distillation.runner import check_output, distill
 from ..distillation.stages import Stage
-from ..evaluation.loading import check_model, first_line, library_versions
+from ..evaluation.loading import check_model, library_versions
 from ..files import check_report
 from ..hub import find_origin, prepare_repo, push_folder, write_model_card
 from ..modeling.configuration_linmu import LinMUConfig
 from ..modeling.modeling_linmu import LinMUForConditionalGeneration
+from .common import TypedParser, run_command, write_report
 
 
 @dataclass
@@ -115,28 +114,21 @@ def format_table(stages: dict[str, dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = HfArgumentParser(
-        (ScriptArguments, DistillConfig), prog="linmu-distill", description=__doc__.split(": ")[1]
-    )
+    parser = TypedParser((ScriptArguments, DistillConfig), prog="linmu-distill", description=__doc__.split(": ")[1])
     hidden = refused_fields()
     for action in parser._actions:
         if action.dest.removeprefix("no_") in hidden:
             action.help = argparse.SUPPRESS
     logging.set_verbosity_warning()
-    try:
+
+    def work() -> None:
         script, config = parser.parse_args_into_dataclasses(argv)
         check_report(script.json)
         report = run(script, config)
-    except (ImportError, OSError, ValueError, FloatingPointError) as error:
-        print(f"linmu-distill: error: {first_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("linmu-distill: interrupted; the same command takes it up again", file=sys.stderr)
-        return 130
-    print(f"\n{format_table(report['stages'])}\n\n{report['output_dir']}: {report['seconds']} s")
-    if script.json:
-        Path(script.json).expanduser().write_text(json.dumps(report, indent=2) + "\n")
-    return 0
+        write_report(script.json, report)
+        print(f"\n{format_table(report['stages'])}\n\n{report['output_dir']}: {report['seconds']} s")
+
+    return run_command("linmu-distill", work, "; the same command takes it up again")
 
 
 if __name__ == "__main__":

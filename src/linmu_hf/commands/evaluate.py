@@ -1,7 +1,6 @@
 """`linmu-eval`: how much of a teacher its students keep, per task."""
 
 import argparse
-import json
 import sys
 import time
 from collections import Counter
@@ -11,25 +10,23 @@ from pathlib import Path
 from ..data import bad_rows, load_rows
 from ..evaluation.loading import check_device, check_model, library_versions, load_model, load_processor
 from ..evaluation.retention import compare, correct_answers, format_table, generate_answers, tasks_of
+from ..files import check_report
+from .common import DTYPES, Parser, check_positive, run_command, write_report
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="linmu-eval", description=__doc__.split(": ", 1)[1])
+    parser = Parser(prog="linmu-eval", description=__doc__.split(": ", 1)[1])
     parser.add_argument("--model", action="append", required=True, help="student, folder or Hub id; may be repeated")
     parser.add_argument("--teacher", help="teacher, folder or Hub id; without it accuracies alone")
     parser.add_argument("--dataset", required=True, help="folder written by save_to_disk, or a Hub id")
     parser.add_argument("--split", default="test")
     parser.add_argument("--limit", type=int, help="at most this many rows of every task")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--max-new-tokens", type=int, default=32)
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--max_new_tokens", type=int, default=32)
+    parser.add_argument("--dtype", default="auto", choices=DTYPES)
     parser.add_argument("--device", help="by default a GPU if there is one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
-    arguments = parser.parse_args(argv)
-    for name in ("limit", "batch_size", "max_new_tokens"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
-    return arguments
+    return parser.parse_args(argv)
 
 
 def name_models(paths: list[str]) -> dict[str, str]:
@@ -50,9 +47,11 @@ def first_of_every_task(dataset, limit: int, without: Collection[int] = ()) -> l
 
 
 def evaluate(arguments: argparse.Namespace) -> dict:
+    check_positive(arguments, "limit", "batch_size", "max_new_tokens")
     check_device(arguments.device)
-    if arguments.json and arguments.json.is_dir():
-        raise ValueError(f"--json {arguments.json} is a folder: name a file")
+    if arguments.json:
+        arguments.json.absolute().parent.mkdir(parents=True, exist_ok=True)
+        check_report(arguments.json)
     models = name_models(list(dict.fromkeys(arguments.model)))
     if arguments.teacher:
         models = {"teacher": arguments.teacher} | models
@@ -99,19 +98,18 @@ def evaluate(arguments: argparse.Namespace) -> dict:
     }
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    try:
+
+    def run() -> None:
         results = evaluate(arguments)
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"linmu-eval: error: {error}")
-    print(format_table(results["models"]))
-    for error in results["unusable_rows"].values():
-        print(f"linmu-eval: left out: {error}", file=sys.stderr)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+        write_report(arguments.json, results)  # first: hours of work must not be lost to a table
+        print(format_table(results["models"]))
+        for error in results["unusable_rows"].values():
+            print(f"linmu-eval: left out: {error}", file=sys.stderr)
+
+    return run_command("linmu-eval", run)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

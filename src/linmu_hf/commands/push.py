@@ -8,19 +8,20 @@ from pathlib import Path
 from ..hub.check import check_folder
 from ..hub.model_card import CARD, Origin, add_retention, render_model_card
 from ..hub.push import files_to_upload, push_folder
+from .common import Parser, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="linmu-push", description=__doc__.split(": ", 1)[1])
+    parser = Parser(prog="linmu-push", description=__doc__.split(": ", 1)[1])
     parser.add_argument("folder", type=Path, help="what linmu-convert, linmu-distill or save_pretrained left")
     parser.add_argument("repo_id", metavar="ORG/NAME", help="model on the Hub, created if it is not there")
     parser.add_argument("--private", action="store_true", default=None, help="create a private model")
     parser.add_argument("--revision", metavar="BRANCH", help="branch, created if it is not there (default: main)")
-    parser.add_argument("--commit-message", default="Upload LinMU model", help="default: %(default)s")
+    parser.add_argument("--commit_message", default="Upload LinMU model", help="default: %(default)s")
     parser.add_argument(
         "--retention", type=Path, metavar="FILE", help="results of linmu-eval --json, as a table into the model card"
     )
-    parser.add_argument("--dry-run", action="store_true", help="check the folder and list what would be uploaded")
+    parser.add_argument("--dry_run", action="store_true", help="check the folder and list what would be uploaded")
     return parser
 
 
@@ -46,15 +47,8 @@ def run(args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    try:
-        print(run(args))
-    except (ImportError, OSError, ValueError) as error:
-        print(f"linmu-push: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("linmu-push: interrupted; the same command sends what is not there yet", file=sys.stderr)
-        return 130
-    return 0
+    again = "; the same command sends what is not there yet"
+    return run_command("linmu-push", lambda: print(run(args)), again)
 
 
 def _read_json(file: Path) -> dict:

@@ -1,5 +1,6 @@
 """Models by folder or Hub id, with one clear error for each thing that can be wrong with them."""
 
+import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from ..conversion.source import open_source, read_processor, read_raw_config
 from ..conversion.teacher import load_teacher
 from ..families.nvila.checkpoint import is_nvila
+
+
+PACKAGES = (
+    "linmu-hf", "torch", "transformers", "peft", "trl", "accelerate", "datasets",
+    "triton", "mamba-ssm", "flash-linear-attention", "flash-attn",
+)  # fmt: skip
 
 
 def default_device() -> str:
@@ -97,9 +104,9 @@ def _is_nvila(path: str) -> bool:
 
 
 def library_versions() -> dict[str, str]:
-    """The versions that a result depends on."""
-    versions = {}
-    for name in ("linmu-hf", "torch", "transformers", "peft", "trl", "accelerate", "datasets"):
+    """Returns the versions that a result depends on, of Python and of the packages that are installed."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:

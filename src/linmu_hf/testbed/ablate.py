@@ -6,7 +6,6 @@ Every variant is converted from the testbed's teacher, aligned on the teacher's 
 end for the same number of steps. Run again after it was killed, it goes on with the runs that are missing.
 """
 
-import argparse
 import json
 import tempfile
 import time
@@ -19,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 from transformers.utils import logging
 
+from ..commands.common import Parser
 from ..conversion.convert import convert
 from ..conversion.teacher import load_teacher
 from ..distillation import DistillCollator, DistillConfig, DistillTrainer, EncodedDataset, Stage
@@ -54,16 +54,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--teacher", default=str(TEACHER))
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--align-steps", type=int, default=120)
+    parser.add_argument("--align_steps", type=int, default=120)
     parser.add_argument("--steps", type=int, default=0, help="end-to-end steps after the alignment")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--rows", type=int, default=2000, help="training rows")
-    parser.add_argument("--test-rows", type=int, default=100, help="test rows per task")
+    parser.add_argument("--test_rows", type=int, default=100, help="test rows per task")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table here too")
     args = parser.parse_args(argv)
     logging.disable_progress_bar()

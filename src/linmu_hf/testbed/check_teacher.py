@@ -6,7 +6,6 @@ The Qwen2.5-VL is a plain Transformers checkpoint, and nothing of linmu_hf's mod
 knows no class: it runs as LinMU with full attention everywhere.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -19,6 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from linmu_hf.conversion.teacher import load_processor, load_teacher
 from linmu_hf.data import answer_text, encode_prompts
 
+from ..commands.common import Parser
 from .data import TASKS, evaluation_rows
 
 
@@ -72,7 +72,7 @@ def check(model_path: str | Path, samples: int, seed: int = 0) -> dict[str, dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="qwen", help=f"{', '.join(TEACHERS)}, or a folder")
     parser.add_argument("--samples", type=int, default=200, help="questions per task")
     parser.add_argument("--seed", type=int, default=0)

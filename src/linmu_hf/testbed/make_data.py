@@ -1,9 +1,8 @@
 """Write the testbed's data set: `train` with eight questions per row, `test` with one on held-out digits.
 
-python -m linmu_hf.testbed.make_data --output DIR [--train 20000] [--test 200] [--full-mosaics] [--seed 0]
+python -m linmu_hf.testbed.make_data --output DIR [--train 20000] [--test 200] [--full_mosaics] [--seed 0]
 """
 
-import argparse
 import io
 import tempfile
 import time
@@ -13,6 +12,7 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value, disable
 from PIL import Image as PILImage
 from tqdm import tqdm
 
+from ..commands.common import Parser
 from .data import TASKS, evaluation_rows, training_rows
 
 
@@ -83,11 +83,11 @@ def _png(image: PILImage.Image) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, help="folder for `load_from_disk`; examples/ shows rows, enlarged")
     parser.add_argument("--train", type=int, default=20000, help="training rows, eight questions each")
     parser.add_argument("--test", type=int, default=200, help="test rows per task, one question each")
-    parser.add_argument("--full-mosaics", action="store_true", help="training mosaics of the test's sizes only")
+    parser.add_argument("--full_mosaics", action="store_true", help="training mosaics of the test's sizes only")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.train < 1 or args.test < 1:

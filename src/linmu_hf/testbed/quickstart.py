@@ -6,10 +6,8 @@ Every part runs a command that is there for any other model too, and prints it. 
 what is finished and takes up the rest.
 """
 
-import argparse
 import json
 import os
-import platform
 import shlex
 import shutil
 import sys
@@ -26,6 +24,7 @@ from transformers.utils import logging
 from ..commands import convert as conversion
 from ..commands import distill as distillation
 from ..commands import evaluate as evaluation
+from ..commands.common import Parser
 from ..data import load_rows
 from ..data.image import open_image
 from ..evaluation.retention import correct_answers, format_table
@@ -153,7 +152,7 @@ def flags(options: dict[str, Any]) -> list[str]:
         word
         for name, value in options.items()
         for word in (
-            f"--{name.replace('_', '-')}",
+            f"--{name}",
             ",".join(map(str, value)) if isinstance(value, list) else str(value),
         )
     ]
@@ -168,8 +167,8 @@ def walk(output: Path, teacher: str, schedule: Schedule) -> dict[str, Any]:
         "convert",
         command(
             "linmu-convert", conversion.main,
-            "--teacher", teacher, "--output", init, "--overwrite",
-            "--calibrate", data, "--calibrate-samples", schedule.calibration_rows, *flags(WINDOWS),
+            "--teacher", teacher, "--output_dir", init, "--overwrite_output_dir",
+            "--calibrate", data, "--calibrate_samples", schedule.calibration_rows, *flags(WINDOWS),
         ),
     )  # fmt: skip
     way.run(
@@ -198,7 +197,7 @@ def walk(output: Path, teacher: str, schedule: Schedule) -> dict[str, Any]:
         "rows": results["rows"],
         "seconds": way.seconds | {"total": round(sum(way.seconds.values()), 1)},
         "settings": way.settings,
-        "versions": results["versions"] | {"python": platform.python_version()},
+        "versions": results["versions"],
         "machine": {
             "cores": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
@@ -246,7 +245,7 @@ def draw_pictures(output: Path, student: Path, data: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--full", action="store_true", help="the long schedule")
     parser.add_argument(

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration
 
+from ..commands.common import Parser
 from . import nvila, qwen2_5_vl
 from .curriculum import CanvasCurriculum, Curriculum
 from .data import SCENE_SHARES, SCENES, TASKS, compose, converse, evaluation_scenes
@@ -150,21 +151,21 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--architecture", choices=list(ARCHITECTURES), default="qwen2_5_vl")
     parser.add_argument("--output", required=True, help="folder of the best checkpoint; the last one goes to last/")
     parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--batch-size", type=int, default=64, help="scenes per step, eight questions each")
-    parser.add_argument("--max-seconds", type=float, default=math.inf, help="end the schedule by then")
+    parser.add_argument("--batch_size", type=int, default=64, help="scenes per step, eight questions each")
+    parser.add_argument("--max_seconds", type=float, default=math.inf, help="end the schedule by then")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
-    parser.add_argument("--warmup-steps", type=int, default=100)
+    parser.add_argument("--warmup_steps", type=int, default=100)
     parser.add_argument("--shares", type=float, nargs=3, default=SCENE_SHARES, help=f"of {', '.join(SCENES)}")
     parser.add_argument("--levels", type=int, nargs=3, default=(1, 1, 1), help=f"of {', '.join(SCENES)} to begin with")
     parser.add_argument("--init", help="start from this checkpoint")
     parser.add_argument("--log", help="JSON lines file, by default OUTPUT/training_log.jsonl")
-    parser.add_argument("--log-every", type=int, default=25)
-    parser.add_argument("--eval-every", type=int, default=100)
-    parser.add_argument("--eval-samples", type=int, default=64, help="questions per task in each evaluation")
+    parser.add_argument("--log_every", type=int, default=25)
+    parser.add_argument("--eval_every", type=int, default=100)
+    parser.add_argument("--eval_samples", type=int, default=64, help="questions per task in each evaluation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     train(parser.parse_args())

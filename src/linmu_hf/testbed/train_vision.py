@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from ..commands.common import Parser
 from . import nvila
 from .data import FULL_SIZES, SCENES, Scene, compose, converse
 from .encoding import encode
@@ -133,14 +134,14 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, help="folder of the checkpoint")
     parser.add_argument("--decoder", default=str(TEACHER), help="the Qwen2.5-VL that the decoder starts from")
     parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--batch-size", type=int, default=48, help="scenes per step")
+    parser.add_argument("--batch_size", type=int, default=48, help="scenes per step")
     parser.add_argument("--lr", type=float, default=2.5e-3, help="peak learning rate")
-    parser.add_argument("--warmup-steps", type=int, default=30)
-    parser.add_argument("--log-every", type=int, default=25)
+    parser.add_argument("--warmup_steps", type=int, default=30)
+    parser.add_argument("--log_every", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     train(parser.parse_args())

@@ -1,0 +1,83 @@
+"""What the commands share: one flag style, one way to fail, one report."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from ..files import write_text
+
+
+# Exit codes; a traceback, which is a bug of ours, leaves 1.
+DONE, REFUSED, INTERRUPTED = 0, 2, 130
+DTYPES = ["auto", "float32", "bfloat16", "float16"]
+
+
+class Flags:
+    """
+    Parses flags in snake_case, as Transformers and TRL write them, and says in one line what is wrong.
+
+    The spellings of the release before, in kebab-case or in `renamed`, are taken with a note; `--help` has them not.
+    """
+
+    prog: str
+    _option_string_actions: dict[str, Any]
+    renamed: Mapping[str, str] = {}
+
+    def error(self, message: str):
+        self.exit(REFUSED, f"{self.prog}: error: {message}\n")  # type: ignore[attr-defined]
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
+        given = [str(arg) for arg in (sys.argv[1:] if args is None else args)]
+        return super().parse_known_args([self._current(arg) for arg in given], namespace)  # type: ignore[misc]
+
+    def _current(self, arg: str) -> str:
+        flag, equals, value = arg.partition("=")
+        if not flag.startswith("--") or flag in self._option_string_actions or " " in flag:
+            return arg
+        new = "--" + flag[2:].replace("-", "_")
+        new = self.renamed.get(new, new)
+        if new != flag:
+            note = f"{self.prog}: {flag} is written {new} now; the old spelling goes with the next release"
+            print(note, file=sys.stderr)
+        return f"{new}{equals}{value}"
+
+
+class Parser(Flags, argparse.ArgumentParser):
+    """An `argparse.ArgumentParser` with these [`Flags`]."""
+
+
+class TypedParser(Flags, HfArgumentParser):
+    """A `transformers.HfArgumentParser` with these [`Flags`]."""
+
+
+def check_positive(arguments: argparse.Namespace, *names: str) -> None:
+    """Raises a `ValueError` for the first of these numbers, or lists of numbers, that is given and below 1."""
+    for name in names:
+        value = getattr(arguments, name)
+        lowest = min(value) if isinstance(value, list) else value
+        if lowest is not None and lowest < 1:
+            raise ValueError(f"--{name} {lowest} must be at least 1")
+
+
+def run_command(prog: str, work: Callable[[], Any], after_interrupt: str = "") -> int:
+    """Runs a command's work and returns its exit code; what a user can mend is one line, without a traceback."""
+    try:
+        work()
+    except (ImportError, OSError, ValueError, FloatingPointError) as error:
+        print(f"{prog}: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return REFUSED
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted{after_interrupt}", file=sys.stderr)
+        return INTERRUPTED
+    return DONE
+
+
+def write_report(file: str | Path | None, report: Mapping[str, Any]) -> None:
+    """Writes `--json FILE`, which is either the old report or the whole new one."""
+    if file is not None:
+        write_text(Path(file).expanduser(), json.dumps(report, indent=2) + "\n")
