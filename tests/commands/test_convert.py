@@ -54,7 +54,7 @@ def test_flags_reach_the_config(teacher, tmp_path, capsys):
 
 def test_every_option_has_a_flag():
     flags = {flag for action in build_parser()._actions for flag in action.option_strings}
-    assert {"--" + name.replace("_", "-") for name in MIXER_FIELDS} <= flags
+    assert {f"--{name}" for name in MIXER_FIELDS} <= flags
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,12 @@ class Parser(Flags, argparse.ArgumentParser):
 
 
 class TypedParser(Flags, HfArgumentParser):
-    """A `transformers.HfArgumentParser` with these [`Flags`]."""
+    """A `transformers.HfArgumentParser` with these [`Flags`]; it takes both spellings, and shows one."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for action in self._actions:
+            action.option_strings = [flag for flag in action.option_strings if "-" not in flag[2:]]
 
 
 def check_positive(arguments: argparse.Namespace, *names: str) -> None:
