@@ -1,10 +1,13 @@
 import json
 import shutil
 
-from datasets import Dataset
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
 
 from linmu_hf.commands import evaluate as cli
+from linmu_hf.evaluation.retention import compare, format_table
 from linmu_hf.testbed.data import TASKS
 
 
@@ -31,6 +34,58 @@ def test_models_of_one_name_are_told_apart():
         "b/init": "b/init",
         "stage-1": "b/stage-1/",
     }
+
+
+def test_no_model_takes_the_teachers_name():
+    given = {"teacher": "Qwen/teacher"}
+    assert cli.name_models(["runs/teacher", "runs/init"], given) == {
+        "runs/teacher": "runs/teacher",
+        "init": "runs/init",
+    }
+    assert cli.name_models(["teacher"], given) == {"./teacher": "teacher"}
+
+
+def test_a_student_in_a_folder_called_teacher(teacher_folder, student_folder, dataset_folder, tmp_path, capsys):
+    """Both are evaluated, and references that do not fit are told, whatever the folders are called."""
+    folder = shutil.copytree(student_folder, tmp_path / "teacher")
+    file = tmp_path / "retention.json"
+    assert run("--model", f"{folder}/", "--teacher", teacher_folder, "--dataset", dataset_folder, "--limit", 1,
+               "--max_new_tokens", 1, "--json", file) == 0  # fmt: skip
+    models = json.loads(file.read_text())["models"]
+    assert {name: entry["path"] for name, entry in models.items()} == {
+        "teacher": str(teacher_folder), str(folder): str(folder)
+    }  # fmt: skip
+    assert "retention" in models[str(folder)] and models["teacher"]["max_new_tokens"] == 1
+    assert models["teacher"]["references_too_long"] == len(TASKS)
+    assert f"teacher: {len(TASKS)} references do not fit --max_new_tokens 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("feature", "values", "names"),
+    [(ClassLabel(names=["cell", "row"]), [1, 0, 1], ["row", "cell", "row"]),
+     (Value("int64"), [0, 7, 0], ["0", "7", "0"]),
+     (Value("bool"), [True, False, None], ["True", "False", "all"])],
+)  # fmt: skip
+def test_any_column_names_the_tasks(feature, values, names):
+    dataset = Dataset.from_dict({"task": values}, features=Features({"task": feature}))
+    tasks = cli.name_tasks(dataset)
+    assert tasks == names
+    assert cli.first_of_every_task(tasks, 1) == [0, 1] + [2] * (len(set(names)) == 3)
+    right = np.array([True, False, True])
+    assert set(names) <= set(format_table(compare({"student": right}, tasks)).split())
+
+
+def test_results_are_written_before_the_table(teacher_folder, dataset_folder, tmp_path, monkeypatch):
+    def fail(reports):
+        raise TypeError
+
+    monkeypatch.setattr(cli, "format_table", fail)
+    file = tmp_path / "retention.json"
+    with pytest.raises(TypeError):
+        run(
+            "--model", teacher_folder, "--dataset", dataset_folder, "--limit", 1, "--max_new_tokens", 1, "--json", file
+        )
+    assert json.loads(file.read_text())["models"]
 
 
 def message(capsys, *arguments):

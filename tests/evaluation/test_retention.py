@@ -1,14 +1,22 @@
+import unicodedata
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 
+from linmu_hf.data import encode_rows
 from linmu_hf.evaluation.retention import (
     accuracy_report,
+    answer_limit,
     compare,
     correct_answers,
     format_table,
     generate_answers,
     normalise,
+    reference_lengths,
     retention_report,
+    tasks_of,
     wilson_interval,
 )
 
@@ -26,6 +34,84 @@ def test_normalise_keeps_meaning():
     assert normalise("3.5") != normalise("35")
     assert normalise("moment 3") != normalise("moment 13")
     assert normalise("-3") != normalise("3")
+
+
+@pytest.mark.parametrize("word", ["café", "Tiếng Việt", "한국어", "Ångström", "が"])
+def test_normalise_takes_unicode_forms_as_one(word):
+    assert normalise(unicodedata.normalize("NFD", word)) == normalise(unicodedata.normalize("NFC", word))
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [("１２", "12"), ("（Ａ）", "(a)"), ("a\u3000b\u00a0c", "a b c"), ("\ufeffyes\u200b", "yes"), ("“yes.”", "yes"),
+     ("是。", "是"), ('"yes".', "yes")],
+)  # fmt: skip
+def test_normalise_forgives_widths_and_marks(text, same):
+    assert normalise(text) == same
+
+
+@pytest.mark.parametrize(("text", "other"), [("x²", "x2"), ("½", "1/2"), (".5", "5"), ("é", "e"), ("a b", "ab")])
+def test_normalise_keeps_compatibility_forms(text, other):
+    assert normalise(text) != normalise(other)
+
+
+def test_any_value_names_a_task():
+    rows = [{"task": value} for value in ("cell", 0, 3, False, None, "", 1.5)] + [{}]
+    assert tasks_of(rows) == ["cell", "0", "3", "False", "all", "all", "1.5", "all"]
+
+
+class Oracle:
+    """Says what it is told to, token for token, as far as `max_new_tokens` goes."""
+
+    device = "cpu"
+
+    def __init__(self, processor, said):
+        eos = processor.tokenizer.eos_token_id
+        self.generation_config = SimpleNamespace(eos_token_id=eos)
+        self.said = encode_rows(processor, [row(said)])["labels"][0]
+
+    def eval(self):
+        return self
+
+    def generate(self, input_ids, max_new_tokens, **options):
+        said = self.said[self.said != -100][:max_new_tokens]
+        return torch.cat([input_ids, said.expand(len(input_ids), -1)], 1)
+
+
+BOX = "<|box_start|>(12,30),(40,50)<|box_end|>"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["(12,30)", BOX, "<|object_ref_start|>cat<|object_ref_end|>", "<|vision_start|>", "<tool_call>x</tool_call>"],
+)
+def test_an_answer_that_is_the_reference_is_right(processor, text):
+    answers = generate_answers(Oracle(processor, text), processor, [row(text)])
+    assert answers == [text] and correct_answers([row(text)], answers).all()
+
+
+def test_special_tokens_of_the_answer_alone_do_not_count(processor):
+    plain = row("(12,30),(40,50)")
+    assert correct_answers([plain], generate_answers(Oracle(processor, BOX), processor, [plain])).all()
+    assert not correct_answers([row(BOX)], ["(12,30),(40,50)"]).any()
+
+
+@pytest.mark.parametrize("count", [5, 16, 17, 40])
+def test_the_limit_lets_the_longest_reference_through(processor, count):
+    text = " ".join(str(i % 10) for i in range(count))
+    rows, cut = [row("7"), row(text)], []
+    answers = generate_answers(Oracle(processor, text), processor, rows, cut=cut)
+    assert correct_answers(rows, answers).tolist() == [False, True] and cut == []
+    assert answer_limit(processor, rows) >= max(32, reference_lengths(processor, rows)[1])
+
+
+def test_answers_cut_at_the_limit_are_told(processor):
+    text = " ".join("123456789")
+    length = reference_lengths(processor, [row(text)])[0]
+    for limit, expected in ((length - 2, [5]), (length, [])):
+        cut = []
+        generate_answers(Oracle(processor, text), processor, [row(text)], max_new_tokens=limit, numbers=[5], cut=cut)
+        assert cut == expected
 
 
 def test_correct_answers_compares_row_by_row():

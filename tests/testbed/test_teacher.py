@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from linmu_hf.testbed import nvila
-from linmu_hf.testbed.check_teacher import TEACHER, TEACHERS, count_right, load, wilson_interval
+from linmu_hf.testbed.check_teacher import TEACHER, TEACHERS, count_right, load
 from linmu_hf.testbed.curriculum import CanvasCurriculum, Curriculum
 from linmu_hf.testbed.data import FULL_SIZES, QUESTIONS_PER_ROW, TASKS, compose, evaluation_rows
 from linmu_hf.testbed.make_data import make_data, write_examples
@@ -135,9 +135,3 @@ def test_the_data_set_has_its_splits_and_pictures(tmp_path):
     assert dataset["test"][0]["images"][0].tobytes() == next(evaluation_rows("cell", 1))["images"][0].tobytes()
     write_examples(tmp_path / "examples")
     assert len(list((tmp_path / "examples").glob("*.png"))) == len(TASKS)
-
-
-def test_wilson_interval():
-    low, high = wilson_interval(95, 100)
-    assert low == pytest.approx(0.888, abs=1e-3) and high == pytest.approx(0.978, abs=1e-3)
-    assert wilson_interval(10, 10)[1] == 1.0

@@ -4,12 +4,20 @@ import argparse
 import sys
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from ..data import bad_rows, load_rows
 from ..evaluation.loading import check_device, check_model, library_versions, load_model, load_processor
-from ..evaluation.retention import compare, correct_answers, format_table, generate_answers, tasks_of
+from ..evaluation.retention import (
+    answer_limit,
+    compare,
+    correct_answers,
+    format_table,
+    generate_answers,
+    reference_lengths,
+    tasks_of,
+)
 from ..files import check_report
 from .common import DTYPES, Parser, check_positive, run_command, write_report
 
@@ -22,24 +30,37 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", default="test")
     parser.add_argument("--limit", type=int, help="at most this many rows of every task")
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--max_new_tokens", type=int, default=32)
+    parser.add_argument("--max_new_tokens", type=int, help="by default what the longest reference needs, at least 32")
     parser.add_argument("--dtype", default="auto", choices=DTYPES)
     parser.add_argument("--device", help="by default a GPU if there is one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
     return parser.parse_args(argv)
 
 
-def name_models(paths: list[str]) -> dict[str, str]:
-    """Short names for the table, `{name: path}`: the last part of each path, or the whole where two are alike."""
+def name_models(paths: list[str], taken: Collection[str] = ()) -> dict[str, str]:
+    """Names models for the table, `{name: path}`: by the last part of the path, or the whole where that is taken."""
     last = [path.rstrip("/").split("/")[-1] for path in paths]
-    return {short if last.count(short) == 1 else path: path for short, path in zip(last, paths)}
+    names: dict[str, str] = {}
+    for short, path in zip(last, paths):
+        name = short if last.count(short) == 1 and short not in taken else path
+        names[f"./{name}" if name in taken else name] = path
+    return names
 
 
-def first_of_every_task(dataset, limit: int, without: Collection[int] = ()) -> list[int]:
+def name_tasks(dataset) -> list[str]:
+    """Returns the task of every row of a dataset by name, that of a class label too."""
+    values = dataset["task"] if "task" in dataset.column_names else [None] * len(dataset)
+    label = (dataset.features or {}).get("task")
+    if hasattr(label, "int2str"):
+        values = [None if value in (None, -1) else label.int2str(value) for value in values]
+    return tasks_of([{"task": value} for value in values])
+
+
+def first_of_every_task(tasks: Sequence[str], limit: int, without: Collection[int] = ()) -> list[int]:
     """Returns the numbers of the first `limit` rows of every task, in their order, and none that is in `without`."""
     seen: Counter = Counter()
     picked = []
-    for i, task in enumerate(dataset["task"] if "task" in dataset.column_names else ["all"] * len(dataset)):
+    for i, task in enumerate(tasks):
         if i not in without and seen[task] < limit:
             seen[task] += 1
             picked.append(i)
@@ -52,42 +73,52 @@ def evaluate(arguments: argparse.Namespace) -> dict:
     if arguments.json:
         arguments.json.absolute().parent.mkdir(parents=True, exist_ok=True)
         check_report(arguments.json)
-    models = name_models(list(dict.fromkeys(arguments.model)))
-    if arguments.teacher:
-        models = {"teacher": arguments.teacher} | models
+    given = {"teacher": arguments.teacher.rstrip("/")} if arguments.teacher else {}
+    paths = dict.fromkeys(path.rstrip("/") for path in arguments.model)
+    models = given | name_models([path for path in paths if path not in given.values()], given)
     for path in models.values():
         check_model(path)
     dataset = load_rows(arguments.dataset, arguments.split)
     unusable = {i: str(error) for path in models.values() for i, error in bad_rows(dataset, load_processor(path))}
-    numbers = first_of_every_task(dataset, arguments.limit or len(dataset), unusable)
+    tasks = name_tasks(dataset)
+    numbers = first_of_every_task(tasks, arguments.limit or len(dataset), unusable)
     if not numbers:
-        raise ValueError(unusable[0])
+        raise ValueError(next(iter(unusable.values())))
     rows = [dataset[i] for i in numbers]
 
-    correct, seconds = {}, {}
+    correct, facts = {}, {}
     for name, path in models.items():
         model, processor = load_model(path, device=arguments.device, dtype=arguments.dtype)
         start = time.perf_counter()
+        limit = arguments.max_new_tokens or answer_limit(processor, rows)
+        cut: list[int] = []
         answers = generate_answers(
             model,
             processor,
             rows,
             batch_size=arguments.batch_size,
-            max_new_tokens=arguments.max_new_tokens,
+            max_new_tokens=limit,
             description=name,
             numbers=numbers,
             unusable=unusable,
+            cut=cut,
         )
-        seconds[name] = round(time.perf_counter() - start, 2)
+        facts[name] = {
+            "path": path,
+            "seconds": round(time.perf_counter() - start, 2),
+            "max_new_tokens": limit,
+            "answers_cut": len(cut),
+            "references_too_long": sum(length > limit for length in reference_lengths(processor, rows)),
+        }
         correct[name] = correct_answers(rows, answers)
         del model
     kept = [i for i, number in enumerate(numbers) if number not in unusable]  # the same rows for every model
     if not kept:
         raise ValueError(unusable[numbers[0]])
     rows, correct = [rows[i] for i in kept], {name: right[kept] for name, right in correct.items()}
-    reports = compare(correct, tasks_of(rows), "teacher" if arguments.teacher else None)
+    reports = compare(correct, [tasks[numbers[i]] for i in kept], "teacher" if arguments.teacher else None)
     for name, report in reports.items():
-        report |= {"path": models[name], "seconds": seconds[name]}
+        report |= facts[name]
     return {
         "dataset": arguments.dataset,
         "split": arguments.split,
@@ -98,6 +129,18 @@ def evaluate(arguments: argparse.Namespace) -> dict:
     }
 
 
+def notes(results: dict) -> Iterator[str]:
+    """Yields what a reader of the table must know besides."""
+    for error in results["unusable_rows"].values():
+        yield f"left out: {error}"
+    for name, report in results["models"].items():
+        limit = f"--max_new_tokens {report['max_new_tokens']}"
+        if count := report["references_too_long"]:
+            yield f"{name}: {count} references do not fit {limit} and can never be right: give more"
+        if count := report["answers_cut"]:
+            yield f"{name}: {count} of {results['rows']} answers were cut at {limit}"
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
 
@@ -105,8 +148,8 @@ def main(argv: list[str] | None = None) -> int:
         results = evaluate(arguments)
         write_report(arguments.json, results)  # first: hours of work must not be lost to a table
         print(format_table(results["models"]))
-        for error in results["unusable_rows"].values():
-            print(f"linmu-eval: left out: {error}", file=sys.stderr)
+        for line in notes(results):
+            print(f"linmu-eval: {line}", file=sys.stderr)
 
     return run_command("linmu-eval", run)
 

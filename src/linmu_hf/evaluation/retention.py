@@ -9,6 +9,7 @@ worst       the task with the lowest retention
 
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,14 +25,31 @@ Z_95 = 1.959964
 BOOTSTRAP_SAMPLES = 2000
 
 
+SHORTEST_LIMIT = 32  # of max_new_tokens, where references are short
+QUOTES = " \"'`“”‘’"
+# Full-width ASCII is ASCII; what has no width is nothing. Other compatibility forms keep their meaning: x² is not x2.
+SAME = {0xFF01 + i: 0x21 + i for i in range(94)} | dict.fromkeys((0x200B, 0x2060, 0xFEFF, 0x00AD)) | {0x3002: "."}
+
+
 def normalise(text: str) -> str:
-    """Lower case, single spaces, no quotes around and no full stop behind."""
-    return re.sub(r"\s+", " ", text).strip(" \"'`").rstrip(".").strip().lower()
+    """Returns `text` in NFC and lower case, with single spaces, no quotes around it and no full stop after it."""
+    text = unicodedata.normalize("NFC", text).translate(SAME)
+    return re.sub(r"\s+", " ", text).strip(QUOTES).rstrip(".").strip(QUOTES).lower()
 
 
 def tasks_of(rows: Sequence[Row]) -> list[str]:
-    """The `task` of each row; rows without one share the task `"all"`."""
-    return [row.get("task") or "all" for row in rows]
+    """Returns the name of each row's `task`, which may be any value; rows without one share the task `"all"`."""
+    return ["all" if row.get("task") in (None, "") else str(row["task"]) for row in rows]
+
+
+def reference_lengths(processor, rows: Sequence[Row]) -> list[int]:
+    """Returns how many tokens the reference of each row takes, with the one that ends it."""
+    return [len(processor.tokenizer(answer_text(row), add_special_tokens=False)["input_ids"]) + 1 for row in rows]
+
+
+def answer_limit(processor, rows: Sequence[Row]) -> int:
+    """Returns a `max_new_tokens` that every reference fits, also with a few tokens more than it needs."""
+    return max(SHORTEST_LIMIT, 8 + max(reference_lengths(processor, rows), default=0))
 
 
 @torch.inference_mode()
@@ -41,10 +59,11 @@ def generate_answers(
     rows: Sequence[Row],
     *,
     batch_size: int = 32,
-    max_new_tokens: int = 32,
+    max_new_tokens: int | None = None,
     description: str | None = None,
     numbers: Sequence[int] | None = None,
     unusable: dict[int, str] | None = None,
+    cut: list[int] | None = None,
 ) -> list[str]:
     """
     Answers each row's last question by greedy decoding.
@@ -59,8 +78,8 @@ def generate_answers(
         batch_size (`int`, *optional*, defaults to 32):
             Rows decoded together. Rows of similar size share a batch, longest first, so that a batch too large for
             the memory fails at once.
-        max_new_tokens (`int`, *optional*, defaults to 32):
-            Longest answer.
+        max_new_tokens (`int`, *optional*):
+            Longest answer; by default that of [`answer_limit`].
         description (`str`, *optional*):
             Shows a progress bar with this title.
         numbers (`Sequence[int]`, *optional*):
@@ -68,11 +87,17 @@ def generate_answers(
         unusable (`dict[int, str]`, *optional*):
             Gets the number and error of each row that cannot be encoded, such as one with a damaged image, and whose
             answer is then empty; without it such a row is an error.
+        cut (`list[int]`, *optional*):
+            Gets the number of each row whose answer had not ended after `max_new_tokens`.
 
     Returns:
-        `list[str]`: the answers, in the order of `rows`.
+        `list[str]`: the answers, in the order of `rows`. Of the special tokens, those that the reference has stay.
     """
     model.eval()
+    tokenizer = processor.tokenizer
+    max_new_tokens = max_new_tokens or answer_limit(processor, rows)
+    special = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
+    ends = {tokenizer.pad_token_id, *np.atleast_1d(model.generation_config.eos_token_id or [])}
     numbers = range(len(rows)) if numbers is None else numbers
     answers = [""] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: row_size(rows[i]), reverse=True)
@@ -95,11 +120,13 @@ def generate_answers(
             do_sample=False,
             num_beams=1,
             max_new_tokens=max_new_tokens,
-            pad_token_id=processor.tokenizer.pad_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
-        texts = processor.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for i, text in zip(chosen, texts):
-            answers[i] = text.strip()
+        for i, said in zip(chosen, ids[:, inputs["input_ids"].shape[1] :].tolist()):
+            meant = set(tokenizer(answer_text(rows[i]), add_special_tokens=False)["input_ids"])
+            answers[i] = tokenizer.decode([token for token in said if token not in special - meant]).strip()
+            if cut is not None and len(said) >= max_new_tokens and said[-1] not in ends:
+                cut.append(numbers[i])
     progress.close()
     return answers
 

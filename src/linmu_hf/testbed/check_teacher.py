@@ -7,7 +7,6 @@ knows no class: it runs as LinMU with full attention everywhere.
 """
 
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from linmu_hf.conversion.teacher import load_processor, load_teacher
 from linmu_hf.data import answer_text, encode_prompts
 
 from ..commands.common import Parser
+from ..evaluation.retention import wilson_interval
 from .data import TASKS, evaluation_rows
 
 
@@ -50,14 +50,6 @@ def count_right(model, processor, rows: list[dict], batch_size: int = 50) -> int
         texts = processor.batch_decode(tokens[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
         right += sum(text.strip() == answer_text(row) for text, row in zip(texts, chosen))
     return right
-
-
-def wilson_interval(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95% confidence interval of a proportion (Wilson)."""
-    p = right / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def check(model_path: str | Path, samples: int, seed: int = 0) -> dict[str, dict]:
