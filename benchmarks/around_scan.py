@@ -1,5 +1,5 @@
 """
-What stands beside a scan in a layer, by every kernel that can do it: attention in windows and the short convolution.
+What is around a scan in a layer, by every kernel that can do it: attention in windows and the short convolution.
 
     python benchmarks/around_scan.py [--shape 7b] [--lengths 4096 65536] [--dtype bfloat16] [--backward] [--json FILE]
 
@@ -17,8 +17,8 @@ from linmu_hf.evaluation.speed.models import prompt_layout, text_config
 from linmu_hf.modeling.layout.token_layout import TokenLayout
 from linmu_hf.ops.attention import varlen as varlen_attention
 from linmu_hf.ops.attention import window as window_attention
-from linmu_hf.ops.backends import missing
-from linmu_hf.ops.conv import causal_conv
+from linmu_hf.ops.backends import why_unavailable
+from linmu_hf.ops.conv.causal_conv import Taps
 from linmu_hf.ops.segments import Segments
 
 
@@ -33,7 +33,7 @@ def windows(backend, shift, t, shape, dtype, device, gradients):
     sizes = [tuple(group.shape) for group in cut.groups]
     if backend == "sdpa":
         return partial(window_attention.by_size, q, k, v, sizes), [q, k, v]
-    if reason := varlen_attention.unfit(backend, q):
+    if reason := varlen_attention.why_unfit(backend, q):
         raise ValueError(reason)
     longest = max(size for _, size in sizes)
     return partial(varlen_attention.varlen_attention, q, k, v, cut.offsets, longest, backend), [q, k, v]
@@ -43,19 +43,18 @@ def convolution(kernel, t, shape, dtype, device, gradients):
     h, _, g, p, *_ = shape
     sizes = [(n, (h + 2 * g) * p) for n in (t, 4)]
     x, weight = (torch.randn(size, dtype=dtype, device=device, requires_grad=gradients) for size in sizes)
+    if kernel == "causal_conv1d":
+        from causal_conv1d import causal_conv1d_fn
+
+        return lambda: causal_conv1d_fn(x.t()[None], weight.t().contiguous()), [x, weight]  # channels last
     if kernel == "triton":
-        reason = missing("triton", x)
-    else:
-        reason = causal_conv.unfit(x, weight) if kernel == "causal_conv1d" else None
-    if reason:
-        raise ValueError(reason)
-    if kernel == "triton":
+        if reason := why_unavailable("triton", x):
+            raise ValueError(reason)
         from linmu_hf.ops.conv.triton import causal_conv_triton
 
         segments = Segments.build((t,), device)
         return lambda: causal_conv_triton(x, weight, segments)[0], [x, weight]
-    form = causal_conv.by_causal_conv1d if kernel == "causal_conv1d" else causal_conv.Taps.apply
-    return lambda: form(torch.cat([x.new_zeros(3, x.shape[1]), x]), weight), [x, weight]
+    return lambda: Taps.apply(torch.cat([x.new_zeros(3, x.shape[1]), x]), weight), [x, weight]
 
 
 def measure(t: int, arguments) -> dict[str, dict]:

@@ -18,7 +18,7 @@ import torch
 
 from linmu_hf.commands.bench import DTYPES, machine
 from linmu_hf.evaluation.loading import default_device, first_line, library_versions
-from linmu_hf.ops.backends import missing
+from linmu_hf.ops.backends import why_unavailable
 from linmu_hf.ops.segments import Scan, Segments
 from linmu_hf.ops.ssd.plain import ssd_recurrence
 from linmu_hf.ops.ssd.scan import ssd
@@ -61,7 +61,7 @@ def both(*args):
     """The same scan twice in one launch; half of every gradient comes through each."""
     from linmu_hf.ops.ssd.triton import ssd_triton_pair
 
-    reason = missing("triton", args[0])
+    reason = why_unavailable("triton", args[0])
     if reason:
         raise ValueError(reason)
     (y, states), (other, _) = ssd_triton_pair(Scan(*args), Scan(*args))

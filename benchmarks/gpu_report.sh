@@ -75,7 +75,7 @@ ops() { # ops SCRIPT LABEL SECONDS ARGUMENTS...
 
 # what matters most comes first, in case the time runs out
 backends="auto triton mamba_ssm chunked"
-step correctness 240 "$PYTHON" benchmarks/correctness.py --device $device --backends $backends pair streaming \
+step correctness 240 "$PYTHON" benchmarks/correctness.py --device $device --backends $backends pair \
     ${dry:+--shapes small} --json "$parts/correctness.json"
 if [ -n "$dry" ]; then
     step tests 300 "$PYTHON" -m pytest -q --collect-only -m gpu tests/kernels

@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from linmu_hf.commands.bench import DTYPES, machine
 from linmu_hf.evaluation.loading import default_device, first_line, library_versions
 from linmu_hf.evaluation.speed.measure import Clock
-from linmu_hf.ops.backends import missing
+from linmu_hf.ops.backends import import_kernels, why_unavailable
 from linmu_hf.ops.segments import Scan, Segments
 from linmu_hf.ops.ssd.scan import ssd
 
@@ -57,14 +57,14 @@ def both_directions(t, shape, dtype, device, gradients):
     """A scan of all tokens, and one backwards with decays, B and C of its own over the same x."""
     from linmu_hf.ops.ssd.triton import ssd_triton_pair
 
-    reason = missing("triton", torch.empty(0, dtype=dtype, device=device))
+    reason = why_unavailable("triton", torch.empty(0, dtype=dtype, device=device))
     if reason:
         raise ValueError(reason)
     inputs = scan_inputs(t, shape, dtype, device, gradients)
     others = scan_inputs(t, shape, dtype, device, gradients)[1:]
     segments = Segments.build((t,), device)
     first = Scan(*inputs, segments)
-    second = Scan(inputs[0], *others, segments, index=torch.arange(t, device=device).flip(0))
+    second = Scan(inputs[0].flip(0), *others, segments)
 
     def run():
         (y, _), (reverse, _) = ssd_triton_pair(first, second, shape[-1], final_states=False)
@@ -74,9 +74,7 @@ def both_directions(t, shape, dtype, device, gradients):
 
 
 def mamba(t, shape, dtype, device, gradients):
-    from linmu_hf.ops.ssd.mamba_ssm import chunk_scan
-
-    mamba_chunk_scan_combined = chunk_scan()
+    mamba_chunk_scan_combined = import_kernels("mamba_ssm").mamba_chunk_scan_combined
     h, _, _, p, k, _ = shape
     inputs = scan_inputs(t, (h, h, h, p, k, False), dtype, device, gradients)
     x, dt, A, B, C = inputs

@@ -21,15 +21,18 @@ from linmu_hf.evaluation.speed.models import (
     NVILA_VISION,
     PRESETS,
     BenchmarkDecoder,
+    FlexMAOnly,
+    LocalSwinOnly,
+    ablated,
     prompt_layout,
     text_config,
     vision_config,
     vision_encoder,
-    with_backend,
-    without_flex_ma,
-    without_local_swin,
 )
 from linmu_hf.modeling.layout.token_layout import TokenLayout
+from linmu_hf.ops.backends import use_kernels
+from linmu_hf.ops.ssd import scan as ssd
+from linmu_hf.ops.ssd.plain import ssd_recurrence
 from linmu_hf.testbed.check_teacher import TEACHERS
 
 
@@ -222,22 +225,15 @@ def test_branches_are_really_off(decoder):
     decoder.text.config.image_window_size[:] = [1, 4, 4]
     first_vision, last_text = 8, 79
     assert spread(decoder, 2, layout)[last_text]
-    with without_flex_ma():  # a text token stays by itself, a vision token in the windows around it
-        moved = spread(decoder, 2, layout)
-        assert moved.nonzero().flatten().tolist() == [2]
-        moved = spread(decoder, first_vision, layout)
-        assert 16 <= moved.sum() < 64
-    called = []
-    hooks = [
-        layer.mixer.local_swin.register_forward_hook(lambda *_: called.append(1)) for layer in decoder.text.layers
-    ]
-    with without_local_swin():
-        assert spread(decoder, first_vision, layout).sum() >= 64 + 8
-        assert not called
-    spread(decoder, first_vision, layout)
-    assert called  # and on again
-    for hook in hooks:
-        hook.remove()
+    swin = ablated(decoder, LocalSwinOnly)  # a text token stays by itself, a vision token in the windows around it
+    assert spread(swin, 2, layout).nonzero().flatten().tolist() == [2]
+    assert 16 <= spread(swin, first_vision, layout).sum() < 64
+    flex = ablated(decoder, FlexMAOnly)
+    for layer in flex.text.layers:
+        layer.mixer.block.local_swin = None
+    assert spread(flex, first_vision, layout).sum() >= 64 + 8
+    assert {id(p) for p in swin.parameters()} == {id(p) for p in decoder.parameters()}
+    assert spread(decoder, 2, layout)[last_text]  # whose blocks are whole still
 
 
 def test_without_flex_ma_nothing_is_scanned_or_cached(decoder, monkeypatch):
@@ -246,13 +242,12 @@ def test_without_flex_ma_nothing_is_scanned_or_cached(decoder, monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("scanned")
 
-    with without_flex_ma():
-        monkeypatch.setattr(flex_ma, "ssd", fail)
-        monkeypatch.setattr(flex_ma, "ssd_pair", fail)
-        monkeypatch.setattr(flex_ma, "ssd_step", fail)
-        _, cache = decoder.prefill(embeddings(decoder, 80), prompt_layout(80, 0.8, (8, 8)))
-        decoder.step(torch.zeros(1, 1, dtype=torch.long), cache)
-        assert cache_bytes(cache) == 0
+    for scan in ("ssd", "ssd_pair", "ssd_step"):
+        monkeypatch.setattr(flex_ma, scan, fail)
+    decoder = ablated(decoder, LocalSwinOnly)
+    _, cache = decoder.prefill(embeddings(decoder, 80), prompt_layout(80, 0.8, (8, 8)))
+    decoder.step(torch.zeros(1, 1, dtype=torch.long), cache)
+    assert cache_bytes(cache) == 0
 
 
 def test_without_local_swin_is_flex_ma_with_the_fusion_left_out(decoder):
@@ -263,20 +258,19 @@ def test_without_local_swin_is_flex_ma_with_the_fusion_left_out(decoder):
     rope = decoder.text.rotary_emb(hidden, torch.arange(80).expand(3, 1, -1))
     flex, _ = block.branches(hidden, rope, built)
     order = built.orders[block.config.scan_order(0)]
-    with without_local_swin():
-        y = block(hidden, rope, built)
+    y = FlexMAOnly(block)(hidden, rope, built)
     torch.testing.assert_close(y[0, order], block.flex_ma.o_proj(flex))
 
 
-def test_named_backends_are_the_ones_that_run(decoder):
-    embeds = embeddings(decoder, 20)
+def test_named_backends_are_the_ones_that_run(decoder, monkeypatch):
+    embeds, taken = embeddings(decoder, 20), []
+    monkeypatch.setitem(ssd.PLAIN, "recurrence", lambda *args: taken.append(1) or ssd_recurrence(*args))
     expected, _ = decoder.prefill(embeds, None)
-    with with_backend("recurrence"):
+    with use_kernels(ssd="recurrence"):
+        assert not taken
         actual, _ = decoder.prefill(embeds, None)
+    assert len(taken) == 2
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
-    with with_backend("abacus"), pytest.raises(ValueError, match="abacus"):
-        decoder.prefill(embeds, None)
-    decoder.prefill(embeds, None)
 
 
 @pytest.mark.parametrize("exponent", [0.0, 1.0, 1.7, 2.0])
@@ -366,12 +360,12 @@ def test_teachers_by_named_attention(tmp_path):
 def test_one_run_end_to_end(tmp_path, capsys):
     file, picture = tmp_path / "new" / "bench.json", tmp_path / "new" / "bench.png"
     arguments = ["--model", "small", "--lengths", "80", "40", "--grid", "4x4", "--device", "cpu", "--repeats", "1"]
-    arguments += ["--steps", "2", "--batch_sizes", "1", "3", "--ablate", "--backends", "streaming", "--vision_encoder"]
-    arguments += ["--teacher_max_tokens", "40", "--prefill_chunk", "32"]
+    arguments += ["--steps", "2", "--batch_sizes", "1", "3", "--ablate", "--vision_encoder"]
+    arguments += ["--backends", "recurrence", "--teacher_max_tokens", "40", "--prefill_chunk", "32"]
     benchmark_cli.main([*arguments, "--json", str(file), "--png", str(picture)])
     results = json.loads(file.read_text())
     assert set(results) == {"setting", "machine", "versions", "rows", "growth_exponents", "speedups"}
-    names = ["student", "teacher", "student, streaming", "student without Local-Swin", "student without Flex-MA"]
+    names = ["student", "teacher", "student, recurrence", "student without Local-Swin", "student without Flex-MA"]
     assert [(row["model"], row["tokens"]) for row in results["rows"]] == [
         (name, tokens) for tokens in (40, 80) for name in names if (name, tokens) != ("teacher", 80)
     ]

@@ -24,9 +24,9 @@ def test_operators_without_gradients_are_sound_for_compilation():
     weight, tail = torch.randn(4, 5), torch.randn(1, 3, 5)
     checks = (*SOUND, "test_autograd_registration")
     x = x[:, 0].detach()
-    torch.library.opcheck(conv_forward, (x, weight, tail, None, [66]), test_utils=checks)
+    torch.library.opcheck(conv_forward, (x, weight, tail, [66]), test_utils=checks)
     for before in (tail, None):
-        torch.library.opcheck(conv_backward, (torch.randn(66, 5), x, weight, before, None, [66]), test_utils=SOUND)
+        torch.library.opcheck(conv_backward, (torch.randn(66, 5), x, weight, before, [66]), test_utils=SOUND)
 
 
 @pytest.mark.parametrize("normalized", [False, True], ids=["plain", "normalised"])
@@ -42,32 +42,23 @@ def test_step(sizes, normalized):
     torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("through_index", [False, True], ids=["as they lie", "index"])
 @pytest.mark.parametrize("tails", [False, True], ids=["from zero", "from tails"])
 @pytest.mark.parametrize("lengths", [(1,), (2, 3, 1), (63, 65), (130,)], ids=str)
 @pytest.mark.parametrize("width", [2, 4])
-def test_conv(width, lengths, tails, through_index):
+def test_conv(width, lengths, tails):
     n, c = sum(lengths), 19
     segments = Segments.build(lengths)
-    rows = torch.randperm(n + 4)[:n]
     x, weight = torch.randn(n, c), torch.randn(width, c)
     tail = torch.randn(len(lengths), width - 1, c) if tails else None
     inputs = [t.requires_grad_() for t in (x, weight, tail) if t is not None]
     exact = [t.detach().double().requires_grad_() for t in inputs]
-
-    def kernel(x, weight, tail=None):
-        if not through_index:
-            return causal_conv_triton(x, weight, segments, tail)
-        spread = x.new_full((n + 4, c), torch.nan).index_copy(0, rows, x)
-        y, last = causal_conv_triton(spread, weight, segments, tail, index=rows)
-        return y[rows], last
 
     def results(outputs, inputs):
         weights = [torch.arange(t.numel()).view_as(t).sin().to(t) for t in outputs]
         loss = sum((t * w).sum() for t, w in zip(outputs, weights))
         return [*outputs, *torch.autograd.grad(loss, inputs)]
 
-    actual = results(kernel(*inputs), inputs)
+    actual = results(causal_conv_triton(*inputs[:2], segments, *inputs[2:]), inputs)
     expected = results(causal_conv(*exact[:2], segments, *exact[2:]), exact)
     torch.testing.assert_close([t.double() for t in actual], expected, rtol=1e-5, atol=1e-5)
 
@@ -118,7 +109,7 @@ def test_decode_step_of_the_mixer(monkeypatch, options, masked):
         with torch.no_grad():
             results = []
             for fused, cache in enumerate(caches):
-                monkeypatch.setattr(flex_ma, "kernels_serve", lambda x, fused=fused: bool(fused))
+                monkeypatch.setattr(flex_ma, "use_triton_kernels", lambda x, fused=fused: bool(fused))
                 y = mixer.step(u, (angle.cos(), angle.sin()), mask, cache)
                 results.append((y if mask is None else y[mask.bool()], *cache.load()))
         torch.testing.assert_close(*results, rtol=2e-5, atol=2e-5)
@@ -126,7 +117,7 @@ def test_decode_step_of_the_mixer(monkeypatch, options, masked):
 
 def test_compiled_decode_step(monkeypatch):
     """One graph for all steps; the state stays where it is, and no step copies it."""
-    monkeypatch.setattr(flex_ma, "kernels_serve", lambda x: True)
+    monkeypatch.setattr(flex_ma, "use_triton_kernels", lambda x: True)
     config = tiny.text_config(bc_feature_map="softmax")
     mixer = random_mixer(config)
     caches = MMateCacheLayer(max_cache_len=8), MMateCacheLayer(max_cache_len=8)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from scans import HEADS, assert_same, make, run
 
-from linmu_hf.ops.ssd import mamba_ssm as module
+from linmu_hf.ops import self_check
+from linmu_hf.ops.ssd.mamba_ssm import ssd_mamba_ssm
 from linmu_hf.ops.ssd.plain import ssd_recurrence
 
 
@@ -28,19 +29,14 @@ def device_without_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
 
 
+def test_self_check():
+    assert self_check._compare("mamba_ssm", torch.device("cpu")) is None
+
+
 @pytest.mark.parametrize("heads, states", [("s = h", False), ("g < s < h", True)])
 def test_adapter(heads, states):
     lengths = (130, 3, 130)
     inputs = make(lengths, HEADS[heads], states=states)
     low = {name: tensor.detach().float().requires_grad_() for name, tensor in inputs.items()}
-    actual = {name: value.double() for name, value in run(module.ssd_mamba_ssm, low, lengths).items()}
-    assert_same(actual, run(ssd_recurrence, inputs, lengths), rtol=1e-5)
-
-
-def test_a_long_segment_is_cut_into_calls(monkeypatch):
-    monkeypatch.setattr(module, "tokens_per_call", lambda *_: module.CHUNK)
-    lengths = (module.CHUNK + 2,)
-    inputs = make(lengths, HEADS["one group"])
-    low = {name: tensor.detach().float().requires_grad_() for name, tensor in inputs.items()}
-    actual = {name: value.double() for name, value in run(module.ssd_mamba_ssm, low, lengths).items()}
+    actual = {name: value.double() for name, value in run(ssd_mamba_ssm, low, lengths).items()}
     assert_same(actual, run(ssd_recurrence, inputs, lengths), rtol=1e-5)

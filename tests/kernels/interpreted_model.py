@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from linmu_hf.modeling.mixers import flex_ma
 from linmu_hf.ops import decode_triton
+from linmu_hf.ops.backends import use_kernels
 from linmu_hf.ops.conv import causal_conv
 from linmu_hf.ops.conv import triton as conv_triton
 from linmu_hf.ops.ssd import scan as ssd
@@ -38,10 +39,10 @@ def compare(monkeypatch):
         results = []
         for backend in ("chunked", "triton"):
             assert not launched
-            monkeypatch.setenv("LINMU_SSD_BACKEND", backend)
             for module in (causal_conv, ssd, flex_ma):
-                monkeypatch.setattr(module, "kernels_serve", lambda x, on=backend == "triton": on)
-            results.append(what(tiny.plain(num_hidden_layers=2, **options)))
+                monkeypatch.setattr(module, "use_triton_kernels", lambda x, on=backend == "triton": on)
+            with use_kernels(ssd=backend):
+                results.append(what(tiny.plain(num_hidden_layers=2, **options)))
         assert launched >= kernels, f"{kernels - launched} did not run"
         torch.testing.assert_close(*reversed(results), rtol=1e-3, atol=1e-5)
 

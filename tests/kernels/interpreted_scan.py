@@ -11,10 +11,11 @@ import tiny
 import torch
 from scans import HEADS, assert_same, make, run
 
+from linmu_hf.ops.backends import use_kernels
 from linmu_hf.ops.segments import Scan, Segments
 from linmu_hf.ops.ssd import triton as module
 from linmu_hf.ops.ssd.scan import ssd, ssd_pair
-from linmu_hf.ops.ssd.triton import Plan, chunk_table, ssd_triton, ssd_triton_pair
+from linmu_hf.ops.ssd.triton import LaunchPlan, chunk_table, ssd_triton, ssd_triton_pair
 
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -34,7 +35,7 @@ def nan_filled_memory():
 
 def scan(lengths, *args, form=ssd_triton, positive=False, dtype=torch.float32, rtol=1e-5, **kwargs):
     """Compares the kernels in `dtype` with the recurrence in float64 on the same numbers."""
-    options = {name: kwargs.pop(name) for name in ("normalized", "index") if name in kwargs}
+    options = {name: kwargs.pop(name) for name in ("normalized",) if name in kwargs}
     inputs = make(lengths, *args, **kwargs)
     if options.get("normalized"):
         with torch.no_grad():
@@ -79,33 +80,18 @@ def test_sizes_of_several_tiles(sizes):
     scan((9, 70), (2, 2, 1), *sizes, normalized=True)
 
 
-def test_through_an_index():
-    """Tokens in any order of rows; rows left out stay zero, and get no gradient."""
-    rows = torch.randperm(90)[:70]
-
-    def through(segments, x, dt, A, B, C, index=None, **kwargs):
-        tensors = (t.new_full((90, *t.shape[1:]), torch.nan).index_copy(0, rows, t) for t in (x, dt, B, C))
-        x, dt, B, C = tensors
-        y, finals = ssd(x, dt, A, B, C, segments, index=rows, backend="triton", **kwargs)
-        left_out = torch.ones(90, dtype=torch.bool).index_fill(0, rows, False)
-        assert not y[left_out].any()
-        return y[rows], finals
-
-    scan((5, 65), form=through, normalized=True)
-
-
 @pytest.mark.parametrize("chunks", [1, 2, 3])
 def test_windows_of_chunks(monkeypatch, chunks):
     """States that enter a window from the one before; a segment over several windows, several segments in one."""
     lengths = (130, 3, 64, 70)
     monkeypatch.setattr(module, "WINDOW_BYTES", chunks * 2 * 6 * 3 * 4)
-    plan = Plan(lengths, (4,), (True,), (True,), True, False)
+    plan = LaunchPlan(lengths, (4,), (True,), (True,), True, False)
     assert len(chunk_table(plan, chunks, torch.device("cpu")).windows) == -(-7 // chunks)
     scan(lengths, (2, 2, 1), normalized=True)
 
 
-def pair(lengths, starts, normalized, shared):
-    """Inputs of two scans in fp32, the second backwards through an index if both read the same x."""
+def pair(lengths, starts, normalized):
+    """Inputs of two scans in fp32."""
     scans = []
     for length, start in zip(lengths, starts):
         inputs = make(length, (2, 2, 1), states=False, dtype=torch.float32)
@@ -115,12 +101,6 @@ def pair(lengths, starts, normalized, shared):
         if start:
             scan = scan._replace(initial_states=torch.rand(len(length), 2, 5 + normalized, 3).requires_grad_())
         scans.append(scan)
-    if shared:
-        rows = torch.randperm(sum(lengths[0]))[: sum(lengths[1])]
-        spread = {n: getattr(scans[1], n).detach() for n in ("dt", "B", "C")}
-        spread = {n: t.new_zeros(sum(lengths[0]), *t.shape[1:]).index_copy(0, rows, t) for n, t in spread.items()}
-        spread = {n: t.requires_grad_() for n, t in spread.items()}
-        scans[1] = scans[1]._replace(x=scans[0].x, index=rows, **spread)
     return scans
 
 
@@ -135,20 +115,15 @@ def outputs_and_gradients(form, scans):
 
 
 @pytest.mark.parametrize(
-    "starts, normalized, shared",
-    [
-        ((False, False), True, True),
-        ((True, False), True, True),
-        ((False, True), False, False),
-        ((True, True), True, False),
-    ],
-    ids=["one x", "one x, first from states", "second from states, plain", "both from states"],
+    "starts, normalized",
+    [((False, False), True), ((True, False), True), ((False, True), False), ((True, True), True)],
+    ids=["from zero", "first from states", "second from states, plain", "both from states"],
 )
-def test_pair(starts, normalized, shared):
+def test_pair(starts, normalized):
     """Two scans in one launch: each as the recurrence in float64 has it."""
-    scans = pair(((65, 3), (30, 7)), starts, normalized, shared)
+    scans = pair(((65, 3), (30, 7)), starts, normalized)
     exact = {id(t): t.detach().double().requires_grad_() for s in scans for t in s if isinstance(t, torch.Tensor)}
-    doubles = [scan._make(t if t is scan.index else exact.get(id(t), t) for t in scan) for scan in scans]
+    doubles = [scan._make(exact.get(id(t), t) for t in scan) for scan in scans]
 
     def apart(*scans):
         return [ssd(**scan._asdict(), normalized=normalized, backend="recurrence") for scan in scans]
@@ -162,7 +137,7 @@ def test_pair(starts, normalized, shared):
 
 def test_pair_over_windows(monkeypatch):
     """A window may hold the end of one scan and the beginning of the other."""
-    scans = pair(((66,), (3, 5)), (True, False), True, False)
+    scans = pair(((66,), (3, 5)), (True, False), True)
     expected = outputs_and_gradients(lambda *s: ssd_triton_pair(*s, normalized=True), scans)
     monkeypatch.setattr(module, "WINDOW_BYTES", 2 * 2 * 6 * 3 * 4)
     actual = outputs_and_gradients(lambda *s: ssd_triton_pair(*s, normalized=True), scans)
@@ -171,7 +146,7 @@ def test_pair_over_windows(monkeypatch):
 
 def test_pair_is_one_launch_of_each_kernel(monkeypatch):
     """As many as a single scan takes; and no final state is written that nobody asked for."""
-    scans = pair(((65,), (30,)), (False, False), True, True)
+    scans = pair(((65,), (30,)), (False, False), True)
     launched = []
 
     def counting(kernel, grid, *args, **options):
@@ -210,7 +185,7 @@ def test_states_in_half_precision(monkeypatch):
     inputs |= {name: inputs[name].detach().abs() for name in "BC"}
     x, dt, A, B, C = (value.detach() for value in inputs.values())
     segments = Segments.build((700,))
-    y, finals, *_ = module.ssd_forward([x], [dt], [A], [B], [C], [], [], [700], [1], [False], [True], True, True)
+    y, finals, *_ = module.ssd_forward([x], [dt], [A], [B], [C], [], [700], [1], [False], [True], True, True)
     expected_y, expected = ssd(x, dt, A, B, C, segments, normalized=True, backend="recurrence")
     rounding = 2**-8
     torch.testing.assert_close(y, expected_y, rtol=0, atol=rounding * float(expected_y.abs().max()))
@@ -271,16 +246,16 @@ SOUND = ("test_schema", "test_faketensor")
 @pytest.mark.parametrize("paired", [False, True], ids=["one", "pair"])
 def test_the_scan_is_sound_for_compilation(paired):
     """Schema and fake implementation of forward and backward, autograd registration."""
-    scans = pair(((66, 2), (3,)), (True, False), True, False)[: 1 + paired]
+    scans = pair(((66, 2), (3,)), (True, False), True)[: 1 + paired]
     tensors = [[getattr(scan, name) for scan in scans] for name in ("x", "dt", "A", "B", "C")]
     lengths, counts = ([66, 2, 3], [2, 1]) if paired else ([66, 2], [2])
     plan = lengths, counts, [True, False][: len(scans)], [True, False][: len(scans)], True, False
-    inputs = (*tensors, [scans[0].initial_states], [], *plan)
+    inputs = (*tensors, [scans[0].initial_states], *plan)
     torch.library.opcheck(module.ssd_forward, inputs, test_utils=(*SOUND, "test_autograd_registration"))
     inputs = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, inputs)
     outputs = module.ssd_forward(*inputs)
     y, finals, entries, sums = module._split(outputs, len(scans))
-    backward = ([torch.ones_like(one) for one in y], finals, *inputs[:5], [], list(y), entries, list(sums), *plan)
+    backward = ([torch.ones_like(one) for one in y], finals, *inputs[:5], list(y), entries, list(sums), *plan)
     torch.library.opcheck(module.ssd_backward, backward, test_utils=SOUND)
 
 
@@ -298,9 +273,8 @@ def test_the_scan_compiles_whole():
     torch.testing.assert_close(actual, expected)
 
 
-def test_a_model_compiles_whole(monkeypatch):
+def test_a_model_compiles_whole():
     """Prefill and training step of a decoder on text, with kernels in place of the plain operations."""
-    monkeypatch.setenv("LINMU_SSD_BACKEND", "triton")
     model = tiny.plain(num_hidden_layers=1).model.language_model
     embeds = torch.randn(1, 16, 32)  # one chunk: what packs several has shapes that depend on values
 
@@ -311,19 +285,20 @@ def test_a_model_compiles_whole(monkeypatch):
         return hidden, *torch.autograd.grad(hidden.square().sum(), leaves, materialize_grads=True)
 
     torch._dynamo.reset()
-    compiled = run(torch.compile(model, backend="aot_eager", fullgraph=True))
-    torch.testing.assert_close(compiled, run(model), rtol=1e-4, atol=1e-5)
+    with use_kernels(ssd="triton"):
+        compiled = run(torch.compile(model, backend="aot_eager", fullgraph=True))
+        torch.testing.assert_close(compiled, run(model), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("scope", ["span", "sequence"])
-def test_a_model_that_sees_an_image(monkeypatch, scope):
+def test_a_model_that_sees_an_image(scope):
     """Both directions through the kernels, with gradients; the reverse one has tokens and decays of its own."""
     model = tiny.plain(num_hidden_layers=1, reverse_scope=scope)
     inputs = tiny.batch(tiny.Sample(3, ("image", 2, 3), 2), tiny.Sample(4), dtype=torch.float32)
     results = []
     for backend in ("recurrence", "triton"):
-        monkeypatch.setenv("LINMU_SSD_BACKEND", backend)
-        logits = model(**inputs).logits[inputs["attention_mask"].bool()]
+        with use_kernels(ssd=backend):
+            logits = model(**inputs).logits[inputs["attention_mask"].bool()]
         leaves = [p for name, p in model.named_parameters() if "flex_ma" in name]
         results.append([logits, *torch.autograd.grad(logits.square().mean(), leaves)])
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
@@ -354,7 +329,7 @@ def test_backends(monkeypatch):
     assert not called
     ssd(**inputs, segments=segments, backend="triton")
     ssd_pair(*scans, backend="triton")
-    monkeypatch.setenv("LINMU_SSD_BACKEND", "triton")
-    ssd(**inputs, segments=segments)
-    ssd_pair(*scans)
+    with use_kernels(ssd="triton"):
+        ssd(**inputs, segments=segments)
+        ssd_pair(*scans)
     assert called == ["ssd_triton", "ssd_triton_pair"] * 2

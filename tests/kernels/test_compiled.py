@@ -37,7 +37,7 @@ SIZES = {
 SPILL_BUDGET = {BF16: 0, FP32: 512}
 
 
-def launches(monkeypatch, dtype, h, s, g, p, k, normalized, indexed=False, paired=False, choice=0):
+def launches(monkeypatch, dtype, h, s, g, p, k, normalized, masked=False, paired=False, choice=0):
     """
     What a forward and backward pass, a decode step and a convolution would launch, with the configuration `choice` of
     every kernel that has so many; nothing is run.
@@ -50,26 +50,23 @@ def launches(monkeypatch, dtype, h, s, g, p, k, normalized, indexed=False, paire
     monkeypatch.setattr(tuning, "choose", lambda configs, *_: configs[min(choice, len(configs) - 1)])
     n = 128
     segments = Segments.build((n,))
-    index = torch.arange(n) if indexed else None
     dt, A = torch.zeros(n, s), torch.zeros(s)
 
     def scan():
         sizes = ((g, p), (g, k), (h, k))
         x, B, C = (torch.zeros(n, *size, dtype=dtype, requires_grad=True) for size in sizes)
-        return Scan(x, dt, A, B, C, segments, index=index)
+        return Scan(x, dt, A, B, C, segments)
 
     if paired:
         (y, finals), (reverse, _) = ssd_triton.ssd_triton_pair(scan(), scan(), normalized)
         (y.sum() + finals.sum() + reverse.sum()).backward()
     else:
         x, dt, A, B, C, *_ = scan()
-        y, finals = ssd_triton.ssd_triton(x, dt, A, B, C, segments, normalized=normalized, index=index)
+        y, finals = ssd_triton.ssd_triton(x, dt, A, B, C, segments, normalized=normalized)
         (y.sum() + finals.sum()).backward()
     with torch.no_grad():
         x, _, _, B, C, *_ = scan()
-        ssd_triton.ssd_triton(
-            x, dt, A, B, C, segments, normalized=normalized, index=index
-        )  # states in the other dtype
+        ssd_triton.ssd_triton(x, dt, A, B, C, segments, normalized=normalized)  # states in the other dtype
         states = torch.zeros(n, s, p + normalized, k)
         ssd_triton_step.ssd_step_triton(x, dt, A, B, C, states, normalized=normalized)
     channels = (h + 2 * g) * p
@@ -79,10 +76,10 @@ def launches(monkeypatch, dtype, h, s, g, p, k, normalized, indexed=False, paire
         directions = (torch.zeros(heads, p, k // 2, dtype=dtype) for heads in (g, h)) if normalized else (None, None)
         decode_triton.decode_triton(
             *tokens, torch.zeros(n, 3, channels, dtype=dtype), torch.zeros(4, channels), *rope, *directions,
-            dt, A, A, A, torch.ones(n) if indexed else None, states, 1.0,
+            dt, A, A, A, torch.ones(n) if masked else None, states, 1.0,
         )  # fmt: skip
     mixed, tail = torch.zeros(n, channels, dtype=dtype, requires_grad=True), torch.zeros(1, 3, channels, dtype=dtype)
-    y, _ = conv_triton.causal_conv_triton(mixed, torch.zeros(4, channels), segments, tail, index=index)
+    y, _ = conv_triton.causal_conv_triton(mixed, torch.zeros(4, channels), segments, tail)
     y.sum().backward()
     unique = {
         (kernel.fn.__name__, *_dtypes(args), *sorted(options.items())): (kernel, args, options)
@@ -120,7 +117,7 @@ def fits(monkeypatch):
 
 
 CASES = [(sizes, {}) for sizes in SIZES]
-CASES += [("softmax features", {"indexed": True}), ("softmax features", {"indexed": True, "paired": True})]
+CASES += [("softmax features", {"masked": True, "paired": True})]
 
 
 @pytest.mark.parametrize("sizes, how", CASES, ids=[", ".join((sizes, *how)) for sizes, how in CASES])
@@ -132,7 +129,7 @@ def test_fits_on_hopper(fits, sizes, how):
 @pytest.mark.parametrize("choice", range(1, max(map(len, tuning.CONFIGS.values()))))
 @pytest.mark.parametrize("sizes", ["softmax features", "no features", "state per key/value head"])
 def test_every_configuration_fits_on_hopper(fits, sizes, choice):
-    assert not fits(*SIZES[sizes], indexed=True, paired=True, choice=choice)
+    assert not fits(*SIZES[sizes], masked=True, paired=True, choice=choice)
 
 
 def test_spills_are_seen(monkeypatch):

@@ -8,23 +8,21 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from linmu_hf.ops import self_check as trial
-from linmu_hf.ops.ssd import mamba_ssm as ssd_mamba_ssm
-from linmu_hf.ops.ssd import scan as ssd
+from linmu_hf.ops import self_check
 from linmu_hf.ops.ssd.plain import ssd_chunked
 from linmu_hf.ops.ssd.scan import ssd_pair
 
 
 @pytest.fixture
 def tried(monkeypatch):
-    """What a trial says of the kernels given: a function in place of `ssd_triton_pair`."""
+    """What the self-check says of the kernels given: a function in place of `ssd_triton_pair`."""
 
     def run(kernels):
         module = ModuleType("linmu_hf.ops.ssd.triton")
         module.ssd_triton_pair = kernels
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setattr(trial, "_TRIALS", {})
-        return trial.failed_trial(torch.device("cpu"))
+        monkeypatch.setattr(self_check, "_RESULTS", {})
+        return self_check.failed_self_check("triton", torch.device("cpu"))
 
     return run
 
@@ -35,7 +33,7 @@ chunked = partial(ssd_pair, backend="chunked")
 def test_right_kernels_pass_and_are_tried_once(tried):
     calls = []
     assert tried(lambda *args, **kwargs: calls.append(1) or chunked(*args, **kwargs)) is None
-    assert trial.failed_trial(torch.device("cpu")) is None and calls == [1]
+    assert self_check.failed_self_check("triton", torch.device("cpu")) is None and calls == [1]
 
 
 AROUND = {
@@ -87,15 +85,15 @@ def test_gradients_that_are_not_a_number_are_noticed(tried):
 
 
 @pytest.mark.parametrize("factor, found", [(1, None), (1.2, "mamba-ssm's kernels are wrong on cpu")])
-def test_mamba_ssm_is_tried_too(monkeypatch, factor, found):
+def test_mamba_ssm_is_compared_too(monkeypatch, factor, found):
     def scan(*args):
         y, states = ssd_chunked(*args)
         return y, states * factor
 
-    monkeypatch.setattr(ssd_mamba_ssm, "ssd_mamba_ssm", scan)
-    monkeypatch.setattr(ssd, "missing", lambda name, x: None)
-    monkeypatch.setattr(trial, "_TRIALS", {})
-    said = trial.failed_trial(torch.device("cpu"), "mamba_ssm")
+    comparison = partial(self_check._scans, pair=self_check._pair_by(scan))
+    monkeypatch.setitem(self_check._COMPARISONS, "mamba_ssm", ("mamba-ssm's kernels", comparison, 5e-2))
+    monkeypatch.setattr(self_check, "_RESULTS", {})
+    said = self_check.failed_self_check("mamba_ssm", torch.device("cpu"))
     assert said is None if found is None else said.startswith(found)
 
 
@@ -107,9 +105,23 @@ def test_a_crash_is_noticed(tried):
 
 
 def test_nothing_is_tried_or_remembered_while_a_graph_is_captured(monkeypatch):
-    monkeypatch.setattr(trial, "_TRIALS", {})
-    monkeypatch.setattr(trial, "_try", lambda *_: None)
+    monkeypatch.setattr(self_check, "_RESULTS", {})
+    monkeypatch.setattr(self_check, "_compare", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert "while a CUDA graph is captured" in trial.failed_trial(torch.device("cuda:0"))
+    assert "while a CUDA graph is captured" in self_check.failed_self_check("triton", torch.device("cuda:0"))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert trial.failed_trial(torch.device("cuda:0")) is None
+    assert self_check.failed_self_check("triton", torch.device("cuda:0")) is None
+
+
+def test_as_a_command(monkeypatch, capsys):
+    """What cannot run here is no fault; what runs and is wrong is."""
+    monkeypatch.setattr(self_check, "why_unavailable", lambda name, x: None if name == "triton" else "not here")
+    monkeypatch.setattr(self_check, "why_unfit", lambda name, x: "not here")
+    monkeypatch.setattr(self_check.logger, "disabled", False)
+    for said, status in ((None, 0), ("wrong on cpu", 1)):
+        monkeypatch.setattr(self_check, "failed_self_check", lambda name, device, said=said: said)
+        with pytest.raises(SystemExit) as stopped:
+            self_check.main(["--device", "cpu"])
+        assert stopped.value.code == status
+        shown = capsys.readouterr().out
+        assert (said or "right on cpu") in shown and shown.count("not here") == 3

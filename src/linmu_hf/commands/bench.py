@@ -4,6 +4,7 @@ import argparse
 import os
 import platform
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,15 +16,16 @@ from ..evaluation.speed.models import (
     PRESETS,
     PROMPTS,
     BenchmarkDecoder,
+    FlexMAOnly,
+    LocalSwinOnly,
+    ablated,
     prompt_layout,
     text_config,
     vision_config,
     vision_encoder,
     with_attention,
-    with_backend,
-    without_flex_ma,
-    without_local_swin,
 )
+from ..ops.backends import use_kernels
 from .common import Parser, check_positive, run_command, write_report
 
 
@@ -111,12 +113,12 @@ def build_variants(arguments: argparse.Namespace, config) -> dict[str, Variant]:
         teacher = BenchmarkDecoder(full, dtype, arguments.device, student)
         variants["teacher"] = Variant(teacher)
         for name in arguments.teacher_backends:
-            variants[f"teacher, {name}"] = Variant(teacher, lambda name=name: with_attention(name))
+            variants[f"teacher, {name}"] = Variant(teacher, partial(with_attention, name))
     for name in arguments.backends:
-        variants[f"student, {name}"] = Variant(student, lambda name=name: with_backend(name))
+        variants[f"student, {name}"] = Variant(student, partial(use_kernels, ssd=name))
     if arguments.ablate:
-        variants["student without Local-Swin"] = Variant(student, without_local_swin)
-        variants["student without Flex-MA"] = Variant(student, without_flex_ma)
+        variants["student without Local-Swin"] = Variant(ablated(student, FlexMAOnly))
+        variants["student without Flex-MA"] = Variant(ablated(student, LocalSwinOnly))
     return variants
 
 

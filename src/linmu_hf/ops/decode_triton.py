@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .ssd.triton import SMALLEST, launch
+from .launch import launch, on_device_of
+from .ssd.plain import SMALLEST
 from .ssd.triton_forward import load_state, load_vector
 
 
@@ -180,7 +181,7 @@ def decode_triton(
     y, new_tail = _decode_outputs(c, tail, states, featured)
     new_ones = states.new_empty(n, h, k if featured else 0)
     block = max(1, min(32, triton.next_power_of_2(p)))
-    with torch.cuda.device(x.device if x.is_cuda else -1):
+    with on_device_of(x):
         launch(
             decode_kernel, (n, h, triton.cdiv(p, block)),
             x.contiguous(), b.contiguous(), c.contiguous(), tail.contiguous(), new_tail, taps.contiguous(),

@@ -1,9 +1,10 @@
-"""Tiles, warps and stages of the scan kernels: for each a few that suit Hopper, the fastest of which is found once.
+"""Launches kernels, those of the scan with tiles, warps and stages that are the fastest of a few that suit Hopper.
 
 A kernel is timed with every configuration the first time it runs on a long scan, for each device, data type and head
 size. For short scans and while a CUDA graph is captured nothing is timed: there the configuration that was found
 before is used, or the default. The default alone is used where results have to repeat to the bit
-(`torch.use_deterministic_algorithms`).
+(`torch.use_deterministic_algorithms`). `triton.autotune` can do neither: it times at the first launch of a key, in a
+capture too, and would keep for long scans what a short one chose.
 """
 
 from typing import NamedTuple
@@ -14,6 +15,15 @@ import triton
 
 # Chunks of a launch below which its time says little.
 ENOUGH_CHUNKS = 32
+
+
+def launch(kernel, grid, *args, **options) -> None:
+    kernel[grid](*args, **options)
+
+
+def on_device_of(x: torch.Tensor):
+    """A context in which kernels run on x's GPU, if it is on one."""
+    return torch.cuda.device(x.device if x.is_cuda else -1)
 
 
 class Config(NamedTuple):
@@ -54,14 +64,14 @@ def tile(size: int, limit: int) -> int:
 
 def choose(configs: list[Config], key: tuple, chunks: int, device: torch.device, run) -> Config:
     """
-    One of `configs`.
+    Returns the fastest of `configs` where that is known or may be found now, else the first.
 
     Args:
         configs (`list[Config]`): The default first.
         key (`tuple`): What the choice depends on.
         chunks (`int`): Of the launch.
         device (`torch.device`): Where it runs.
-        run (`Callable`): Launches the kernel with a configuration; has to bear repetition.
+        run (`Callable`): Launches the kernel with a configuration; must be idempotent.
     """
     key = (*key, device)
     if len(configs) == 1 or device.type != "cuda" or torch.are_deterministic_algorithms_enabled():

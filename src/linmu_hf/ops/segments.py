@@ -22,7 +22,7 @@ class Segments:
         rank (`torch.LongTensor` of shape `[m]` or `None`): Place of every segment among the longest-first; `None` if
             they are in that order.
         slots (`torch.LongTensor` of shape `[n]` or `None`): Place of every token in the chunks; `None` if tokens fill
-            them as they lie.
+            them in their order.
     """
 
     lengths: tuple[int, ...]
@@ -46,7 +46,7 @@ class Segments:
         rank = torch.empty(len(chunks), dtype=torch.long)
         rank[longest_first] = torch.arange(len(chunks))
         rank = rank.to(device)
-        length, n = torch.tensor(lengths, device=device), sum(lengths)  # a size that is told is not waited for
+        length, n = torch.tensor(lengths, device=device), sum(lengths)  # passing `output_size=n` avoids a device sync
         position = torch.arange(n, device=device)
         position = position - (length.cumsum(0) - length).repeat_interleave(length, output_size=n)
         step = position // chunk_size
@@ -79,4 +79,3 @@ class Scan(NamedTuple):
     C: torch.Tensor
     segments: Segments
     initial_states: torch.Tensor | None = None
-    index: torch.Tensor | None = None  # type: ignore[assignment]  # a tuple has a method of that name

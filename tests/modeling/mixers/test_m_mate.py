@@ -9,10 +9,10 @@ from torch.nn.functional import conv1d, layer_norm, softplus
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention, rotate_half
 
 from linmu_hf.modeling.layout.token_layout import TokenLayout
-from linmu_hf.modeling.mixers import flex_ma, projection
+from linmu_hf.modeling.mixers import projection
+from linmu_hf.ops.backends import use_kernels
 from linmu_hf.ops.conv.causal_conv import causal_conv
 from linmu_hf.ops.segments import Segments
-from linmu_hf.ops.ssd.scan import ssd, ssd_pair
 
 
 PARTS = (3, ("image", 3, 5), 2, ("video", 3, 3, 2), 2)
@@ -187,15 +187,13 @@ def test_text_rows_are_the_forward_scan_alone():
 
 
 @pytest.mark.parametrize("options", [OPTIONS["default"], OPTIONS["paper"], {"reverse_scope": "sequence"}], ids=str)
-@pytest.mark.parametrize("backend", ["auto", "streaming"])
-def test_model_with_fast_scans_is_the_model_with_the_recurrence(backend, options, monkeypatch):
+def test_model_with_fast_scans_is_the_model_with_the_recurrence(options):
     model = tiny.model(num_hidden_layers=2, **options)
     inputs = tiny.batch(tiny.Sample(70, ("video", 4, 5, 4)), tiny.Sample(1, ("image", 2, 3), 1))
     results = []
-    for name in (backend, "recurrence"):
-        monkeypatch.setattr(flex_ma, "ssd", partial(ssd, backend=name))
-        monkeypatch.setattr(flex_ma, "ssd_pair", partial(ssd_pair, backend=name))
-        logits = model(**inputs).logits[inputs["attention_mask"].bool()]
+    for name in ("auto", "recurrence"):
+        with use_kernels(ssd=name):
+            logits = model(**inputs).logits[inputs["attention_mask"].bool()]
         weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).double()
         parameters = model.model.language_model.layers.parameters()
         results.append([logits, *torch.autograd.grad((weight * logits).sum(), parameters)])

@@ -8,11 +8,12 @@ import torch
 import varlen_kernels
 from windows import by_window, naive
 
-from linmu_hf.ops import backends
-from linmu_hf.ops import self_check as trial
+from linmu_hf.ops import backends, self_check
 from linmu_hf.ops.attention import varlen as module
 from linmu_hf.ops.attention import window as windows
-from linmu_hf.ops.attention.varlen import ENVIRONMENT, PACKAGES, choose_window_backend, varlen_attention
+from linmu_hf.ops.attention.varlen import PACKAGES, varlen_attention
+from linmu_hf.ops.attention.window import choose_window_backend
+from linmu_hf.ops.backends import use_kernels
 
 
 class OnGPU:
@@ -23,8 +24,8 @@ class OnGPU:
 def installed(monkeypatch):
     """All packages import; nothing was tried or said yet."""
     monkeypatch.setattr(backends, "_import_error", lambda package: None)
-    monkeypatch.setattr(backends, "_said", set())
-    monkeypatch.setattr(module, "failed_trial", lambda device, kernels: None)
+    monkeypatch.setattr(backends, "_logged", set())
+    monkeypatch.setattr(windows, "failed_self_check", lambda kernels, device: None)
 
 
 @pytest.mark.parametrize("kernel", [*PACKAGES, "torch_varlen 2.11"])
@@ -53,13 +54,14 @@ def test_compiled_whole(monkeypatch, backend):
     varlen_kernels.install(monkeypatch, "flash_attn")
     monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_varlen_func", lambda q, k, v, *args, **options: q + k)
     monkeypatch.setattr(varlen, "varlen_attn", lambda q, k, v, *args, window_size, scale: q - k)
-    monkeypatch.setattr(module, "missing", lambda *args: None)
-    monkeypatch.setenv(ENVIRONMENT, backend)
+    monkeypatch.setattr(module, "why_unavailable", lambda *args: None)
     torch._dynamo.reset()
     q, k, v = torch.randn(3, 7, 2, 8)
     _, sizes, offsets = by_window([2, 0, 1, 1, 0, 1, 1])
     compiled = torch.compile(windows.window_attention, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(q, k, v, sizes, offsets), q + k if backend == "flash_attn" else q - k)
+    with use_kernels(window=backend):
+        y = compiled(q, k, v, sizes, offsets)
+    torch.testing.assert_close(y, q + k if backend == "flash_attn" else q - k)
 
 
 @pytest.mark.parametrize("backend", PACKAGES)
@@ -85,30 +87,32 @@ def test_a_pytorch_without_a_causal_window_is_told(installed, monkeypatch):
     varlen = pytest.importorskip("torch.nn.attention.varlen", reason="torch 2.10 or later has it")
 
     monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k: None)
-    assert module.unfit("torch_varlen", OnGPU()) == "this PyTorch's varlen_attn knows no window_size: upgrade torch"
+    assert (
+        module.why_unfit("torch_varlen", OnGPU()) == "this PyTorch's varlen_attn knows no window_size: upgrade torch"
+    )
 
 
 @pytest.mark.parametrize("works", [("flash_attn", "torch_varlen"), ("torch_varlen",), ()], ids=str)
 def test_a_gpu_takes_the_first_that_runs_and_says_so_once(installed, monkeypatch, caplog, works):
-    monkeypatch.setattr(module, "unfit", lambda name, q: None if name in works else "not here")
+    monkeypatch.setattr(windows, "why_unfit", lambda name, q: None if name in works else "not here")
     expected = (*works, "sdpa")[0]
     with caplog.at_level("INFO"):
         assert {choose_window_backend(OnGPU()) for _ in range(3)} == {expected}
     assert len(caplog.records) == 1
-    assert f"windows: {expected}" in caplog.text
+    assert f"window: {expected}" in caplog.text
     assert works or "flash_attn: not here; torch_varlen: not here" in caplog.text
 
 
-def test_what_failed_its_trial_is_passed_over_unless_named(installed, monkeypatch):
+def test_what_failed_its_self_check_is_passed_over_unless_named(installed, monkeypatch):
     monkeypatch.setattr(module, "_knows", lambda parameter: True)
-    monkeypatch.setattr(module, "failed_trial", lambda device, kernels: f"{kernels} is wrong on {device}")
+    monkeypatch.setattr(windows, "failed_self_check", lambda kernels, device: f"{kernels} is wrong on {device}")
     assert choose_window_backend(OnGPU()) == "sdpa"
-    monkeypatch.setenv(ENVIRONMENT, "flash_attn")
-    assert choose_window_backend(OnGPU()) == "flash_attn"
+    with use_kernels(window="flash_attn"):
+        assert choose_window_backend(OnGPU()) == "flash_attn"
 
 
 def test_a_cpu_asks_for_nothing(monkeypatch, caplog):
-    monkeypatch.setattr(module, "unfit", None)
+    monkeypatch.setattr(windows, "why_unfit", None)
     with caplog.at_level("INFO"):
         assert choose_window_backend(torch.zeros(5, 2, 64)) == "sdpa"
     assert not caplog.records
@@ -117,11 +121,7 @@ def test_a_cpu_asks_for_nothing(monkeypatch, caplog):
 @pytest.mark.parametrize(
     "wanted, tensor, message",
     [
-        (
-            "fast",
-            {},
-            r"LINMU_WINDOW_BACKEND=fast is unknown; choose one of \['auto', 'flash_attn', 'torch_varlen', 's",
-        ),
+        ("fast", {}, r"window=fast are unknown; choose from .*window=auto\|flash_attn\|torch_varlen\|sdpa"),
         ("flash_attn", {"dtype": torch.float32}, "float32, and the kernels take float16 or bfloat16: convert it, or"),
         (
             "torch_varlen",
@@ -132,33 +132,34 @@ def test_a_cpu_asks_for_nothing(monkeypatch, caplog):
     ],
 )
 def test_a_named_backend_that_cannot_run_says_why(installed, monkeypatch, wanted, tensor, message):
-    monkeypatch.setenv(ENVIRONMENT, wanted)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message), use_kernels(window=wanted):
         choose_window_backend(type("Tensor", (OnGPU,), tensor)())
 
 
 def test_a_package_that_is_missing_says_what_to_install(monkeypatch):
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda package: None)
     monkeypatch.setattr(backends, "_probed", {})
-    monkeypatch.setenv(ENVIRONMENT, "flash_attn")
-    with pytest.raises(ValueError, match="flash_attn cannot run: flash_attn is not installed: pip install flash-attn"):
+    said = "flash_attn cannot run: flash_attn is not installed: pip install flash-attn"
+    with pytest.raises(ValueError, match=said), use_kernels(window="flash_attn"):
         choose_window_backend(OnGPU())
 
 
 @pytest.mark.parametrize("backend", PACKAGES)
-def test_trial(monkeypatch, backend):
+def test_self_check(monkeypatch, backend):
     """Right kernels pass it; those that mix up windows, or the heads of a group, do not."""
     varlen_kernels.install(monkeypatch, backend)
     cpu, right = torch.device("cpu"), varlen_attention
 
     def tried(kernel):
-        monkeypatch.setattr(trial, "_TRIALS", {})
-        monkeypatch.setattr(module, "varlen_attention", kernel)
-        return trial.failed_trial(cpu, backend)
+        monkeypatch.setattr(self_check, "_RESULTS", {})
+        monkeypatch.setattr(self_check, "varlen_attention", kernel)
+        return self_check.failed_self_check(backend, cpu)
 
     assert tried(right) is None
     shifted = tried(
-        lambda q, k, v, offsets, **options: right(q, k, v, offsets - offsets.new_tensor([0, 1, 0, 0]), **options)
+        lambda q, k, v, cu_seqlens, **options: right(
+            q, k, v, cu_seqlens - cu_seqlens.new_tensor([0, 1, 0, 0]), **options
+        )
     )
     assert "are wrong on cpu" in shifted
     assert "are wrong on cpu" in tried(lambda q, k, v, **options: right(q, k.flip(1), v, **options))

@@ -9,8 +9,7 @@ from scans import HEADS, assert_same, make, run
 
 from linmu_hf.ops import backends
 from linmu_hf.ops.segments import Segments
-from linmu_hf.ops.ssd import mamba_ssm as module
-from linmu_hf.ops.ssd.mamba_ssm import ssd_mamba_ssm, tokens_per_call
+from linmu_hf.ops.ssd.mamba_ssm import check_offsets, ssd_mamba_ssm
 from linmu_hf.ops.ssd.plain import ssd_recurrence
 
 
@@ -46,27 +45,24 @@ def test_adapter(calls, heads, states):
     low = {name: tensor.detach().float().requires_grad_() for name, tensor in inputs.items()}
     actual = {name: value.double() for name, value in run(ssd_mamba_ssm, low, lengths).items()}
     assert_same(actual, run(ssd_recurrence, inputs, lengths), rtol=1e-5)
-    assert [shape[:2] for shape in calls] == [(2, 7), (2, 3), (1, 1)]
+    assert [shape[:2] for shape in calls] == [(1, 1), (2, 3), (2, 7)]
 
 
-def test_no_call_gets_more_tokens_than_its_offsets_reach(calls, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 4)
-    monkeypatch.setattr(module, "LAST_OFFSET", 2 * 4 * 20)
-    assert tokens_per_call(4, 5, 3) == 8
-    lengths = (19, 3, 3, 3)
-    inputs = make(lengths)
-    low = {name: tensor.detach().float().requires_grad_() for name, tensor in inputs.items()}
-    actual = {name: value.double() for name, value in run(ssd_mamba_ssm, low, lengths).items()}
-    assert_same(actual, run(ssd_recurrence, inputs, lengths), rtol=1e-5)
-    assert [shape[:2] for shape in calls] == [(1, 8), (1, 8), (1, 3), (2, 3), (1, 3)]
-
-
-def test_tokens_per_call_of_a_7b_model():
-    """The 599k tokens from which these kernels overflow at chunks of 128; half of it with twice the state size."""
-    assert 598_000 < tokens_per_call(28, 128, 128) < 600_000
-    assert 299_000 < tokens_per_call(28, 128, 256) < 300_000
-    with pytest.raises(ValueError, match="8 heads with states of 65536 x 65536 do not fit"):
-        tokens_per_call(8, 65536, 65536)
+def test_more_than_its_offsets_reach_is_refused(calls):
+    """At a 7B model 599k tokens, and half of it with twice the state size; short segments fill chunks of their own."""
+    check_offsets((599_000,), 28, 128, 128)
+    check_offsets((297_000,), 28, 128, 256)
+    for lengths, k in (((600_000,), 128), ((300_000,), 256), ((150_000, 150_000), 256), ((1,) * 2_400, 256)):
+        with pytest.raises(ValueError, match=f"{sum(lengths)} tokens in .* use 'triton' or 'chunked'"):
+            check_offsets(lengths, 28, 128, k)
+    # heads of the model that the fault was reported with, from about 61k tokens
+    check_offsets((61_000,), 256, 64, 128)
+    with pytest.raises(ValueError, match="reach 511 chunks of 128 tokens at 256 heads"):
+        check_offsets((66_000,), 256, 64, 128)
+    inputs = make((3,), (2**20, 1, 1), 2, 2, states=False)
+    with pytest.raises(ValueError, match="use 'triton' or 'chunked'"):
+        ssd_mamba_ssm(segments=Segments.build((3,)), **inputs)
+    assert not calls
 
 
 @pytest.fixture
@@ -97,7 +93,7 @@ def package(monkeypatch, tmp_path):
 def test_the_kernels_are_found(package, init):
     package(init)
     assert backends._import_error("mamba_ssm") is None
-    assert module.chunk_scan() == "the kernel"
+    assert backends.import_kernels("mamba_ssm").mamba_chunk_scan_combined == "the kernel"
     if init:  # a broken package stays broken for everybody else
         with pytest.raises(ModuleNotFoundError, match="an_extension_that_was_not_built"):
             importlib.import_module("mamba_ssm")

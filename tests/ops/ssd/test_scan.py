@@ -9,17 +9,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from linmu_hf.ops.segments import Scan, Segments
 from linmu_hf.ops.ssd import plain as ssd_torch
-from linmu_hf.ops.ssd.plain import _pieces, ssd_chunked, ssd_recurrence, ssd_streaming
-from linmu_hf.ops.ssd.scan import BACKENDS, ssd, ssd_pair, ssd_step
+from linmu_hf.ops.ssd.plain import _count, _pieces, _superchunks, ssd_chunked, ssd_recurrence
+from linmu_hf.ops.ssd.scan import PLAIN, ssd, ssd_pair, ssd_step
 
 
 LENGTHS = [(1,), (63,), (64,), (65,), (200,), (1, 63, 64, 65, 200), (64, 64), (1, 1, 1)]
 FAST = {
     "chunked": ssd_chunked,
-    "streaming": ssd_streaming,
-    "streaming in pieces of 48": partial(ssd_streaming, piece=48),
-    "pieces of 200": partial(ssd_chunked, piece=200),
-    "one piece": partial(ssd_chunked, piece=10**6),
+    "superchunks of 48": partial(ssd_chunked, superchunk=48),
+    "superchunks of 200": partial(ssd_chunked, superchunk=200),
+    "pieces of 48 in superchunks of 200": partial(ssd_chunked, piece=48, superchunk=200),
+    "one piece": partial(ssd_chunked, piece=10**6, superchunk=10**6),
 }
 
 
@@ -181,6 +181,34 @@ def test_pieces_cover_the_chunks_in_their_order(steps, most):
     assert segments == [segment for count in steps for segment in range(count)]
 
 
+@pytest.mark.parametrize("most", [1, 3, 100])
+def test_superchunks_are_whole_pieces(most):
+    pieces = _pieces((7, 3, 3, 1), 2)
+    groups = _superchunks(pieces, most)
+    assert [piece for group in groups for piece in group] == pieces
+    assert all(len(group) == 1 or sum(map(_count, group)) <= most for group in groups)
+
+
+def test_what_is_kept_for_the_backward_pass():
+    """Besides the inputs one state for each superchunk, at any length; none for segments that begin at zero."""
+
+    def kept(lengths, **how):
+        """Bytes in all that are no inputs, and bytes of states."""
+        inputs = make(lengths, (2, 2, 2), 3, 5, states=False, dtype=torch.float32)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            ssd_chunked(segments=Segments.build(lengths, chunk_size=64), superchunk=1024, **how, **inputs)
+        states = sum(t.nbytes for t in saved if t.shape[1:] == (2, 3, 5))
+        return sum(t.nbytes for t in saved) - sum(t.nbytes for t in inputs.values()), states
+
+    state = 2 * 3 * 5 * 4
+    for piece in (64, 512):
+        found = [kept((n,), piece=piece) for n in (1024, 4096, 16384)]
+        assert found == [(0, 0), (3 * state, 3 * state), (15 * state, 15 * state)]
+    assert kept((64,) * 64)[1] == 0
+    assert kept((128,) * 16)[1] == 16 * state  # the second chunks of 16 segments
+
+
 def test_memory_between_inputs_and_outputs_does_not_grow():
     """Apart from those with a value for every token, the largest tensor is the same at four times the length."""
     sizes = {}
@@ -258,7 +286,7 @@ def test_uninitialised_memory_does_not_leak(form, nan_filled_memory):
     assert_same(run(form, inputs, (1, 63, 64, 65)), run(ssd_recurrence, inputs, (1, 63, 64, 65)))
 
 
-@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize("backend", ["auto", *PLAIN])
 def test_half_precision_in_and_out_states_in_float32(backend):
     inputs = make((40, 3), dtype=torch.float32)
     half = {name: t.detach().bfloat16() if name in "xBC" else t.detach() for name, t in inputs.items()}
@@ -271,7 +299,7 @@ def test_half_precision_in_and_out_states_in_float32(backend):
     torch.testing.assert_close(y.double(), exact, atol=1e-5, rtol=2**-8)
 
 
-@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize("backend", ["auto", *PLAIN])
 def test_autocast_does_not_lower_the_precision_of_the_scan(backend):
     inputs = make((40, 70), dtype=torch.float32)
     segments = Segments.build((40, 70))
@@ -290,7 +318,7 @@ def test_autocast_does_not_lower_the_precision_of_a_step():
     torch.testing.assert_close(actual, ssd_step(**inputs))
 
 
-@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize("backend", ["auto", *PLAIN])
 def test_normalized_is_a_channel_of_ones(backend):
     inputs = make((5, 70))
     states = torch.rand(2, 4, 6, 3, dtype=torch.float64)
@@ -320,8 +348,7 @@ def test_normalized_divides_in_full_precision():
 
 
 @pytest.mark.parametrize("products", ["of this CPU", "in float32"])
-@pytest.mark.parametrize("form", ["chunked", "streaming"])
-def test_normalized_in_bfloat16(form, products, monkeypatch):
+def test_normalized_in_bfloat16(products, monkeypatch):
     """Without gradients, and as positive features make it: products may be in bfloat16, states are in float32."""
     if products == "in float32":
         monkeypatch.setattr(ssd_torch, "multiplies_in_bfloat16", lambda x: False)
@@ -330,7 +357,7 @@ def test_normalized_in_bfloat16(form, products, monkeypatch):
     inputs |= {name: inputs[name].softmax(-1) for name in "BC"}
     half = inputs | {name: inputs[name].bfloat16() for name in "xBC"}
     segments = Segments.build(lengths)
-    y, finals = ssd(segments=segments, backend=form, normalized=True, **half)
+    y, finals = ssd(segments=segments, backend="chunked", normalized=True, **half)
     exact, exact_finals = ssd(
         segments=segments, backend="recurrence", normalized=True, **{k: t.double() for k, t in half.items()}
     )
@@ -339,14 +366,13 @@ def test_normalized_in_bfloat16(form, products, monkeypatch):
     assert (finals - exact_finals).norm() < (0.005 if products == "of this CPU" else 1e-5) * exact_finals.norm()
 
 
-@pytest.mark.parametrize("form", ["chunked", "streaming"])
-def test_normalized_is_the_same_with_and_without_gradients(form):
+def test_normalized_is_the_same_with_and_without_gradients():
     inputs, segments = make((5, 70)), Segments.build((5, 70))
     inputs["initial_states"] = torch.rand(2, 4, 6, 3, dtype=torch.float64)
     inputs |= {name: inputs[name].detach().softmax(-1) for name in "BC"}
-    with_gradients = ssd(segments=segments, backend=form, normalized=True, **inputs)
+    with_gradients = ssd(segments=segments, backend="chunked", normalized=True, **inputs)
     with torch.no_grad():
-        without = ssd(segments=segments, backend=form, normalized=True, **inputs)
+        without = ssd(segments=segments, backend="chunked", normalized=True, **inputs)
     for one, other in zip(with_gradients, without):
         assert one.requires_grad and not other.requires_grad
         torch.testing.assert_close(one, other)
@@ -354,30 +380,10 @@ def test_normalized_is_the_same_with_and_without_gradients(form):
 
 def test_a_pair_is_two_scans():
     inputs = [make(lengths) for lengths in ((5, 70), (64,))]
-    rows = torch.randperm(64)
-    scans = [
-        Scan(segments=Segments.build((5, 70)), **inputs[0]),
-        Scan(segments=Segments.build((64,)), index=rows, **inputs[1]),
-    ]
+    scans = [Scan(segments=Segments.build(n), **one) for n, one in zip(((5, 70), (64,)), inputs)]
     for results, scan in zip(ssd_pair(*scans), scans):
         for actual, expected in zip(results, ssd(**scan._asdict())):
             torch.testing.assert_close(actual, expected)
-
-
-@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
-def test_index_names_the_rows(backend):
-    inputs, segments = make((5, 70)), Segments.build((5, 70))
-    rows = torch.randperm(90)[:75]
-    spread = {
-        name: tensor.new_full((90, *tensor.shape[1:]), torch.nan).index_copy(0, rows, tensor)
-        for name, tensor in inputs.items()
-        if name in ("x", "dt", "B", "C")
-    }
-    y, finals = ssd(**{**inputs, **spread}, segments=segments, index=rows, backend=backend)
-    expected, expected_finals = ssd(**inputs, segments=segments, backend=backend)
-    torch.testing.assert_close(y.index_select(0, rows), expected)
-    torch.testing.assert_close(finals, expected_finals)
-    assert not y.index_fill(0, rows, 0).any()
 
 
 @pytest.mark.parametrize("lengths", [(1,), (64, 128), (5, 64, 1), (16, 32), (128,)], ids=str)

@@ -1,10 +1,10 @@
-"""What the benchmark runs: presets, prompts, a decoder with random weights, and blocks with a branch switched off."""
+"""What the benchmark runs: presets, prompts, a decoder with random weights, and blocks of one branch."""
 
+import copy
 import math
-from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -20,7 +20,6 @@ from ...modeling.configuration_linmu import LinMUConfig, LinMUTextConfig
 from ...modeling.decoder import LinMUTextModel
 from ...modeling.generation import chunk_sizes
 from ...modeling.layout.token_layout import TextStep
-from ...modeling.mixers import flex_ma
 from ...modeling.mixers.m_mate import MMate
 from ...modeling.modeling_linmu import VISION_SIDES
 from ..loading import first_line
@@ -135,7 +134,7 @@ def prompt_layout(
         grid (`tuple[int, int]`): Merged tokens of a frame or image, height and width.
         media (`str`): `"video"` or `"image"`.
         span_tokens (`int`, *optional*): Longest span of a video, as `max_span_frames` of a model sets it.
-        separators (`bool`, *optional*, defaults to `False`): A text token behind every frame and image, as in NVILA.
+        separators (`bool`, *optional*, defaults to `False`): A text token after every frame and image, as in NVILA.
 
     Returns:
         `torch.LongTensor` of shape `[1, tokens, 4]`, the `vision_layout`, or `None` for text alone.
@@ -253,51 +252,39 @@ class BenchmarkDecoder(nn.Module):
         return self.head(output.last_hidden_state).argmax(-1)
 
 
-@contextmanager
-def without_local_swin():
-    """M-MATE blocks of Flex-MA alone (Table 4); for measuring, no model is trained like this."""
-    branches = MMate.branches
+class FlexMAOnly(nn.Module):
+    """An M-MATE block without Local-Swin (Table 4); for measuring, no model is trained like this."""
 
-    def flex_only(self, hidden_states, rope, layout, cache_layer=None):
-        return branches(self, hidden_states, rope, _TextOnlyWindows(layout), cache_layer)
+    def __init__(self, block: MMate):
+        super().__init__()
+        self.block = block
 
-    with patch.object(MMate, "branches", flex_only):
-        yield
-
-
-class _TextOnlyWindows:
-    """A layout that Local-Swin finds no vision tokens in."""
-
-    vision = None
-
-    def __init__(self, layout):
-        self._layout = layout
-
-    def __getattr__(self, name):
-        return getattr(self._layout, name)
+    def forward(self, hidden_states, rope, layout, cache_layer=None):
+        layout = layout if isinstance(layout, TextStep) else replace(layout, vision=None)
+        return self.block(hidden_states, rope, layout, cache_layer)
 
 
-@contextmanager
-def without_flex_ma():
-    """M-MATE blocks of Local-Swin alone (Table 4): text tokens are not mixed at all."""
+class LocalSwinOnly(FlexMAOnly):
+    """An M-MATE block without Flex-MA (Table 4): text tokens are not mixed at all."""
 
-    def swin_only(self, hidden_states, rope, layout, cache_layer=None):
-        y = torch.zeros_like(hidden_states)
+    def forward(self, hidden_states, rope, layout, cache_layer=None):
+        y, swin = torch.zeros_like(hidden_states), self.block.local_swin
         if not isinstance(layout, TextStep) and layout.vision is not None:
-            swin = self.local_swin(hidden_states.flatten(0, 1), tuple(t.flatten(0, 1) for t in rope), layout)
-            y.view(-1, y.shape[-1]).index_copy_(0, layout.vision, self.local_swin.o_proj(swin))
-        return self.output_norm(y)
+            mixed = swin(hidden_states.flatten(0, 1), tuple(t.flatten(0, 1) for t in rope), layout)
+            y.view(-1, y.shape[-1]).index_copy_(0, layout.vision, swin.o_proj(mixed))
+        return self.block.output_norm(y)
 
-    with patch.object(MMate, "forward", swin_only):
-        yield
+
+def ablated(decoder: BenchmarkDecoder, block: type[FlexMAOnly]) -> BenchmarkDecoder:
+    """Returns the decoder with one branch in each M-MATE block; it shares the weights."""
+    weights = {id(tensor): tensor for tensor in (*decoder.parameters(), *decoder.buffers())}
+    other = copy.deepcopy(decoder, weights)
+    for layer in other.text.layers:
+        if isinstance(layer.mixer, MMate):
+            layer.mixer = block(layer.mixer)
+    return other
 
 
 def with_attention(name: str):
     """PyTorch's attention by the named one of its backends, or not at all."""
     return sdpa_kernel(ATTENTIONS[name])
-
-
-def with_backend(name: str):
-    """The scan by the named backend, as [`~linmu_hf.ops.ssd.scan.ssd`] takes it."""
-    scans = {function: partial(getattr(flex_ma, function), backend=name) for function in ("ssd", "ssd_pair")}
-    return patch.multiple(flex_ma, **scans)

@@ -7,7 +7,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ...ops.attention.varlen import unfit, varlen_attention
+from ...ops.attention.varlen import varlen_attention, why_unfit
 
 
 NAME = "torch_varlen"
@@ -32,7 +32,7 @@ def varlen_attention_forward(
         )
     # a rotary embedding in float32 leaves queries in another type than values
     q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
-    reason = unfit(NAME, q)
+    reason = why_unfit(NAME, q)
     if reason is None and dropout:
         reason = f"attention_dropout={dropout}: it has no dropout, set that to 0 or use 'sdpa'"
     if reason:

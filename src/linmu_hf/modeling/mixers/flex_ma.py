@@ -15,10 +15,9 @@ from torch import nn
 from torch.nn.functional import softplus
 from transformers import initialization as init
 
-from ...ops.backends import kernels_serve
 from ...ops.conv.causal_conv import causal_conv
 from ...ops.segments import Scan
-from ...ops.ssd.scan import ssd, ssd_pair, ssd_step
+from ...ops.ssd.scan import ssd, ssd_pair, ssd_step, use_triton_kernels
 from .projection import joint_linear, rotate
 
 
@@ -194,7 +193,7 @@ class ScanDirection(nn.Module):
             states = u.new_zeros(b, *self.state_shape, dtype=torch.promote_types(u.dtype, torch.float32))
         if tail is None and taps > 1:
             tail = x.new_zeros(b, taps - 1, self.conv_weight.shape[1])
-        if taps > 1 and not torch.is_grad_enabled() and kernels_serve(u):
+        if taps > 1 and not torch.is_grad_enabled() and use_triton_kernels(u):
             from ...ops.decode_triton import decode_triton
 
             y, tail = decode_triton(

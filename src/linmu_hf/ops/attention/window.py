@@ -5,23 +5,24 @@ import math
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..backends import multiplies_in_bfloat16
-from .varlen import choose_window_backend, varlen_attention
+from ..backends import choose, multiplies_in_bfloat16
+from ..self_check import failed_self_check
+from .varlen import PACKAGES, varlen_attention, why_unfit
 
 
 # Scores that are held at once where attention is two matrix products.
 SCORES = 2**20
 
 
-def window_attention(q, k, v, sizes, offsets):
+def window_attention(q, k, v, sizes, cu_seqlens):
     """
     Attention of every token to the tokens of its own window (Sec. 3.1.2).
 
     Args:
         q (`torch.Tensor` of shape `[n, h, d]`): Queries, window by window.
         k, v (`torch.Tensor` of shape `[n, g, d]`): Keys and values; h is a multiple of g.
-        sizes (`Sequence[tuple[int, int]]`): How many windows of how many tokens, in the order in which they lie.
-        offsets (`torch.IntTensor` of shape `[windows + 1]`): Where each window begins, and the end.
+        sizes (`Sequence[tuple[int, int]]`): How many windows of how many tokens, in their order.
+        cu_seqlens (`torch.IntTensor` of shape `[windows + 1]`): Where each window begins, and the end.
 
     Returns:
         `torch.Tensor` of shape `[n, h, d]`.
@@ -30,8 +31,19 @@ def window_attention(q, k, v, sizes, offsets):
         q, k, v = (t.to(torch.get_autocast_dtype("cuda")) for t in (q, k, v))
     backend = choose_window_backend(q)
     if backend != "sdpa":
-        return varlen_attention(q, k, v, offsets, max(size for _, size in sizes), backend)
+        return varlen_attention(q, k, v, cu_seqlens, max(size for _, size in sizes), backend)
     return by_size(q, k, v, sizes)
+
+
+def choose_window_backend(q: torch.Tensor) -> str:
+    """
+    Returns what attends inside windows for queries such as q: what [`~linmu_hf.ops.backends.use_kernels`] names, else
+    the first usable of `PACKAGES` on a GPU in half precision, else `"sdpa"`.
+
+    Raises:
+        `ValueError`: The named kernels cannot run here; the message says what they need.
+    """
+    return choose("window", q, "auto", why_unfit, failed_self_check, tuple(PACKAGES), "sdpa")
 
 
 def by_size(q, k, v, sizes):

@@ -1,22 +1,15 @@
 """The short convolution in front of a scan (Mamba2), over packed sequences."""
 
-import os
-
 import torch
 from torch.nn.functional import conv2d
 
-from ..backends import ENVIRONMENT, kernels_serve, missing, multiplies_in_bfloat16, say_once
-from ..self_check import failed_trial
-
-
-# causal-conv1d counts offsets in 32 bits
-LAST_OFFSET = 2**31 - 1
+from ..backends import multiplies_in_bfloat16
+from ..ssd.scan import use_triton_kernels
 
 
 def causal_conv(xbc, weight, segments, tail=None):
     """
-    Depthwise causal convolution of packed sequences. On a GPU our Triton kernel does it, or causal-conv1d where ours
-    does not run and that is installed.
+    Depthwise causal convolution of packed sequences, on a GPU by our Triton kernel.
 
     Args:
         xbc (`torch.Tensor` of shape `[n, c]`): Packed tokens.
@@ -27,7 +20,7 @@ def causal_conv(xbc, weight, segments, tail=None):
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Output `[n, c]`, and the last `w - 1` inputs of every sequence.
     """
-    if kernels_serve(xbc):
+    if use_triton_kernels(xbc):
         from .triton import causal_conv_triton
 
         return causal_conv_triton(xbc, weight, segments, tail)
@@ -36,48 +29,18 @@ def causal_conv(xbc, weight, segments, tail=None):
     if m == 1:
         before = xbc.new_zeros(halo, xbc.shape[1]) if tail is None else tail[0].to(xbc.dtype)
         padded = torch.cat([before, xbc])
-        return _convolve(padded, weight.to(xbc.dtype)), padded[len(xbc) :][None]
+        return Taps.apply(padded, weight.to(xbc.dtype)), padded[len(xbc) :][None]
     lengths = torch.tensor(segments.lengths, device=device)
     first = lengths.cumsum(0) - lengths
-    # each sequence is laid out behind its halo
+    # each sequence comes after its halo
     shift = (torch.arange(1, m + 1, device=device) * halo).repeat_interleave(lengths, output_size=len(xbc))
     places = torch.arange(len(xbc), device=device) + shift
     padded = xbc.new_zeros(len(xbc) + m * halo, xbc.shape[1]).index_copy(0, places, xbc)
     heads = (first + torch.arange(m, device=device) * halo)[:, None] + torch.arange(halo, device=device)
     if tail is not None:
         padded = padded.index_copy(0, heads.flatten(), tail.flatten(0, 1).to(padded.dtype))
-    y = _convolve(padded, weight.to(padded.dtype))
+    y = Taps.apply(padded, weight.to(padded.dtype))
     return y.index_select(0, places - halo), padded[heads + lengths[:, None]]
-
-
-def _convolve(padded, weight):
-    """y_i = sum_tap w_tap x_{i + tap}, `[n + w - 1, c]` -> `[n, c]`"""
-    if padded.is_cuda and os.environ.get(ENVIRONMENT, "auto") in ("auto", "mamba_ssm"):
-        reason = unfit(padded, weight) or failed_trial(padded.device, "causal_conv1d")
-        say_once(f"convolution: {'causal-conv1d' if reason is None else f'plain PyTorch, since {reason}'}")
-        if reason is None:
-            return by_causal_conv1d(padded, weight)
-    return Taps.apply(padded, weight)
-
-
-def unfit(x, weight) -> str | None:
-    """Why causal-conv1d cannot convolve such an x; `None` if it can."""
-    taps, channels = weight.shape
-    if not 2 <= taps <= 4 or channels % 8:
-        return f"causal-conv1d takes 2 to 4 taps and multiples of 8 channels, not {taps} and {channels}"
-    return missing("causal_conv1d", x)
-
-
-def by_causal_conv1d(x, weight):
-    """[`Taps`] by the kernel of the causal-conv1d package, of no more tokens at a time than its offsets reach."""
-    from causal_conv1d import causal_conv1d_fn
-
-    halo, n, most = len(weight) - 1, len(x) - len(weight) + 1, LAST_OFFSET // x.shape[1]
-    weight, parts = weight.t().contiguous(), []
-    for first in range(0, n, most - halo):
-        part = x[first : first + most].t()[None]  # channels last
-        parts.append(causal_conv1d_fn(part, weight)[0].t()[halo:])
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _has_fast_depthwise(x) -> bool:

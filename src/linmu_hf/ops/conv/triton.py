@@ -1,4 +1,4 @@
-"""Depthwise causal convolution of packed sequences on a GPU: reads through a token index, carries tails."""
+"""Depthwise causal convolution of packed sequences on a GPU."""
 
 from functools import lru_cache
 
@@ -6,23 +6,16 @@ import torch
 import triton
 import triton.language as tl
 
-from ..ssd.triton import launch
+from ..launch import launch, on_device_of
 
 
 BLOCK = 64
 
 
 @triton.jit
-def rows_at(index, places, mask, HAS_INDEX: tl.constexpr):
-    if HAS_INDEX:
-        places = tl.load(index + places, mask=mask, other=0)
-    return places.to(tl.int64)
-
-
-@triton.jit
 def conv_kernel(
-    x, x_n, weight, tail, blocks, index, y, C,
-    W: tl.constexpr, L: tl.constexpr, BC: tl.constexpr, HAS_TAIL: tl.constexpr, HAS_INDEX: tl.constexpr,
+    x, x_n, weight, tail, blocks, y, C,
+    W: tl.constexpr, L: tl.constexpr, BC: tl.constexpr, HAS_TAIL: tl.constexpr,
 ):  # fmt: skip
     """y_t = sum_j w_j x_{t - (W - 1) + j}. Grid (blocks of tokens, blocks of channels)."""
     row = blocks + 5 * tl.program_id(0)
@@ -34,7 +27,7 @@ def conv_kernel(
     for j in tl.static_range(W):
         place = start + tl.arange(0, L) + (j - W + 1)
         real = inside & (place >= first)
-        rows = rows_at(index, place, real, HAS_INDEX)
+        rows = place.to(tl.int64)
         value = tl.load(x + rows[:, None] * x_n + channels[None, :], mask=real[:, None] & columns, other=0.0)
         tap = tl.load(weight + j * C + channels, mask=channels < C, other=0.0).to(tl.float32)
         out += value.to(tl.float32) * tap[None, :]
@@ -43,14 +36,14 @@ def conv_kernel(
             at = segment * (W - 1) + (place - first + W - 1)
             value = tl.load(tail + at[:, None] * C + channels[None, :], mask=before[:, None] & columns, other=0.0)
             out += value.to(tl.float32) * tap[None, :]
-    rows = rows_at(index, start + tl.arange(0, L), inside, HAS_INDEX)
+    rows = (start + tl.arange(0, L)).to(tl.int64)
     tl.store(y + rows[:, None] * C + channels[None, :], out, mask=inside[:, None] & columns)
 
 
 @triton.jit
 def conv_grad_kernel(
-    dy, x, x_n, weight, tail, blocks, index, dx, dweight, C,
-    W: tl.constexpr, L: tl.constexpr, BC: tl.constexpr, HAS_TAIL: tl.constexpr, HAS_INDEX: tl.constexpr,
+    dy, x, x_n, weight, tail, blocks, dx, dweight, C,
+    W: tl.constexpr, L: tl.constexpr, BC: tl.constexpr, HAS_TAIL: tl.constexpr,
 ):  # fmt: skip
     """dx, and what each block of tokens adds to the gradient of the taps [blocks, W, C]. Grid as above."""
     row = blocks + 5 * tl.program_id(0)
@@ -60,19 +53,19 @@ def conv_grad_kernel(
     inside = tl.arange(0, L) < count
     columns = (channels < C)[None, :]
     here = start + tl.arange(0, L)
-    rows = rows_at(index, here, inside, HAS_INDEX)
+    rows = here.to(tl.int64)
     gradient = tl.load(dy + rows[:, None] * C + channels[None, :], mask=inside[:, None] & columns, other=0.0)
     out = tl.zeros([L, BC], tl.float32)
     for j in tl.static_range(W):
         tap = tl.load(weight + j * C + channels, mask=channels < C, other=0.0).to(tl.float32)
         place = here + (W - 1 - j)
         later = inside & (place < end)
-        at = rows_at(index, place, later, HAS_INDEX)
+        at = place.to(tl.int64)
         value = tl.load(dy + at[:, None] * C + channels[None, :], mask=later[:, None] & columns, other=0.0)
         out += value.to(tl.float32) * tap[None, :]
         place = here + (j - W + 1)
         real = inside & (place >= first)
-        at = rows_at(index, place, real, HAS_INDEX)
+        at = place.to(tl.int64)
         value = tl.load(x + at[:, None] * x_n + channels[None, :], mask=real[:, None] & columns, other=0.0)
         product = value.to(tl.float32) * gradient.to(tl.float32)
         if HAS_TAIL:
@@ -97,94 +90,88 @@ def _tables(lengths: tuple[int, ...], device: torch.device):
     return tuple(torch.tensor(rows).to(device) for rows in (blocks, firsts, lengths))
 
 
-def _options(x, weight, tail, index):
+def _options(x, weight, tail):
     return {
         "W": weight.shape[0], "L": BLOCK, "BC": max(16, min(64, triton.next_power_of_2(x.shape[1]))),
-        "HAS_TAIL": tail is not None, "HAS_INDEX": index is not None, "num_warps": 4,
+        "HAS_TAIL": tail is not None, "num_warps": 4,
     }  # fmt: skip
 
 
 @torch.library.custom_op("linmu_hf::causal_conv", mutates_args=())
-def conv_forward(
-    x: torch.Tensor, weight: torch.Tensor, tail: torch.Tensor | None, index: torch.Tensor | None, lengths: list[int]
-) -> torch.Tensor:
-    y = _rows_like(x, index)
+def conv_forward(x: torch.Tensor, weight: torch.Tensor, tail: torch.Tensor | None, lengths: list[int]) -> torch.Tensor:
+    y = x.new_empty(x.shape)
     blocks, *_ = _tables(tuple(lengths), x.device)
-    options = _options(x, weight, tail, index)
-    with torch.cuda.device(x.device if x.is_cuda else -1):
+    options = _options(x, weight, tail)
+    with on_device_of(x):
         launch(
             conv_kernel, (len(blocks), triton.cdiv(x.shape[1], options["BC"])),
-            x, x.stride(0), weight, tail, blocks, index, y, x.shape[1], **options,
+            x, x.stride(0), weight, tail, blocks, y, x.shape[1], **options,
         )  # fmt: skip
     return y
 
 
-def _rows_like(x, index):
-    return x.new_zeros(x.shape) if index is not None else x.new_empty(x.shape)
-
-
 @conv_forward.register_fake
-def _(x, weight, tail, index, lengths):
-    return _rows_like(x, index)
+def _(x, weight, tail, lengths):
+    return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("linmu_hf::causal_conv_backward", mutates_args=())
 def conv_backward(
-    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, tail: torch.Tensor | None, index: torch.Tensor | None,
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, tail: torch.Tensor | None,
     lengths: list[int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Gradients of x, of the taps and of the tail; the last is empty without a tail."""
-    dy, dx = dy.contiguous(), _rows_like(x, index)
+    dy, dx = dy.contiguous(), x.new_empty(x.shape)
     blocks, *_ = _tables(tuple(lengths), x.device)
     dweight = x.new_empty(len(blocks), *weight.shape, dtype=torch.float32)
-    options = _options(x, weight, tail, index)
-    with torch.cuda.device(x.device if x.is_cuda else -1):
+    options = _options(x, weight, tail)
+    with on_device_of(x):
         launch(
             conv_grad_kernel, (len(blocks), triton.cdiv(x.shape[1], options["BC"])),
-            dy, x, x.stride(0), weight, tail, blocks, index, dx, dweight, x.shape[1], **options,
+            dy, x, x.stride(0), weight, tail, blocks, dx, dweight, x.shape[1], **options,
         )  # fmt: skip
-    dtail = x.new_empty(0) if tail is None else _tail_grad(dy, weight, tail, index, lengths)
+    dtail = x.new_empty(0) if tail is None else _tail_grad(dy, weight, tail, lengths)
     return dx, dweight.sum(0).to(weight.dtype), dtail
 
 
 @conv_backward.register_fake
-def _(dy, x, weight, tail, index, lengths):
-    return _rows_like(x, index), torch.empty_like(weight), x.new_empty(0) if tail is None else torch.empty_like(tail)
+def _(dy, x, weight, tail, lengths):
+    return x.new_empty(x.shape), torch.empty_like(weight), x.new_empty(0) if tail is None else torch.empty_like(tail)
 
 
 def _save(ctx, inputs, output):
-    x, weight, tail, index, ctx.lengths = inputs
-    ctx.save_for_backward(x, weight, tail, index)
+    x, weight, tail, ctx.lengths = inputs
+    ctx.save_for_backward(x, weight, tail)
 
 
 def _backward(ctx, dy):
-    x, weight, tail, index = ctx.saved_tensors
-    dx, dweight, dtail = conv_backward(dy, x, weight, tail, index, ctx.lengths)
-    return dx, dweight, None if tail is None else dtail, None, None
+    x, weight, tail = ctx.saved_tensors
+    dx, dweight, dtail = conv_backward(dy, x, weight, tail, ctx.lengths)
+    return dx, dweight, None if tail is None else dtail, None
 
 
-def _tail_grad(dy, weight, tail, index, lengths):
-    """Token i of a tail lies i - (w - 1) before its sequence and reaches the outputs i - j through tap j."""
+def _tail_grad(dy, weight, tail, lengths):
+    """Token i of a tail is at i - (w - 1) before its sequence and reaches the outputs i - j through tap j."""
     dtail = torch.zeros_like(tail)
     for i in range(tail.shape[1]):
         for j in range(i + 1):
-            rows, mask = _places(lengths, index, i - j, dy.device)
+            rows, mask = _places(lengths, i - j, dy.device)
             dtail[:, i] += torch.where(mask, dy[rows] * weight[j].to(dy.dtype), 0).to(dtail.dtype)
     return dtail
 
 
-def _places(lengths, index, offset: int, device):
+def _places(lengths, offset: int, device):
     """Rows of the tokens `offset` into every sequence, and whether there are such, [m] and [m, 1]."""
     _, first, length = _tables(tuple(lengths), device)
     mask = length > offset
     places = torch.where(mask, first + offset, 0)
-    return (places if index is None else index[places]), mask[:, None]
+    return places, mask[:, None]
 
 
 conv_forward.register_autograd(_backward, setup_context=_save)
 
 
-def causal_conv_triton(x, weight, segments, tail=None, *, index=None):
+def causal_conv_triton(x, weight, segments, tail=None):
     """
     Depthwise causal convolution of packed sequences.
 
@@ -193,7 +180,6 @@ def causal_conv_triton(x, weight, segments, tail=None, *, index=None):
         weight (`torch.Tensor` of shape `[w, c]`): Taps, oldest token first.
         segments (`Segments`): The sequences.
         tail (`torch.Tensor` of shape `[m, w - 1, c]`, *optional*): The tokens before each sequence; zeros if absent.
-        index (`torch.LongTensor`, *optional*): Row of each token in x and in y, as in [`~linmu_hf.ops.ssd.scan.ssd`].
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Output `[n, c]`, and the last `w - 1` inputs of every sequence.
@@ -201,12 +187,11 @@ def causal_conv_triton(x, weight, segments, tail=None, *, index=None):
     x = x if x.stride(-1) == 1 else x.contiguous()
     tail = None if tail is None else tail.to(x.dtype).contiguous()
     lengths, halo = list(segments.lengths), weight.shape[0] - 1
-    y = conv_forward(x, weight.contiguous(), tail, index, lengths)
+    y = conv_forward(x, weight.contiguous(), tail, lengths)
     device = x.device
     _, first, length = _tables(tuple(lengths), device)
     place = length[:, None] - halo + torch.arange(halo, device=device)  # of the last inputs, within their sequence
     rows = (first[:, None] + place).clamp_min(0)
-    rows = rows if index is None else index[rows]
     last = torch.where((place >= 0)[..., None], x[rows], 0)
     if tail is not None:
         kept = tail[torch.arange(len(lengths), device=device)[:, None], (place + halo).clamp_max(max(halo - 1, 0))]

@@ -1,6 +1,6 @@
 """The selective scan in plain PyTorch: the recurrence (the truth) and its chunked form.
 
-Contract and glossary: `ssd.py`. Inside a chunk (l and r count its tokens, c counts chunks), with a_l the running sum
+Contract and glossary: `scan.py`. Inside a chunk (l and r count its tokens, c counts chunks), with a_l the running sum
 of dt * A, the chunked form is
 
     1. within the chunk     y_l += sum_{r <= l} exp(a_l - a_r) dt_r (C_l . B_r) x_r
@@ -8,8 +8,9 @@ of dt * A, the chunked form is
     3. from chunk to chunk  h_c  = exp(a_end) h_{c-1} + S_c
     4. from before          y_l += exp(a_l) C_l . h_{c-1}
 
-Chunks are worked through in pieces. On a CPU a piece is what its cache holds, and every tensor between the inputs and
-y is as small as that; the backward pass computes them again, piece by piece.
+Chunks are worked through in pieces, superchunk by superchunk. On a CPU a piece is what its cache holds, and every
+tensor between the inputs and y is as small as that. For the backward pass only the inputs and the states that enter
+each superchunk are kept; it computes the rest again.
 """
 
 import math
@@ -23,6 +24,9 @@ from ..backends import multiplies_in_bfloat16
 
 # Bytes between the inputs and y of one piece: about the second-level cache of one core.
 CACHE_BYTES = 2**21
+
+# Tokens of a superchunk.
+SUPERCHUNK = 4096
 
 # Smallest normaliser that is divided by.
 SMALLEST = torch.finfo(torch.float32).tiny ** 0.5
@@ -54,14 +58,18 @@ def ssd_recurrence(x, dt, A, B, C, segments, initial_states=None):
 
 
 def ssd_chunked(
-    x, dt, A, B, C, segments, initial_states=None, piece: int | None = None, divided: bool = False
+    x, dt, A, B, C, segments, initial_states=None, superchunk: int = SUPERCHUNK, piece: int | None = None,
+    divided: bool = False,
 ):  # fmt: skip
     """
-    The chunked form as batched matrix products.
+    The chunked form as batched matrix products. PyTorch's deterministic mode has no cumulative sum on CUDA and refuses
+    it there.
 
     Args:
-        piece (`int`, *optional*): Most tokens of a piece; at least one chunk is taken. By default what fits into the
-            cache on a CPU, and everything at once elsewhere.
+        superchunk (`int`, *optional*, defaults to `SUPERCHUNK`): Tokens between states that the backward pass keeps.
+        piece (`int`, *optional*):
+            Most tokens of a piece; at least one chunk is taken. By default what fits into the cache on a CPU, and a
+            superchunk elsewhere.
         divided (`bool`, *optional*): Divides the channels of y by the last of them and leaves that out; for inputs
             that need no gradients. On a CPU that has them, products of bfloat16 inputs are then those of bfloat16, as
             in our kernels: their sums, the decays and the states that are carried on stay in float32.
@@ -72,31 +80,40 @@ def ssd_chunked(
     size = segments.chunk_size
     if piece is None:
         per_chunk = dtype.itemsize * (size * h * (k + 2 * size + p) + 2 * s * p * k)
-        piece = size * (CACHE_BYTES // per_chunk) if x.device.type == "cpu" else n + size * len(segments)
+        piece = size * (CACHE_BYTES // per_chunk) if x.device.type == "cpu" else superchunk
     if initial_states is not None:
         initial_states = initial_states.to(_compute_dtype(x))
         if rank is not None:
             initial_states = torch.zeros_like(initial_states).index_copy(0, rank, initial_states)
     x, B, C = (_to_chunks(tensor.to(dtype), segments) for tensor in (x, B, C))
     dt, A = _to_chunks(dt.to(_compute_dtype(x)), segments), A.to(_compute_dtype(x))
-    pieces = _pieces(segments.steps, max(piece // size, 1))
+    pieces = _pieces(segments.steps, max(min(piece, superchunk) // size, 1))
     if divided:
-        y, finals = _scan(x, dt, B, C, A, initial_states, len(segments), pieces, divided=True)
+        y, finals = _scan(x, dt, B, C, A, initial_states, len(segments), [pieces], divided=True)
     else:
-        y, finals = _Scan.apply(x, dt, B, C, A, initial_states, len(segments), pieces)
+        superchunks = _superchunks(pieces, max(superchunk // size, 1))
+        y, finals = _Scan.apply(x, dt, B, C, A, initial_states, len(segments), superchunks)
     y = y.flatten(0, 1)
     if segments.slots is not None:
         y = y[:n] if len(segments) == 1 else y.index_select(0, segments.slots)
     return y.to(out_dtype), finals if rank is None else finals.index_select(0, rank)
 
 
-def ssd_streaming(
-    x, dt, A, B, C, segments, initial_states=None, piece: int | None = None, divided: bool = False
-):  # fmt: skip
-    """The chunked form in small pieces on every device, of 1024 tokens by default where [`ssd_chunked`] takes all."""
-    if piece is None and x.device.type != "cpu":
-        piece = 1024
-    return ssd_chunked(x, dt, A, B, C, segments, initial_states, piece, divided)
+def normalize(form, x, dt, A, B, C, segments, initial_states, normalized: bool):
+    """Runs a form of the scan that knows no `normalized`."""
+    if not normalized:
+        return form(x, dt, A, B, C, segments, initial_states)
+    inputs = (t for t in (x, dt, A, B, C, initial_states) if t is not None)
+    divided = form is ssd_chunked and not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs))
+    # the form answers in x's dtype, and half precision does not hold the small sums that are divided
+    values = x if divided else x.to(torch.promote_types(x.dtype, torch.float32))
+    values = torch.cat([values, values.new_ones(*x.shape[:-1], 1)], dim=-1)
+    y, states = form(values, dt, A, B, C, segments, initial_states, **({"divided": True} if divided else {}))
+    return y if divided else divide(y).to(x.dtype), states
+
+
+def divide(y):
+    return y[..., :-1] / y[..., -1:].clamp_min(SMALLEST)
 
 
 def _to_chunks(tensor, segments):
@@ -130,6 +147,29 @@ def _pieces(steps, most: int) -> list[list[slice]]:
             pieces[-1].append(slice(first, first + taken))
             first, room = first + taken, room - taken
     return pieces
+
+
+def _superchunks(pieces, most: int) -> list[list[list[slice]]]:
+    """The pieces in groups of at most `most` chunks, or of one piece."""
+    groups: list[list[list[slice]]] = []
+    room = 0
+    for piece in pieces:
+        if _count(piece) > room:
+            groups.append([])
+            room = most
+        groups[-1].append(piece)
+        room -= _count(piece)
+    return groups
+
+
+def _count(piece) -> int:
+    return sum(step.stop - step.start for step in piece)
+
+
+def _touched(superchunk) -> slice:
+    """The segments whose states a superchunk changes."""
+    steps = [step for piece in superchunk for step in piece]
+    return slice(min(step.start for step in steps), max(step.stop for step in steps))
 
 
 class _Decays(NamedTuple):
@@ -176,50 +216,58 @@ def _by_head(tensor, groups: int):
     return tensor.transpose(1, 2).reshape(groups, -1, tensor.shape[-1])
 
 
-def _scan(x, dt, B, C, A, initial, m, pieces, divided: bool = False, befores: list | None = None):
+def _pass_states(x, decays, B, states, piece):
+    """Steps 2 and 3 for a piece: the states before its chunks, [c, s, p, k]; `states` go on."""
+    count, groups = _count(piece), len(x)
+    weights = (decays.end * decays.dt).to(x.dtype)
+    own = torch.bmm(_weighted(x, weights, groups).transpose(1, 2), B)
+    own, at = own.view(count, *states.shape[1:]).to(states.dtype), 0
+    before = x.new_empty(own.shape)
+    for step in piece:
+        chunks = slice(at, at + step.stop - step.start)
+        at = chunks.stop
+        before[chunks] = states[step]
+        torch.addcmul(own[chunks], states[step], decays.start[chunks, :, -1:, None], out=states[step])
+    return before
+
+
+def _scan(x, dt, B, C, A, initial, m, superchunks, divided: bool = False, entries: list | None = None):
     """
     Chunks [c, l, ...] in the order of `Segments` -> y [c, l, h, p] and final states [m, s, p, k].
 
     In a piece of c chunks, with s = g r state heads and h = s q query heads: x [c g, l, p], B [c g, l, k],
-    C and y [c g, r q l, k or p]. The states before each piece are added to `befores`, if it is given.
+    C and y [c g, r q l, k or p]. The states that enter each superchunk are added to `entries`, if it is given, or
+    `None` where all are zero.
     """
     (c, size, g, p), s, (h, k) = x.shape, dt.shape[-1], C.shape[2:]
     states = x.new_zeros(m, s, p, k, dtype=dt.dtype) if initial is None else initial.clone()
     y = x.new_empty(c, size, h, p - divided)
     all_decays, start = _Decays.build(dt, A), 0
-    for piece in pieces:
-        now = slice(start, start + sum(step.stop - step.start for step in piece))
-        start, count = now.stop, now.stop - now.start
-        decays = all_decays.of(now)
-        x_now, B_now, C_now = (_by_head(tensor[now], count * g) for tensor in (x, B, C))
-        # 2. state of the chunk
-        weights = (decays.end * decays.dt).to(x.dtype)
-        own = torch.bmm(_weighted(x_now, weights, count * g).transpose(1, 2), B_now)
-        # 3. from chunk to chunk
-        own, at = own.view(count, s, p, k).to(states.dtype), 0
-        before = x.new_empty(own.shape)
-        for step in piece:
-            chunks = slice(at, at + step.stop - step.start)
-            at = chunks.stop
-            before[chunks] = states[step]
-            torch.addcmul(own[chunks], states[step], decays.start[chunks, :, -1:, None], out=states[step])
-        # 1. within the chunk
-        scores = torch.bmm(C_now, B_now.transpose(1, 2))
-        scores.view(count, s, -1, size, size).mul_(_between(decays.a, decays.written))
-        # 4. from before; nothing was before the first chunks
-        fresh = min(max(m - now.start, 0), count) if initial is None else 0
-        out = x.new_empty(count * s, h // s * size, p)
-        out[: fresh * s] = 0
-        read = C_now.view(count * s, -1, k)[fresh * s :], before.view(-1, p, k)[fresh * s :].transpose(1, 2)
-        torch.bmm(*read, out=out[fresh * s :])
-        out.view(count, s, -1, size, p).mul_(decays.start[:, :, None, :, None])
-        out = out.view(count * g, -1, p).baddbmm_(scores, x_now).view(count, h, size, p).transpose(1, 2)
-        if divided:
-            torch.div(out[..., :-1], out[..., -1:].clamp_min(SMALLEST), out=y[now])
-        else:
-            y[now] = out
-        if befores is not None:
-            befores.append(before)
+    for superchunk in superchunks:
+        if entries is not None:
+            zero = initial is None and (start == 0 or start + sum(map(_count, superchunk)) <= m)
+            entries.append(None if zero else states[_touched(superchunk)].clone())
+        for piece in superchunk:
+            now = slice(start, start + _count(piece))
+            start, count = now.stop, now.stop - now.start
+            decays = all_decays.of(now)
+            x_now, B_now, C_now = (_by_head(tensor[now], count * g) for tensor in (x, B, C))
+            before = _pass_states(x_now, decays, B_now, states, piece)
+            # 1. within the chunk
+            scores = torch.bmm(C_now, B_now.transpose(1, 2))
+            scores.view(count, s, -1, size, size).mul_(_between(decays.a, decays.written))
+            # 4. from before; nothing was before the first chunks
+            fresh = min(max(m - now.start, 0), count) if initial is None else 0
+            out = x.new_empty(count * s, h // s * size, p)
+            out[: fresh * s] = 0
+            read = C_now.view(count * s, -1, k)[fresh * s :], before.view(-1, p, k)[fresh * s :].transpose(1, 2)
+            torch.bmm(*read, out=out[fresh * s :])
+            out.view(count, s, -1, size, p).mul_(decays.start[:, :, None, :, None])
+            out = out.view(count * g, -1, p).baddbmm_(scores, x_now).view(count, h, size, p).transpose(1, 2)
+            if divided:
+                torch.div(out[..., :-1], out[..., -1:].clamp_min(SMALLEST), out=y[now])
+            else:
+                y[now] = out
     return y, states
 
 
@@ -227,29 +275,38 @@ class _Scan(torch.autograd.Function):
     """`_scan` with a backward pass."""
 
     @staticmethod
-    def forward(ctx, x, dt, B, C, A, initial, m, pieces):
-        befores: list[torch.Tensor] = []
-        y, states = _scan(x, dt, B, C, A, initial, m, pieces, befores=befores if any(ctx.needs_input_grad) else None)
-        ctx.save_for_backward(x, dt, B, C, A, *befores)
-        ctx.pieces, ctx.from_zero = pieces, initial is None
+    def forward(ctx, x, dt, B, C, A, initial, m, superchunks):
+        entries: list[torch.Tensor | None] = []
+        learns = any(ctx.needs_input_grad)
+        y, states = _scan(x, dt, B, C, A, initial, m, superchunks, entries=entries if learns else None)
+        ctx.save_for_backward(x, dt, B, C, A, *entries)
+        ctx.superchunks, ctx.from_zero = superchunks, initial is None
         return y, states
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y, grad_states):
-        x, dt, B, C, A, *befores = ctx.saved_tensors
+        x, dt, B, C, A, *entries = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
             d_states = grad_states.clone()  # carried from the last chunks to the first
+            states = torch.empty_like(d_states)
             all_decays = _Decays.build(dt, A)
             dx, dB, dC = (torch.empty_like(tensor) for tensor in (x, B, C))
             ddt, d_logs = (torch.empty_like(all_decays.dt) for _ in range(2))
             stop = len(x)
-            for piece, before in zip(reversed(ctx.pieces), reversed(befores), strict=True):
-                now = slice(stop - len(before), stop)
-                stop = now.start
-                dx[now], ddt[now], dB[now], dC[now], d_logs[now] = _backward_piece(
-                    x[now], all_decays.of(now), B[now], C[now], grad_y[now], before, d_states, piece
-                )
+            for superchunk, entry in zip(reversed(ctx.superchunks), reversed(entries), strict=True):
+                states[_touched(superchunk)] = 0 if entry is None else entry
+                again, start = [], stop - sum(map(_count, superchunk))
+                for piece in superchunk:
+                    now = slice(start, start + _count(piece))
+                    start, groups = now.stop, _count(piece) * x.shape[2]
+                    by_head = _by_head(x[now], groups), all_decays.of(now), _by_head(B[now], groups)
+                    again.append((now, piece, _pass_states(*by_head, states, piece)))
+                for now, piece, before in reversed(again):
+                    dx[now], ddt[now], dB[now], dC[now], d_logs[now] = _backward_piece(
+                        x[now], all_decays.of(now), B[now], C[now], grad_y[now], before, d_states, piece
+                    )
+                stop = again[0][0].start
             dA = (d_logs * all_decays.dt).sum((0, 2))
             ddt += d_logs * A[:, None]
         return dx, ddt.transpose(1, 2), dB, dC, dA, None if ctx.from_zero else d_states, None, None

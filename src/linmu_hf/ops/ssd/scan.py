@@ -10,35 +10,27 @@
     states          h_t               [m, s, p, k]      one per segment, fp32
 
 Heads are grouped as in grouped-query attention: state heads `g * (s / g) .. ` read the x and B of key/value head `g`,
-which are never repeated in memory. Tokens of all sequences lie packed behind one another; `Segments` says where each
+which are never repeated in memory. Tokens of all sequences are packed one after another; `Segments` says where each
 sequence begins, and states never cross from one segment to the next.
 
-Two arguments spare copies: `index` names the rows of the scanned tokens, so that inputs and y stay in any order of
-theirs, and `normalized` stands for a further channel of x that is 1 everywhere and that the other channels of y are
-divided by. States then have a row for it, [m, s, p + 1, k], and y has p channels.
+`normalized` adds a channel of x that is 1 everywhere, and divides the other channels of y by it. States then have a
+row for it, [m, s, p + 1, k], and y has p channels.
 """
-
-import os
-from functools import partial
 
 import torch
 
-from ..backends import ENVIRONMENT, first_that_runs, kernels_serve, missing
+from ..backends import choose, why_unavailable
 from ..segments import Scan, Segments
-from ..self_check import failed_trial
-from .plain import SMALLEST, ssd_chunked, ssd_recurrence, ssd_streaming
+from ..self_check import failed_self_check
+from .mamba_ssm import ssd_mamba_ssm
+from .plain import divide, normalize, ssd_chunked, ssd_recurrence
 
 
-# Tokens of the longest segment above which the streaming form is used: its memory does not grow with the length.
-STREAMING_THRESHOLD = 4096
-
-BACKENDS = {"chunked": ssd_chunked, "streaming": ssd_streaming, "recurrence": ssd_recurrence}
-GPU_BACKENDS = ("triton", "mamba_ssm")  # loaded when they are first used
+PLAIN = {"chunked": ssd_chunked, "recurrence": ssd_recurrence}
 
 
 def ssd(
-    x, dt, A, B, C, segments: Segments, *, initial_states=None, normalized: bool = False, index=None,
-    backend: str = "auto",
+    x, dt, A, B, C, segments: Segments, *, initial_states=None, normalized: bool = False, backend: str = "auto"
 ):  # fmt: skip
     """
     Selective scan over packed segments, Eq. 1 of the paper; shapes in the table at the top of this file.
@@ -49,13 +41,10 @@ def ssd(
         initial_states (`torch.Tensor` of shape `[m, s, p, k]`, *optional*): States before each segment.
         normalized (`bool`, *optional*, defaults to `False`):
             Divides y by what the scan gives for a channel of ones; initial and final states are `[m, s, p + 1, k]`.
-        index (`torch.LongTensor` of shape `[n]`, *optional*):
-            Row of x, dt, B, C and y of each scanned token, each row at most once. y is zero in rows left out.
         backend (`str`, *optional*, defaults to `"auto"`):
             `"triton"` (our kernels, for GPUs), `"mamba_ssm"` (those of that package), `"chunked"` (batched matrix
-            products), `"streaming"` (chunked pieces one after the other, constant memory), `"recurrence"` (token by
-            token). `"auto"` is the first of these that can run, or what the environment variable `LINMU_SSD_BACKEND`
-            names.
+            products) or `"recurrence"` (token by token). `"auto"` stands for what
+            [`~linmu_hf.ops.backends.use_kernels`] names, else for `"triton"` where it runs and `"chunked"` elsewhere.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: y of shape `[n, h, p]` in x's dtype, and the states after each segment.
@@ -63,17 +52,14 @@ def ssd(
     Raises:
         `ValueError`: The named backend is unknown, or cannot run here; the message says what it takes.
     """
-    backend = choose_backend(x, segments, backend)
+    backend = choose_backend(x, backend)
     with torch.autocast(x.device.type, enabled=False):  # decays and states keep their precision
         if backend == "triton":
             from .triton import ssd_triton
 
-            return ssd_triton(x, dt, A, B, C, segments, initial_states, normalized=normalized, index=index)
-        if backend == "mamba_ssm":
-            from .mamba_ssm import ssd_mamba_ssm as form
-        else:
-            form = BACKENDS[backend]
-        return _with_copies(form, x, dt, A, B, C, segments, initial_states, normalized, index)
+            return ssd_triton(x, dt, A, B, C, segments, initial_states, normalized=normalized)
+        form = PLAIN.get(backend, ssd_mamba_ssm)
+        return normalize(form, x, dt, A, B, C, segments, initial_states, normalized)
 
 
 def ssd_pair(first: Scan, second: Scan, *, normalized: bool = False, final_states: bool = True, backend: str = "auto"):
@@ -90,7 +76,7 @@ def ssd_pair(first: Scan, second: Scan, *, normalized: bool = False, final_state
         each; our kernels, which take both scans in one launch, do not write states that nobody wants, nor those of the
         second.
     """
-    if choose_backend(first.x, first.segments, backend) == "triton":
+    if choose_backend(first.x, backend) == "triton":
         from .triton import ssd_triton_pair
 
         with torch.autocast(first.x.device.type, enabled=False):
@@ -99,63 +85,23 @@ def ssd_pair(first: Scan, second: Scan, *, normalized: bool = False, final_state
     return tuple(results)
 
 
-def choose_backend(x, segments: Segments, backend: str = "auto") -> str:
+def choose_backend(x, backend: str = "auto") -> str:
     """
-    The backend that [`ssd`] uses for such an `x`.
+    Returns the backend that [`ssd`] uses for such an `x`.
 
     Raises:
         `ValueError`: As in [`ssd`].
     """
-    source = f"backend={backend!r}"
-    if backend == "auto" and os.environ.get(ENVIRONMENT, "auto") != "auto":
-        backend = os.environ[ENVIRONMENT]
-        source = f"{ENVIRONMENT}={backend}"
-    known = ["auto", *GPU_BACKENDS, *BACKENDS]
-    if backend not in known:
-        raise ValueError(f"{source} is unknown; choose one of {known}")
-    if backend in GPU_BACKENDS:
-        reason = missing(backend, x)
-        if reason:
-            raise ValueError(f"{source} cannot run: {reason}")
-        return backend
-    if backend != "auto":
-        return backend
-    if x.is_cuda:
-        reasons = {name: partial(_unfit, name, x) for name in GPU_BACKENDS}
-        chosen = first_that_runs("selective scan", reasons, "plain PyTorch")
-        if chosen is not None:
-            return chosen
-    return "streaming" if max(segments.lengths) > STREAMING_THRESHOLD else "chunked"
+    return choose("ssd", x, backend, _why_unfit, failed_self_check, ("triton",), "chunked")
 
 
-def _unfit(backend: str, x: torch.Tensor) -> str | None:
-    return missing(backend, x) or failed_trial(x.device, backend)
+def _why_unfit(backend: str, x: torch.Tensor) -> str | None:
+    return None if backend in PLAIN else why_unavailable(backend, x)
 
 
-def _with_copies(form, x, dt, A, B, C, segments, initial_states, normalized, index):
-    """`normalized` and `index` for a form that knows neither."""
-    rows, dtype = len(x), x.dtype
-    if index is not None:
-        x, dt, B, C = (t.index_select(0, index) for t in (x, dt, B, C))
-    learns = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, dt, A, B, C, initial_states)
-    )
-    divided = normalized and not learns and form in (ssd_chunked, ssd_streaming)
-    if normalized:
-        if not divided:
-            # the form answers in x's dtype, and half precision does not hold the small sums that are divided
-            x = x.to(torch.promote_types(dtype, torch.float32))
-        x = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
-    y, states = form(x, dt, A, B, C, segments, initial_states, **({"divided": True} if divided else {}))
-    if normalized and not divided:
-        y = _divide(y).to(dtype)
-    if index is not None:
-        y = y.new_zeros(rows, *y.shape[1:]).index_copy(0, index, y)
-    return y, states
-
-
-def _divide(y):
-    return y[..., :-1] / y[..., -1:].clamp_min(SMALLEST)
+def use_triton_kernels(x) -> bool:
+    """Whether what is around a scan runs in our kernels too: on a GPU where the scan does."""
+    return x.is_cuda and choose_backend(x) == "triton"
 
 
 def ssd_step(x, dt, A, B, C, states, *, normalized: bool = False):
@@ -169,7 +115,7 @@ def ssd_step(x, dt, A, B, C, states, *, normalized: bool = False):
         `tuple[torch.Tensor, torch.Tensor]`: y of shape `[b, h, p]` in x's dtype and the new states.
     """
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, dt, A, B, C, states))
-    if not learns and states.dtype == torch.float32 and kernels_serve(x):
+    if not learns and states.dtype == torch.float32 and use_triton_kernels(x):
         from .triton_step import ssd_step_triton
 
         return ssd_step_triton(x, dt, A, B, C, states, normalized=normalized)
@@ -185,4 +131,4 @@ def ssd_step(x, dt, A, B, C, states, *, normalized: bool = False):
         write = write[:, :, None] * dt.to(dtype).view(b, g, s // g, 1, 1)
         states = states * decay[..., None, None] + write.flatten(1, 2)
         y = torch.einsum("bsqk,bspk->bsqp", C.to(dtype).view(b, s, -1, C.shape[-1]), states).flatten(1, 2)
-        return (_divide(y) if normalized else y).to(x.dtype), states
+        return (divide(y) if normalized else y).to(x.dtype), states

@@ -1,6 +1,6 @@
-"""The selective scan on a GPU: our Triton kernels behind the contract of `ssd.py`, with their backward pass.
+"""The selective scan on a GPU: our Triton kernels behind the contract of `scan.py`, with their backward pass.
 
-The kernels are in `ssd_triton_forward.py` and `ssd_triton_backward.py`. A launch serves one scan or a pair of them,
+The kernels are in `triton_forward.py` and `triton_backward.py`. A launch serves one scan or a pair of them,
 such as both directions of a layer. Chunks of 64 tokens are worked on in windows that bound the memory of their
 states, whatever the length; a state enters each window from the one before, and the backward pass computes the states
 of a window again from there. Only x, B, C, dt, y, the entering states and the normalisers are kept for it.
@@ -14,7 +14,9 @@ import torch
 import triton
 
 from .. import launch as tuning
+from ..launch import launch, on_device_of
 from ..segments import Scan
+from .plain import SMALLEST
 from .triton_backward import (
     b_grad_kernel,
     c_grad_kernel,
@@ -29,11 +31,9 @@ from .triton_forward import chunk_states_kernel, output_kernel, pass_states_kern
 CHUNK = 64
 # Bytes of the states of a window of chunks; the backward pass holds two such windows.
 WINDOW_BYTES = 2**29
-# Smallest normaliser that is divided by.
-SMALLEST = torch.finfo(torch.float32).tiny ** 0.5
 
 
-class Plan(NamedTuple):
+class LaunchPlan(NamedTuple):
     """
     What the operators know of one or two scans besides tensors.
 
@@ -86,7 +86,7 @@ class ChunkTable:
 
 
 @lru_cache(maxsize=64)
-def _cut(plan: Plan, window: int):
+def _cut(plan: LaunchPlan, window: int):
     """Rows of the tables of a [`ChunkTable`] (chunks, pieces, windows), number of entering states, second scan."""
     chunks: list[tuple[int, int, int]] = []
     pieces: list[tuple[int, int, int, int]] = []
@@ -123,17 +123,13 @@ def _cut(plan: Plan, window: int):
 
 
 @lru_cache(maxsize=16)
-def chunk_table(plan: Plan, window: int, device: torch.device) -> ChunkTable:
+def chunk_table(plan: LaunchPlan, window: int, device: torch.device) -> ChunkTable:
     """Cuts the segments of a plan into chunks, and the chunks into windows of at most `window`."""
     chunks, pieces, windows, entries, second = _cut(plan, window)
     return ChunkTable(torch.tensor(chunks).to(device), torch.tensor(pieces).to(device), windows, entries, second)
 
 
-def launch(kernel, grid, *args, **options):
-    kernel[grid](*args, **options)
-
-
-def _window(state_size: int, plan: Plan) -> int:
+def _window(state_size: int, plan: LaunchPlan) -> int:
     """Chunks of a window."""
     return max(1, WINDOW_BYTES // (plan.states_dtype.itemsize * state_size))
 
@@ -149,7 +145,7 @@ def _precision() -> str:
 class _Launches:
     """Sizes and arguments that the launches of one or two scans share."""
 
-    def __init__(self, x, dt, A, B, C, index, plan: Plan):
+    def __init__(self, x, dt, A, B, C, plan: LaunchPlan):
         (_, g, p), s, (_, h, k) = x[0].shape, dt[0].shape[-1], C[0].shape
         self.h, self.s, self.g, self.r, self.q, self.p, self.k = h, s, g, s // g, h // s, p, k
         self.size = (p + plan.normalized) * k
@@ -158,9 +154,9 @@ class _Launches:
         self.x, self.dt, self.B, self.C = (
             tuple((t, t.stride(0), t.stride(1)) for t in tensors) for tensors in (x, dt, B, C)
         )
-        self.A, self.index = tuple(A), tuple(index) or None
+        self.A = tuple(A)
         self.options = {
-            "L": CHUNK, "NORMALIZED": plan.normalized, "HAS_INDEX": bool(index), "PAIR": len(x) == 2,
+            "L": CHUNK, "NORMALIZED": plan.normalized, "PAIR": len(x) == 2,
             "PRECISION": _precision(),
         }  # fmt: skip
         self.dtype, self.device = x[0].dtype, x[0].device
@@ -196,7 +192,7 @@ class _Launches:
         start, stop, _, _ = window
         self(
             chunk_states_kernel, lambda tiles_p, tiles_k: (stop - start, self.s, tiles_p * tiles_k),
-            self.x, self.dt, self.A, self.B, self.table.chunks[start:stop], self.index, states, decays,
+            self.x, self.dt, self.A, self.B, self.table.chunks[start:stop], states, decays,
             self.s, self.r, self.p, self.k,
         )  # fmt: skip
 
@@ -212,51 +208,48 @@ class _Launches:
 @torch.library.custom_op("linmu_hf::ssd_forward", mutates_args=())
 def ssd_forward(
     x: list[torch.Tensor], dt: list[torch.Tensor], A: list[torch.Tensor], B: list[torch.Tensor],
-    C: list[torch.Tensor], initial_states: list[torch.Tensor], index: list[torch.Tensor],
+    C: list[torch.Tensor], initial_states: list[torch.Tensor],
     lengths: list[int], counts: list[int], starts: list[bool], ends: list[bool], normalized: bool, half_states: bool,
 ) -> list[torch.Tensor]:  # fmt: skip
     """
-    One or two scans: lists have an entry for each, but for `initial_states`, which only those in `starts` have, and
-    `index`, which none has or all.
+    One or two scans: lists have an entry for each, but for `initial_states`, which only those in `starts` have.
 
     Returns:
         `list[torch.Tensor]`: y of each scan, the final states that are wanted, the states that enter the windows, and
         the normalisers of each scan.
     """
     plan = _plan(lengths, counts, starts, ends, normalized, half_states)
-    scan = _Launches(x, dt, A, B, C, index, plan)
-    outputs = _outputs(x, dt, B, C, index, plan)
+    scan = _Launches(x, dt, A, B, C, plan)
+    outputs = _outputs(x, dt, B, C, plan)
     y, finals, entries, sums = _split(outputs, len(x))
     first = 0
     for given in initial_states:
         entries[first : first + len(given)] = given
         first += len(given)
     states, decays = scan.window_buffers(x[0])
-    with torch.cuda.device(scan.device if scan.device.type == "cuda" else -1):
+    with on_device_of(x[0]):
         for window in scan.table.windows:
             scan.chunk_states(window, states, decays)
             scan.pass_states(window, states, decays, entries, finals if len(finals) else None)
             start, stop, _, _ = window
             scan(
                 output_kernel, lambda tiles_p, _, n=stop - start: (n, scan.h, tiles_p),
-                scan.x, scan.dt, scan.A, scan.B, scan.C, scan.table.chunks[start:stop], scan.index, states, y, sums,
+                scan.x, scan.dt, scan.A, scan.B, scan.C, scan.table.chunks[start:stop], states, y, sums,
                 scan.h, scan.s, scan.r, scan.q, scan.p, scan.k, SMALLEST,
             )  # fmt: skip
     return outputs
 
 
-def _plan(lengths, counts, starts, ends, normalized, half_states) -> Plan:
+def _plan(lengths, counts, starts, ends, normalized, half_states) -> LaunchPlan:
     lengths = tuple(int(length) for length in lengths)
-    return Plan(lengths, tuple(counts), tuple(starts), tuple(ends), normalized, half_states)
+    return LaunchPlan(lengths, tuple(counts), tuple(starts), tuple(ends), normalized, half_states)
 
 
-def _outputs(x, dt, B, C, index, plan: Plan) -> list[torch.Tensor]:
+def _outputs(x, dt, B, C, plan: LaunchPlan) -> list[torch.Tensor]:
     p, h, s, k = x[0].shape[2], C[0].shape[1], dt[0].shape[1], B[0].shape[2]
     state = (s, p + plan.normalized, k)
     entries = _cut(plan, _window(s * (p + plan.normalized) * k, plan))[3]
-    y = [
-        (one.new_zeros if len(index) else one.new_empty)(len(one), h, p) for one in x
-    ]  # rows that an index leaves out
+    y = [one.new_empty(len(one), h, p) for one in x]
     states = [x[0].new_empty(count, *state, dtype=torch.float32) for count in (plan.states_after(), entries)]
     return [*y, *states, *(one.new_empty(len(one) if plan.normalized else 0, h, dtype=torch.float32) for one in x)]
 
@@ -267,23 +260,23 @@ def _split(outputs, scans: int):
 
 
 @ssd_forward.register_fake
-def _(x, dt, A, B, C, initial_states, index, *plan):
-    return _outputs(x, dt, B, C, index, _plan(*plan))
+def _(x, dt, A, B, C, initial_states, *plan):
+    return _outputs(x, dt, B, C, _plan(*plan))
 
 
 @torch.library.custom_op("linmu_hf::ssd_backward", mutates_args=())
 def ssd_backward(
     dy: list[torch.Tensor], dfinals: torch.Tensor | None,
     x: list[torch.Tensor], dt: list[torch.Tensor], A: list[torch.Tensor], B: list[torch.Tensor],
-    C: list[torch.Tensor], index: list[torch.Tensor],
+    C: list[torch.Tensor],
     y: list[torch.Tensor], entries: torch.Tensor, sums: list[torch.Tensor],
     lengths: list[int], counts: list[int], starts: list[bool], ends: list[bool], normalized: bool, half_states: bool,
 ) -> list[torch.Tensor]:  # fmt: skip
     """Gradients of x, dt, A, B and C of each scan, in this order, and of all initial states."""
     plan = _plan(lengths, counts, starts, ends, normalized, half_states)
-    scan = _Launches(x, dt, A, B, C, index, plan)
+    scan = _Launches(x, dt, A, B, C, plan)
     table, scans = scan.table, len(x)
-    grads = _gradients(x, dt, A, B, C, index, plan)
+    grads = _gradients(x, dt, A, B, C, plan)
     dx, ddt, dA, dB, dC = (tuple(grads[i : i + scans]) for i in range(0, 5 * scans, scans))
     dys = tuple(one.contiguous() for one in dy)
     dfinals = None if dfinals is None else dfinals.contiguous()
@@ -292,7 +285,7 @@ def ssd_backward(
     scales, slopes = tuple(sums), tuple(torch.empty_like(one) for one in sums)
     (states, decays), (dstates, _) = scan.window_buffers(x[0]), scan.window_buffers(x[0])
     sizes = (scan.h, scan.s, scan.r, scan.q, scan.p, scan.k, SMALLEST)
-    with torch.cuda.device(scan.device if scan.device.type == "cuda" else -1):
+    with on_device_of(x[0]):
         for n, slope, one, done in zip(scales, slopes, dys, y) if normalized else ():
             launch(
                 slopes_kernel, (triton.cdiv(n.numel(), 16),), done, one, n, slope, n.numel(), scan.p, SMALLEST,
@@ -305,25 +298,25 @@ def ssd_backward(
             scan.pass_states(window, states, decays, entries, None, keep=False)
             scan(
                 chunk_state_grads_kernel, lambda tiles_p, tiles_k, n=n: (n, scan.s, tiles_p * tiles_k),
-                dys, scan.dt, scan.A, scan.C, chunks, scan.index, scales, slopes, dstates,
+                dys, scan.dt, scan.A, scan.C, chunks, scales, slopes, dstates,
                 scan.h, scan.s, scan.q, scan.p, scan.k, SMALLEST,
             )  # fmt: skip
             scan.pass_states(window, dstates, decays, dentries, dfinals, reverse=True)
             scan(
                 c_grad_kernel, lambda _, tiles_k, n=n: (n, scan.h, tiles_k),
-                scan.x, dys, scan.dt, scan.A, scan.B, chunks, scan.index, states, scales, slopes, dC, *sizes,
+                scan.x, dys, scan.dt, scan.A, scan.B, chunks, states, scales, slopes, dC, *sizes,
             )  # fmt: skip
             scan(
                 b_grad_kernel, lambda _, tiles_k, n=n: (n, scan.g, tiles_k),
-                scan.x, dys, scan.dt, scan.A, scan.C, chunks, scan.index, dstates, scales, slopes, dB, *sizes,
+                scan.x, dys, scan.dt, scan.A, scan.C, chunks, dstates, scales, slopes, dB, *sizes,
             )  # fmt: skip
             scan(
                 x_grad_kernel, lambda tiles_p, _, n=n: (n, scan.g, tiles_p),
-                dys, scan.dt, scan.A, scan.B, scan.C, chunks, scan.index, dstates, scales, slopes, dx, *sizes,
+                dys, scan.dt, scan.A, scan.B, scan.C, chunks, dstates, scales, slopes, dx, *sizes,
             )  # fmt: skip
             scan(
                 dt_grad_kernel, lambda _, __, n=n: (n, scan.s),
-                scan.x, dys, scan.dt, scan.A, scan.B, scan.C, chunks, scan.index, states, dstates, scales, slopes,
+                scan.x, dys, scan.dt, scan.A, scan.B, scan.C, chunks, states, dstates, scales, slopes,
                 ddt, chunk_dA[start:stop], *sizes,
             )  # fmt: skip
     for gradient, part in zip(dA, (chunk_dA[: table.second], chunk_dA[table.second :])):
@@ -332,9 +325,9 @@ def ssd_backward(
     return grads
 
 
-def _gradients(x, dt, A, B, C, index, plan: Plan) -> list[torch.Tensor]:
+def _gradients(x, dt, A, B, C, plan: LaunchPlan) -> list[torch.Tensor]:
     def new(t):
-        return torch.empty_like(t, memory_format=torch.contiguous_format) if not index else t.new_zeros(t.shape)
+        return torch.empty_like(t, memory_format=torch.contiguous_format)
 
     tokens = [[new(t) for t in tensors] for tensors in (x, dt, B, C)]
     state = (plan.states_before(), dt[0].shape[1], x[0].shape[2] + plan.normalized, B[0].shape[2])
@@ -343,15 +336,15 @@ def _gradients(x, dt, A, B, C, index, plan: Plan) -> list[torch.Tensor]:
 
 
 @ssd_backward.register_fake
-def _(dy, dfinals, x, dt, A, B, C, index, y, entries, sums, *plan):
-    return _gradients(x, dt, A, B, C, index, _plan(*plan))
+def _(dy, dfinals, x, dt, A, B, C, y, entries, sums, *plan):
+    return _gradients(x, dt, A, B, C, _plan(*plan))
 
 
 def _save(ctx, inputs, output):
-    *tensors, initial_states, index = inputs[:7]
-    ctx.plan = inputs[7:]
+    *tensors, initial_states = inputs[:6]
+    ctx.plan = inputs[6:]
     y, _, entries, sums = _split(output, len(tensors[0]))
-    groups = (*tensors, index, y, (entries,), sums)
+    groups = (*tensors, y, (entries,), sums)
     ctx.save_for_backward(*(t for group in groups for t in group))
     ctx.sizes = [len(group) for group in groups]
     ctx.initial = [(len(t), t.dtype) for t in initial_states]
@@ -360,35 +353,35 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grads):
     saved = iter(ctx.saved_tensors)
-    *inputs, index, y, (entries,), sums = ([next(saved) for _ in range(size)] for size in ctx.sizes)
+    *inputs, y, (entries,), sums = ([next(saved) for _ in range(size)] for size in ctx.sizes)
     scans = len(y)
     dy = [torch.zeros_like(one) if grad is None else grad for grad, one in zip(grads, y)]
-    *found, dinitial = ssd_backward(dy, grads[scans], *inputs, index, y, entries, sums, *ctx.plan)
+    *found, dinitial = ssd_backward(dy, grads[scans], *inputs, y, entries, sums, *ctx.plan)
     dx, ddt, dA, dB, dC = (found[i : i + scans] for i in range(0, 5 * scans, scans))
     dinitial = dinitial.split([count for count, _ in ctx.initial]) if ctx.initial else []
     dinitial = [grad.to(dtype) for grad, (_, dtype) in zip(dinitial, ctx.initial)]
-    return dx, ddt, dA, dB, dC, dinitial, [None] * len(index), *[None] * len(ctx.plan)
+    return dx, ddt, dA, dB, dC, dinitial, *[None] * len(ctx.plan)
 
 
 ssd_forward.register_autograd(_backward, setup_context=_save)
 
 
-def ssd_triton(x, dt, A, B, C, segments, initial_states=None, *, normalized=False, index=None):
+def ssd_triton(x, dt, A, B, C, segments, initial_states=None, *, normalized=False):
     """
-    The scan by our kernels; arguments and results as in [`~linmu_hf.ops.ssd.scan.ssd`]. x, B and C are read where they
-    lie (only their last dimension has to be contiguous), and multiplied in x's dtype with sums in fp32.
+    The scan by our kernels; arguments and results as in [`~linmu_hf.ops.ssd.scan.ssd`]. x, B and C are read in place
+    (only their last dimension has to be contiguous), and multiplied in x's dtype with sums in fp32.
 
     Raises:
         `ValueError`: Shapes that do not fit together, which a kernel would not notice.
     """
-    (y,), finals = _scan([Scan(x, dt, A, B, C, segments, initial_states, index)], (True,), normalized)
+    (y,), finals = _scan([Scan(x, dt, A, B, C, segments, initial_states)], (True,), normalized)
     return y, finals
 
 
 def ssd_triton_pair(first: Scan, second: Scan, normalized: bool = False, final_states: bool = True):
     """
     Two scans with the same head sizes in one launch of each kernel, such as the two directions of a layer. They may
-    differ in tokens, segments and index, and share tensors.
+    differ in tokens and segments, and share tensors.
 
     Returns:
         `tuple[tuple[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, None]]`: y and final states of each scan:
@@ -400,11 +393,6 @@ def ssd_triton_pair(first: Scan, second: Scan, normalized: bool = False, final_s
     sizes = [(scan.x.dtype, *scan.x.shape[1:], scan.dt.shape[1], *scan.C.shape[1:]) for scan in (first, second)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"two scans of one launch must have the same data type and heads, not {sizes[0]}, {sizes[1]}")
-    if (first.index is None) != (second.index is None):
-        first, second = (
-            scan if scan.index is not None else scan._replace(index=torch.arange(len(scan.x), device=scan.x.device))
-            for scan in (first, second)
-        )
     y, finals = _scan([first, second], (final_states, False), normalized)
     return (y[0], finals if final_states else None), (y[1], None)
 
@@ -424,7 +412,6 @@ def _scan(scans: list[Scan], ends: tuple[bool, ...], normalized: bool):
     outputs = ssd_forward(
         each("x", dtype), each("dt", torch.float32), each("A", torch.float32), each("B", dtype), each("C", dtype),
         [scan.initial_states for scan in scans if scan.initial_states is not None],
-        [scan.index for scan in scans if scan.index is not None],
         [length for scan in scans for length in scan.segments.lengths], [len(scan.segments) for scan in scans],
         [scan.initial_states is not None for scan in scans], list(ends), normalized,
         dtype == torch.bfloat16 and not learns,
@@ -432,15 +419,15 @@ def _scan(scans: list[Scan], ends: tuple[bool, ...], normalized: bool):
     return outputs[: len(scans)], outputs[len(scans)]
 
 
-def _check(x, dt, A, B, C, segments, initial_states, index, normalized):
+def _check(x, dt, A, B, C, segments, initial_states, normalized):
     (n, g, p), s, h, k = x.shape, dt.shape[-1], C.shape[1], C.shape[2]
     if s % g or h % s:
         raise ValueError(f"{h} query heads, {s} state heads, {g} key/value heads: each must be a multiple of the next")
-    expected = {"dt": (n, s), "A": (s,), "B": (n, g, k), "C": (n, h, k), "index": (sum(segments.lengths),)}
+    expected = {"dt": (n, s), "A": (s,), "B": (n, g, k), "C": (n, h, k)}
     expected["initial_states"] = (len(segments), s, p + normalized, k)
-    given = {"dt": dt, "A": A, "B": B, "C": C, "index": index, "initial_states": initial_states}
+    given = {"dt": dt, "A": A, "B": B, "C": C, "initial_states": initial_states}
     for name, tensor in given.items():
         if tensor is not None and tensor.shape != expected[name]:
             raise ValueError(f"{name} has shape {list(tensor.shape)} where x and C ask for {list(expected[name])}")
-    if index is None and n != sum(segments.lengths):
-        raise ValueError(f"x has {n} tokens and the segments {sum(segments.lengths)}; pass the index of those scanned")
+    if n != sum(segments.lengths):
+        raise ValueError(f"x has {n} tokens and the segments {sum(segments.lengths)}")

@@ -1,4 +1,4 @@
-"""Kernels of the chunked selective scan, backward; names as in `ssd_triton_forward.py`.
+"""Kernels of the chunked selective scan, backward; names as in `triton_forward.py`.
 
 With T the tokens l >= r of a chunk, W_lr = exp(a_l - a_r), G_lr = C_l . B_r, M_lr = dy_l . x_r, h the state before
 the chunk and dh the gradient of the state after it:
@@ -55,10 +55,10 @@ def slopes_kernel(y, dy, sums, slopes, N, P, smallest, ROWS: tl.constexpr, BP: t
 
 @triton.jit
 def chunk_state_grads_kernel(
-    dy, dt, A, C, chunks, index, sums, slopes, dstates,
+    dy, dt, A, C, chunks, sums, slopes, dstates,
     H, S, Q, P, K, smallest,
     L: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
-    NORMALIZED: tl.constexpr, HAS_INDEX: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
+    NORMALIZED: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What each chunk's outputs add to the gradient of the state before it. Grid as in `chunk_states_kernel`."""
     c, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -69,7 +69,7 @@ def chunk_state_grads_kernel(
     dy = of(dy, second, PAIR)
     sums = of(sums, second, PAIR)
     slopes = of(slopes, second, PAIR)
-    rows, inside = tokens_of(chunks, index, c, second, L, HAS_INDEX, PAIR)
+    rows, inside = tokens_of(chunks, c, L)
     _, a, _ = steps_of(dt, A, rows, inside, second, head, PAIR)
     added = tl.zeros([BP, BK], tl.float32)
     ones = tl.zeros([BK], tl.float32)
@@ -91,10 +91,10 @@ def chunk_state_grads_kernel(
 
 @triton.jit
 def c_grad_kernel(
-    x, dy, dt, A, B, chunks, index, states, sums, slopes, dC,
+    x, dy, dt, A, B, chunks, states, sums, slopes, dC,
     H, S, R, Q, P, K, smallest,
     L: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
-    NORMALIZED: tl.constexpr, HAS_INDEX: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
+    NORMALIZED: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks, query heads, tiles of k)."""
     c, h, k0 = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * BK
@@ -106,7 +106,7 @@ def c_grad_kernel(
     sums = of(sums, second, PAIR)
     slopes = of(slopes, second, PAIR)
     dC = of(dC, second, PAIR)
-    rows, inside = tokens_of(chunks, index, c, second, L, HAS_INDEX, PAIR)
+    rows, inside = tokens_of(chunks, c, L)
     step, a, _ = steps_of(dt, A, rows, inside, second, head, PAIR)
     scale, slope = scale_of(sums, slopes, rows, inside, h, H, smallest, NORMALIZED)
     base = states + (c * S + head) * (P + NORMALIZED) * K
@@ -131,10 +131,10 @@ def c_grad_kernel(
 
 @triton.jit
 def b_grad_kernel(
-    x, dy, dt, A, C, chunks, index, dstates, sums, slopes, dB,
+    x, dy, dt, A, C, chunks, dstates, sums, slopes, dB,
     H, S, R, Q, P, K, smallest,
     L: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
-    NORMALIZED: tl.constexpr, HAS_INDEX: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
+    NORMALIZED: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Summed over the heads of a key/value head. Grid (chunks, key/value heads, tiles of k)."""
     c, g, k0 = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * BK
@@ -145,7 +145,7 @@ def b_grad_kernel(
     sums = of(sums, second, PAIR)
     slopes = of(slopes, second, PAIR)
     dB = of(dB, second, PAIR)
-    rows, inside = tokens_of(chunks, index, c, second, L, HAS_INDEX, PAIR)
+    rows, inside = tokens_of(chunks, c, L)
     out = tl.zeros([L, BK], tl.float32)
     for head in range(g * R, g * R + R):
         step, a, end = steps_of(dt, A, rows, inside, second, head, PAIR)
@@ -174,10 +174,10 @@ def b_grad_kernel(
 
 @triton.jit
 def x_grad_kernel(
-    dy, dt, A, B, C, chunks, index, dstates, sums, slopes, dx,
+    dy, dt, A, B, C, chunks, dstates, sums, slopes, dx,
     H, S, R, Q, P, K, smallest,
     L: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
-    NORMALIZED: tl.constexpr, HAS_INDEX: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
+    NORMALIZED: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Summed over the heads of a key/value head. Grid (chunks, key/value heads, tiles of p)."""
     c, g, p0 = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * BP
@@ -188,7 +188,7 @@ def x_grad_kernel(
     sums = of(sums, second, PAIR)
     slopes = of(slopes, second, PAIR)
     dx = of(dx, second, PAIR)
-    rows, inside = tokens_of(chunks, index, c, second, L, HAS_INDEX, PAIR)
+    rows, inside = tokens_of(chunks, c, L)
     out = tl.zeros([L, BP], tl.float32)
     for head in range(g * R, g * R + R):
         step, a, end = steps_of(dt, A, rows, inside, second, head, PAIR)
@@ -215,10 +215,10 @@ def x_grad_kernel(
 
 @triton.jit
 def dt_grad_kernel(
-    x, dy, dt, A, B, C, chunks, index, states, dstates, sums, slopes, ddt, dA,
+    x, dy, dt, A, B, C, chunks, states, dstates, sums, slopes, ddt, dA,
     H, S, R, Q, P, K, smallest,
     L: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
-    NORMALIZED: tl.constexpr, HAS_INDEX: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
+    NORMALIZED: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ddt, and what each chunk adds to dA [c, s]. Grid (chunks, state heads)."""
     c, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -231,7 +231,7 @@ def dt_grad_kernel(
     sums = of(sums, second, PAIR)
     slopes = of(slopes, second, PAIR)
     ddt = of(ddt, second, PAIR)
-    rows, inside = tokens_of(chunks, index, c, second, L, HAS_INDEX, PAIR)
+    rows, inside = tokens_of(chunks, c, L)
     step, a, end = steps_of(dt, A, rows, inside, second, head, PAIR)
     base = (c * S + head) * (P + NORMALIZED) * K
     decays = decays_between(a, L)

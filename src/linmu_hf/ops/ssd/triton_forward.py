@@ -1,17 +1,17 @@
-"""Kernels of the chunked selective scan, forward: contract in `ssd.py`, the four steps in `ssd_torch.py`.
+"""Kernels of the chunked selective scan, forward: contract in `scan.py`, the four steps in `plain.py`.
 
     code            meaning
     chunks          [c, 3] first token, number of tokens and scan of each chunk of L tokens; none crosses a segment
-    rows            rows of the inputs that hold the tokens of a chunk, through the token index if there is one
+    rows            rows of the inputs that hold the tokens of a chunk
     state           [c, s, p', k] fp32, or bf16 without gradients; p' = p, or p + 1 when normalised: the last row is
                     z = sum decay dt B
     x, dt, B, C     for each scan (pointer, stride of a row, stride of a head)
-    A, index, y, .. for each scan a pointer
+    A, y, ..        for each scan a pointer
     S, R, Q         state heads, state heads per key/value head, query heads per state head
     P, K            head dim and state size; BP, BK their tiles
 
-One launch serves one scan or a pair of them (`PAIR`) with tokens, A and token index of their own and the same head
-sizes, such as the two directions of a layer; a chunk says which is its scan.
+One launch serves one scan or a pair of them (`PAIR`) with tokens and A of their own and the same head sizes, such as
+the two directions of a layer; a chunk says which is its scan.
 
 A normalised scan is one over x with a channel of ones: z is its state and C z what the others are divided by. The
 ones are never stored: they turn a product with x into a plain sum. Offsets are 64-bit throughout.
@@ -51,14 +51,10 @@ def tensor_of(scans, second, PAIR: tl.constexpr):
 
 
 @triton.jit
-def tokens_of(chunks, index, c, second, L: tl.constexpr, HAS_INDEX: tl.constexpr, PAIR: tl.constexpr):
+def tokens_of(chunks, c, L: tl.constexpr):
     """Rows [L] (int64) of chunk `c`, and which of them exist."""
-    first = tl.load(chunks + 3 * c)
-    inside = tl.arange(0, L) < tl.load(chunks + 3 * c + 1)
-    rows = first + tl.arange(0, L)
-    if HAS_INDEX:
-        rows = tl.load(of(index, second, PAIR) + rows, mask=inside, other=0)
-    return rows.to(tl.int64), inside
+    rows = tl.load(chunks + 3 * c) + tl.arange(0, L)
+    return rows.to(tl.int64), tl.arange(0, L) < tl.load(chunks + 3 * c + 1)
 
 
 @triton.jit
@@ -107,10 +103,10 @@ def decays_between(a, L: tl.constexpr):
 
 @triton.jit
 def chunk_states_kernel(
-    x, dt, A, B, chunks, index, states, decays,
+    x, dt, A, B, chunks, states, decays,
     S, R, P, K,
     L: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
-    NORMALIZED: tl.constexpr, HAS_INDEX: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
+    NORMALIZED: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """State each chunk adds, and the log of its decay [c, s]. Grid (chunks, state heads, tiles of [p, k])."""
     c, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -119,7 +115,7 @@ def chunk_states_kernel(
     second = is_second(chunks, c, PAIR)
     x, x_n, x_g = tensor_of(x, second, PAIR)
     B, B_n, B_g = tensor_of(B, second, PAIR)
-    rows, inside = tokens_of(chunks, index, c, second, L, HAS_INDEX, PAIR)
+    rows, inside = tokens_of(chunks, c, L)
     step, a, end = steps_of(dt, A, rows, inside, second, head, PAIR)
     values = load_rows(x + head // R * x_g, x_n, rows, inside, p0, P, BP)
     keys = load_rows(B + head // R * B_g, B_n, rows, inside, k0, K, BK)
@@ -184,10 +180,10 @@ def pass_states_kernel(
 
 @triton.jit
 def output_kernel(
-    x, dt, A, B, C, chunks, index, states, y, sums,
+    x, dt, A, B, C, chunks, states, y, sums,
     H, S, R, Q, P, K, smallest,
     L: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
-    NORMALIZED: tl.constexpr, HAS_INDEX: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
+    NORMALIZED: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y from within the chunk and from the state before it. Grid (chunks, query heads, tiles of p)."""
     c, h, p0 = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * BP
@@ -198,7 +194,7 @@ def output_kernel(
     C, C_n, C_h = tensor_of(C, second, PAIR)
     y = of(y, second, PAIR)
     sums = of(sums, second, PAIR)
-    rows, inside = tokens_of(chunks, index, c, second, L, HAS_INDEX, PAIR)
+    rows, inside = tokens_of(chunks, c, L)
     step, a, _ = steps_of(dt, A, rows, inside, second, head, PAIR)
     base = states + (c * S + head) * (P + NORMALIZED) * K
     scores = tl.zeros([L, L], tl.float32)

@@ -4,7 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton import SMALLEST, launch
+from ..launch import launch, on_device_of
+from .plain import SMALLEST
 from .triton_forward import load_state, load_vector
 
 
@@ -44,7 +45,7 @@ def step_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     (b, g, p), (h, k), s = x.shape, C.shape[1:], dt.shape[-1]
     y, new_states = x.new_empty(b, h, p), torch.empty_like(states)
-    with torch.cuda.device(x.device if x.is_cuda else -1):
+    with on_device_of(x):
         launch(
             step_kernel, (b, s, triton.cdiv(p, 32)),
             x, *x.stride()[:2], dt, dt.stride(0), A, B, *B.stride()[:2], C, *C.stride()[:2],
