@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -198,6 +199,24 @@ def test_command_writes_retention_into_the_card(hub, folder, tmp_path):
     assert main([str(folder), "org/model", "--retention", str(file)]) == 0
     assert "91.4 [90.3, 92.6]" in hub.repos["org/model"].files()["README.md"].decode()
     assert "91.4 [90.3, 92.6]" in (folder / "README.md").read_text()
+    assert not (folder / ".eval_results").exists()  # the Hub knows no folder of this machine
+
+
+def test_results_are_uploaded_as_the_hub_reads_them(hub, folder, tmp_path):
+    file = tmp_path / "retention.json"
+    file.write_text(json.dumps(results(folder) | {"dataset": "org/data"}))
+    assert main([str(folder), "org/model", "--retention", str(file)]) == 0
+    uploaded = hub.repos["org/model"].files()[".eval_results/org--data.yaml"]
+    entries = parse_eval_result_entries(yaml.safe_load(uploaded))
+    assert [(entry.dataset_id, entry.task_id, entry.value) for entry in entries] == [
+        ("org/data", "cell", 97.0), ("org/data", "large", 0.0)
+    ]  # fmt: skip
+
+
+def test_no_relation_to_the_base_is_invented(folder):
+    write_model_card(folder, Origin(TEACHER, TEACHER), dataset="org/data")
+    data = ModelCard.load(folder / "README.md").data.to_dict()
+    assert (data["base_model"], data["datasets"]) == (TEACHER, ["org/data"]) and "base_model_relation" not in data
 
 
 # ---- Origin

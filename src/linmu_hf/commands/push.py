@@ -5,7 +5,9 @@ import json
 import sys
 from pathlib import Path
 
+from ..files import write_text
 from ..hub.check import check_folder
+from ..hub.eval_results import write_eval_results
 from ..hub.model_card import CARD, Origin, add_retention, render_model_card
 from ..hub.push import files_to_upload, push_folder
 from .common import Parser, run_command
@@ -19,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", metavar="BRANCH", help="branch, created if it is not there (default: main)")
     parser.add_argument("--commit_message", default="Upload LinMU model", help="default: %(default)s")
     parser.add_argument(
-        "--retention", type=Path, metavar="FILE", help="results of linmu-eval --json, as a table into the model card"
+        "--retention", type=Path, metavar="FILE", help="results of linmu-eval --json, for the card and the Hub's page"
     )
     parser.add_argument("--dry_run", action="store_true", help="check the folder and list what would be uploaded")
     return parser
@@ -30,9 +32,11 @@ def run(args: argparse.Namespace) -> str:
     if args.retention:
         card = args.folder / CARD
         text = card.read_text(encoding="utf-8") if card.is_file() else render_model_card(args.folder, Origin())
-        text = add_retention(text, _read_json(args.retention), str(args.folder))
+        results = _read_json(args.retention)
+        text = add_retention(text, results, str(args.folder))
         if not args.dry_run:
-            card.write_text(text, encoding="utf-8")
+            write_text(card, text)
+            write_eval_results(args.folder, results)
     if args.dry_run:
         return "\n".join(files_to_upload(args.folder))
     commit = push_folder(

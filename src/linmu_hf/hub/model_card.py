@@ -257,15 +257,20 @@ def _training(folder: Path, stages: "Sequence[Stage]", rows: Iterable[dict[str, 
     return "\n".join(lines) + "\n"
 
 
+def pick_student(results: dict[str, Any], model: str | None) -> dict[str, Any]:
+    """Returns the results of `model`, a folder, or of the only student there is."""
+    students = [entry for entry in results["models"].values() if "retention" in entry]
+    if model is not None and len(students) > 1:
+        place = Path(model).expanduser().resolve()
+        students = [entry for entry in students if Path(entry["path"]).expanduser().resolve() == place]
+    if len(students) != 1:
+        raise ValueError(f"the results hold {len(students)} models that could be this one: evaluate it alone")
+    return students[0]
+
+
 def _retention(results: dict[str, Any], model: str | None) -> str:
     try:
-        students = {name: entry for name, entry in results["models"].items() if "retention" in entry}
-        if model is not None and len(students) > 1:
-            place = Path(model).expanduser().resolve()
-            students = {n: e for n, e in students.items() if Path(e["path"]).expanduser().resolve() == place}
-        if len(students) != 1:
-            raise ValueError(f"the results hold {len(students)} models that could be this one: evaluate it alone")
-        (student,) = students.values()
+        student = pick_student(results, model)
         teacher = results["models"]["teacher"]["accuracy"]
         rows = []
         for task, entry in student["retention"]["tasks"].items():

@@ -8,6 +8,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from ..conversion.source import PROCESSOR_FILES
 from ..modeling.remote_code import REMOTE_CODE_FILE
 from .check import check_folder
+from .eval_results import FOLDER as EVAL_RESULTS
 from .model_card import CARD, LOG, THIS_FOLDER, Origin, render_model_card
 
 
@@ -15,7 +16,7 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 # What is uploaded. Checkpoints, pseudo targets and records of runs beside the model stay at home.
 UPLOADED = (
     "config.json", *PROCESSOR_FILES, "additional_chat_templates/*.jinja", REMOTE_CODE_FILE, *WEIGHTS, LOG,
-    "*.md", "LICENSE*", "NOTICE*", "*.png", "*.jpg",
+    f"{EVAL_RESULTS}/*.yaml", "*.md", "LICENSE*", "NOTICE*", "*.png", "*.jpg",
 )  # fmt: skip
 # What a repository may hold of an earlier model, and Transformers would load in place of or on top of the new one.
 STALE = (*WEIGHTS, "*.bin", "*.bin.index.json", "adapter_config.json")
