@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from linmu_hf.data import encode_rows
-from linmu_hf.distillation.collator import DistillCollator, EncodedDataset
+from linmu_hf.distillation.collator import DistillCollator, EncodedDataset, encode_row
 
 
 pytestmark = pytest.mark.core_training
@@ -33,10 +33,13 @@ def test_cache_keeps_what_fits(processor, rows, monkeypatch):
 
 
 def test_pseudo_targets_share_the_rows_that_agree(processor, rows):
-    pseudo = [row["messages"] for row in rows[:3]]
-    changed = [dict(message) for message in pseudo[1]]
+    changed = [dict(message) for message in rows[1]["messages"]]
     changed[-1]["content"] = [{"type": "text", "text": "blue"}]
-    dataset = EncodedDataset(processor, rows[:3], [pseudo[0], changed, pseudo[2]])
+
+    def encode_pseudo(row, index):
+        return encode_row(processor, {**row, "messages": changed} if index == 1 else row)
+
+    dataset = EncodedDataset(processor, rows[:3], encode_pseudo)
     batch = DistillCollator(processor.tokenizer.pad_token_id, pseudo=True)([dataset[i] for i in range(3)])
     assert batch["input_ids"].shape[0] == 4
     labels, pseudo_labels = batch["labels"], batch["pseudo_labels"]
@@ -44,6 +47,21 @@ def test_pseudo_targets_share_the_rows_that_agree(processor, rows):
     assert (pseudo_labels[1] == -100).all() and (labels[3] == -100).all()
     answer = processor.tokenizer.decode(pseudo_labels[3][pseudo_labels[3] != -100])
     assert answer.endswith("blue<|im_end|>") and "blue" not in processor.tokenizer.decode(batch["input_ids"][1])
+
+
+def test_the_same_tokens_with_other_labels_are_a_row_of_their_own(processor, rows):
+    """An answer cut at its last word equals the truth but for the end that was not said."""
+
+    def encode_pseudo(row, index):
+        features = encode_row(processor, row)
+        last = (features["labels"] != -100).nonzero()[-1]
+        return {**features, "labels": features["labels"].index_fill(0, last, -100)}
+
+    item = EncodedDataset(processor, rows[:1], encode_pseudo)[0]
+    assert torch.equal(item["pseudo"]["input_ids"], item["row"]["input_ids"])
+    batch = DistillCollator(processor.tokenizer.pad_token_id, pseudo=True)([item])
+    counts = [(batch[key] != -100).sum(1).tolist() for key in ("labels", "pseudo_labels")]
+    assert counts[0][1] == counts[1][0] == 0 and counts[1][1] == counts[0][0] - 1 > 0
 
 
 def test_a_bad_row_is_named(processor, rows):

@@ -104,10 +104,12 @@ def test_teacher_never_answers_with_an_untrained_token(tmp_path, rows):
 
     rewrite(tmp_path / "teacher" / "llm" / "model.safetensors", shout)
     teacher, processor = load_teacher(tmp_path / "teacher"), load_processor(tmp_path / "teacher")
-    answers = decode_pseudo_targets(teacher, processor, rows[:2], max_new_tokens=4)
     assert teacher.generation_config.suppress_tokens == [n, n + 1, n + 2]
-    texts = [message["content"][0]["text"] for messages in answers for message in messages[1::2]]
-    assert all(texts)  # an added token is special: decoded, it is nothing
+
+    def said():
+        decoded = decode_pseudo_targets(teacher, processor, rows[:2], max_new_tokens=4)
+        return {token for answers in decoded for answer in answers for token in answer.ids}
+
+    assert not said() & {n, n + 1, n + 2}
     teacher.generation_config.suppress_tokens = None
-    silent = decode_pseudo_targets(teacher, processor, rows[:2], max_new_tokens=4)
-    assert not all(message["content"][0]["text"] for messages in silent for message in messages[1::2])
+    assert said() & {n, n + 1}

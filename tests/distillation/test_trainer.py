@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from linmu_hf.distillation.collator import EncodedDataset
+from linmu_hf.distillation.collator import EncodedDataset, encode_row
 from linmu_hf.distillation.config import DistillConfig
 from linmu_hf.distillation.lora import add_lora
 from linmu_hf.distillation.losses import IGNORE_INDEX, hidden_loss, squared_errors
@@ -28,7 +28,8 @@ def make_trainer(tmp_path, processor, rows, make_student, make_teacher):
         if stage.lora_r:
             add_lora(student, stage.lora_r, config.lora_alpha)
         set_trainable(student, stage)
-        dataset = EncodedDataset(processor, rows, pseudo)
+        encode_pseudo = pseudo and (lambda row, index: encode_row(processor, {**row, "messages": pseudo[index]}))
+        dataset = EncodedDataset(processor, rows, encode_pseudo)
         return DistillTrainer(student, teacher or make_teacher(), config, stage, dataset)
 
     return make

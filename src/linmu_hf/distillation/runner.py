@@ -1,12 +1,12 @@
 """All stages in order, each leaving a folder; a killed run continues where it was."""
 
 import copy
-import hashlib
 import json
-import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,15 @@ from torch import nn
 from transformers import TrainerState, set_seed
 
 from ..data import check_dataset
+from ..files import copy_file, locked, whole_folder, write_text
 from .arguments import RESULT
-from .collator import EncodedDataset
+from .collator import EncodedDataset, EncodePseudo, encode_row
 from .config import DistillConfig
+from .fingerprint import fingerprint_processor, fingerprint_rows, fingerprint_weights
 from .lora import add_lora, merge_lora
 from .plots import plot_training_log
-from .pseudo_targets import decode_pseudo_targets
-from .stages import Stage, set_trainable
+from .pseudo_targets import decode_pseudo_targets, encode_answers
+from .stages import Stage, is_stage_name, set_trainable
 from .trainer import DistillTrainer, check_teacher
 
 
@@ -32,6 +34,7 @@ CURVES = "loss_curves.png"
 CARD = "README.md"
 PSEUDO_TARGETS = "pseudo_targets.jsonl"
 PSEUDO_COLUMN = "pseudo_messages"
+WEIGHTS = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 
 # Gets a stage's complete folder, the stages so far and the rows of their logs.
 FinishFolder = Callable[[Path, Sequence[Stage], list[dict[str, Any]]], object]
@@ -74,6 +77,7 @@ def distill(
 
     Raises:
         `ValueError`: a bad row, `push_to_hub`, or an `output_dir` with a distillation of other settings.
+        `BlockingIOError`: another run is writing to `output_dir`.
         `FloatingPointError`: a loss that is not finite.
     """
     config.refuse_push_to_hub()
@@ -85,18 +89,18 @@ def distill(
     check_output(config)
     features = EncodedDataset(processor, dataset, cache_bytes=int(config.feature_cache_gb * 2**30))
     _check_inputs(config, student, teacher, features)
-    _prepare_output(out, _settings(config, stages, student, teacher, dataset), config.overwrite_output_dir)
-
-    finished = list(takewhile(lambda stage: (out / stage.name).is_dir(), stages))
-    if finished:
-        _load_weights(student, out / finished[-1].name)
-    for index, stage in enumerate(stages[len(finished) :], len(finished)):
-        features.pseudo_messages = _pseudo_messages(config, teacher, features, out) if stage.seq else None
-        args = _stage_arguments(config, index, out / f"{stage.name}.running")
-        _run_stage(args, stages[: index + 1], student, teacher, features, out, finish_folder)
-
-    rows = _logged(out, stages)
-    _publish(out / names[-1], out, rows)
+    settings = _settings(config, stages, student, teacher, features)
+    with locked(out):
+        _prepare_output(out, settings, config.overwrite_output_dir)
+        finished = list(takewhile(lambda stage: (out / stage.name).is_dir(), stages))
+        if finished:
+            _load_weights(student, out / finished[-1].name)
+        for index, stage in enumerate(stages[len(finished) :], len(finished)):
+            features.encode_pseudo = _pseudo_encoder(config, teacher, features, out) if stage.seq else None
+            args = _stage_arguments(config, index, out / f"{stage.name}.running")
+            _run_stage(args, stages[: index + 1], student, teacher, features, out, finish_folder)
+        rows = _logged(out, stages)
+        _publish(out / names[-1], out, rows)
     return rows
 
 
@@ -172,17 +176,28 @@ def _train_in_fp32(student: nn.Module) -> dict[str, torch.dtype]:
     return dtypes
 
 
-def _pseudo_messages(config: DistillConfig, teacher, features: EncodedDataset, out: Path) -> list[list[dict]]:
-    if PSEUDO_COLUMN in _columns(features.rows):
-        return [row[PSEUDO_COLUMN] for row in _without_media(features.rows)]
-    return decode_pseudo_targets(
+def _pseudo_encoder(config: DistillConfig, teacher, features: EncodedDataset, out: Path) -> EncodePseudo:
+    """What encodes a row with the teacher's answers: those of a column, else such as are decoded now."""
+    processor = features.processor
+    if PSEUDO_COLUMN in features.rows[0]:
+        return partial(_encode_column, processor)
+    answers = decode_pseudo_targets(
         teacher.eval().to(config.device),
-        features.processor,
+        processor,
         features.rows,
         max_new_tokens=config.max_completion_length,
         batch_size=config.per_device_train_batch_size,
         cache_file=out / PSEUDO_TARGETS,
     )
+    return partial(_encode_decoded, processor, answers)
+
+
+def _encode_column(processor, row, index: int):
+    return encode_row(processor, {**row, "messages": row[PSEUDO_COLUMN]}, index)
+
+
+def _encode_decoded(processor, answers, row, index: int):
+    return encode_answers(processor, row, answers[index], index)
 
 
 # ---- Before work starts
@@ -203,14 +218,15 @@ def _check_inputs(config: DistillConfig, student, teacher, features: EncodedData
         raise ValueError(f"{len(features)} rows do not fill one batch of {reached}: lower per_device_train_batch_size")
 
 
-def _settings(config, stages, student, teacher, dataset) -> dict[str, Any]:
+def _settings(config, stages, student, teacher, features) -> dict[str, Any]:
     """All that decides the result; a run is continued only if it is the same."""
     settings = {name: getattr(config, name) for name in ARGUMENTS}
     settings |= {
         "stages": {stage.name: asdict(stage) for stage in stages},
-        "student": _weights_fingerprint(student),
-        "teacher": _weights_fingerprint(teacher),
-        "dataset": _dataset_fingerprint(dataset),
+        "student": fingerprint_weights(student),
+        "teacher": fingerprint_weights(teacher),
+        "processor": fingerprint_processor(features.processor),
+        "dataset": fingerprint_rows(features.rows),
     }
     return json.loads(json.dumps(settings, default=str))
 
@@ -226,16 +242,12 @@ def check_output(config: DistillConfig) -> None:
 
 def _prepare_output(out: Path, settings: dict[str, Any], overwrite: bool) -> None:
     file = out / SETTINGS
-    if overwrite and file.exists():
-        names = [*json.loads(file.read_text())["stages"], *settings["stages"]]
-        for name in names:
-            for folder in (out / name, out / f"{name}.running", out / f"{name}.partial"):
-                shutil.rmtree(folder, ignore_errors=True)
-        written = ("config.json", LOG, CURVES, CARD, PSEUDO_TARGETS, SETTINGS)
-        for path in (*out.glob("*.safetensors"), *(out / name for name in written)):
-            path.unlink(missing_ok=True)
-    if file.exists():
-        differing = _differences(json.loads(file.read_text()), settings)
+    old = _read_settings(file) if file.exists() else None
+    if old and overwrite:
+        _delete_run(out, [*old["stages"], *settings["stages"]])
+        old = None
+    if old:
+        differing = _differences(old, settings)
         if differing:
             raise ValueError(
                 f"{out} holds a distillation with other settings: {'; '.join(differing)}. Use these to continue it, "
@@ -243,7 +255,29 @@ def _prepare_output(out: Path, settings: dict[str, Any], overwrite: bool) -> Non
             )
         return
     out.mkdir(parents=True, exist_ok=True)
-    _write(file, json.dumps(settings, indent=2) + "\n")
+    write_text(file, json.dumps(settings, indent=2) + "\n")
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(file.read_text())
+        if isinstance(settings["stages"], dict):
+            return settings
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise ValueError(f"{file} is none that a distillation wrote: delete it, or choose another output_dir")
+
+
+def _delete_run(out: Path, names: Sequence[str]) -> None:
+    """Deletes what a run wrote into `out`: the folders of its stages, whose names are checked, and its own files."""
+    for name in filter(is_stage_name, names):
+        if (out / name / LOG).is_file():
+            shutil.rmtree(out / name, ignore_errors=True)
+        for suffix in (".running", ".partial", ".old"):
+            shutil.rmtree(out / f"{name}{suffix}", ignore_errors=True)
+    weights = (path for path in out.glob("model*.safetensors*") if re.fullmatch(WEIGHTS, path.name))
+    for path in (*weights, *(out / name for name in ("config.json", LOG, CURVES, CARD, PSEUDO_TARGETS, SETTINGS))):
+        path.unlink(missing_ok=True)
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:
@@ -255,36 +289,6 @@ def _differences(old: Any, new: Any, name: str = "") -> list[str]:
 
 def _brief(value: Any) -> str:
     return "absent" if value is None else "there" if isinstance(value, dict) else str(value)
-
-
-def _weights_fingerprint(model: nn.Module) -> str:
-    """A hash of names, shapes and the ends of every tensor: enough to tell checkpoints apart, at no cost."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.flatten()
-        ends = torch.cat([flat[:64], flat[-64:]]).float().cpu().numpy().tobytes()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + ends)
-    return digest.hexdigest()[:16]
-
-
-def _dataset_fingerprint(dataset) -> str:
-    """A hash of the number of rows, the columns and the conversations of up to 512 rows spread over the dataset."""
-    rows = _without_media(dataset)
-    digest = hashlib.sha256(f"{len(rows)} {sorted(_columns(dataset))}".encode())
-    for index in range(0, len(rows), max(1, len(rows) // 512)):
-        digest.update(json.dumps(rows[index]["messages"], sort_keys=True, default=str).encode())
-    return digest.hexdigest()[:16]
-
-
-def _columns(dataset) -> list[str]:
-    return dataset.column_names if hasattr(dataset, "column_names") else list(dataset[0])
-
-
-def _without_media(dataset):
-    """The rows without images and videos, so that reading them decodes nothing."""
-    if not hasattr(dataset, "select_columns"):
-        return dataset
-    return dataset.select_columns([name for name in ("messages", PSEUDO_COLUMN) if name in dataset.column_names])
 
 
 # ---- Folders
@@ -311,18 +315,14 @@ def _write_stage(
     finish_folder: FinishFolder | None,
 ) -> None:
     """Writes the folder under another name first, so that it is there whole or not at all."""
-    folder = out / stages[-1].name
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    student.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    (partial / LOG).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    rows = _logged(out, stages[:-1]) + rows
-    plot_training_log(rows, partial / CURVES)
-    if finish_folder is not None:
-        finish_folder(partial, stages, rows)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    with whole_folder(out / stages[-1].name) as folder:
+        student.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        (folder / LOG).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = _logged(out, stages[:-1]) + rows
+        plot_training_log(rows, folder / CURVES)
+        if finish_folder is not None:
+            finish_folder(folder, stages, rows)
 
 
 def _logged(out: Path, stages: Sequence[Stage]) -> list[dict[str, Any]]:
@@ -340,14 +340,10 @@ def _publish(stage: Path, out: Path, rows: list[dict[str, Any]]) -> None:
     Copies the last stage into `out`; the config comes last, so `out` loads only when it is complete. A card that is
     there may have been edited, and stays.
     """
-    for path in sorted(stage.iterdir(), key=lambda path: path.name == "config.json"):
-        if path.name != LOG and not (path.name == CARD and (out / CARD).exists()):
-            shutil.copyfile(path, out / f"{path.name}.partial")
-            os.replace(out / f"{path.name}.partial", out / path.name)
-    _write(out / LOG, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    files = (path for path in stage.rglob("*") if path.is_file())
+    for path in sorted(files, key=lambda path: path.name == "config.json"):
+        target = out / path.relative_to(stage)
+        if path.name != LOG and not (path.name == CARD and target.exists()):
+            target.parent.mkdir(exist_ok=True, parents=True)
+            copy_file(path, target)
+    write_text(out / LOG, "".join(json.dumps(row) + "\n" for row in rows))

@@ -46,7 +46,7 @@ class Stage:
     hidden_input: Literal["student", "teacher"] = "student"
 
     def __post_init__(self):
-        if re.fullmatch(r"[\w-]+", self.name) is None:
+        if not is_stage_name(self.name):
             raise ValueError(f"stage name {self.name!r} names a folder: use letters, digits, `-` and `_`")
         if self.max_steps < 1:
             raise ValueError(f"{self.name}: max_steps={self.max_steps} must be at least 1")
@@ -73,6 +73,11 @@ class Stage:
         extra = f", LoRA rank {self.lora_r}" if self.lora_r else ""
         extra += ", fed by the teacher" if self.hidden_input == "teacher" else ""
         return losses + extra
+
+
+def is_stage_name(name: str) -> bool:
+    """Returns whether a stage may have this name, which is that of its folder."""
+    return re.fullmatch(r"[\w-]+", name) is not None
 
 
 PAPER_STAGES = (
