@@ -4,9 +4,12 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from linmu_hf import files
 from linmu_hf.distillation import DistillConfig, distill
 from linmu_hf.distillation import runner as runner_module
 from linmu_hf.distillation.trainer import DistillTrainer
+from linmu_hf.files import locked
+from linmu_hf.testbed.processor import build_processor
 
 
 STAGES = ["stage-1-align", "stage-1", "stage-2", "stage-3"]
@@ -127,7 +130,7 @@ def kill_at(monkeypatch, owner, name, call):
         (DistillTrainer, "compute_loss", 3 + 5 + 3 + 4, 3),  # stage 3, with adapters
         (DistillTrainer, "compute_loss", 3 + 5 + 3 + 1, 3),  # before its first checkpoint
         (DistillTrainer, "_save_rng_state", 4, 1),  # half a checkpoint in stage 1, one whole before it
-        (runner_module.os, "replace", 2, 0),  # with stage-1-align written but not in place
+        (files.os, "replace", 2, 0),  # with stage-1-align written but not in place
         (runner_module, "plot_training_log", 4, 3),  # with stage 3 written but for its curves
         (runner_module, "_publish", 1, 4),  # with all stages done
     ],
@@ -175,8 +178,62 @@ def test_other_settings_are_refused_and_overwritten_on_demand(finished, run, tmp
 def test_other_rows_are_refused(run, rows, tmp_path):
     short = {"stage_steps": [1, 0, 0], "align_steps": [0, 0, 0]}
     run(tmp_path / "out", **short)
-    with pytest.raises(ValueError, match="dataset was"):
-        run(tmp_path / "out", rows=rows[:5], **short)
+    turned = [{**row, "images": [image.rotate(180) for image in row["images"]]} for row in rows]
+    for other in (rows[:5], turned):
+        with pytest.raises(ValueError, match="dataset was"):
+            run(tmp_path / "out", rows=other, **short)
+
+
+SHORT = {"stage_steps": [1, 0, 0], "align_steps": [0, 0, 0]}
+
+
+def test_overwriting_deletes_only_what_a_run_wrote(run, tmp_path):
+    out, outside = tmp_path / "out", tmp_path / "outside"
+    run(out, **SHORT)
+    outside.mkdir()
+    mine = [outside / "training_log.jsonl", out / "data" / "rows", out / "adapter.safetensors", out / "notes.md"]
+    for file in mine:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine")
+    settings = json.loads((out / "distillation.json").read_text())
+    settings["stages"] |= {name: {} for name in ("../outside", str(outside), "data", ".")}
+    (out / "distillation.json").write_text(json.dumps(settings))
+    run(out, **SHORT | {"stage_steps": [0, 1, 0], "overwrite_output_dir": True})
+    assert not (out / "stage-1").exists() and (out / "stage-2").is_dir()
+    assert [file.read_text() for file in mine] == ["mine"] * 4
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"stages": 3}', "{}"])
+def test_settings_that_no_run_wrote_are_refused_in_one_line(run, tmp_path, text):
+    (tmp_path / "distillation.json").write_text(text)
+    with pytest.raises(ValueError, match=r"distillation\.json is none that a distillation wrote: delete it"):
+        run(tmp_path, **SHORT)
+
+
+def test_a_second_run_into_the_same_folder_is_refused(run, tmp_path):
+    with locked(tmp_path / "out"), pytest.raises(BlockingIOError, match="name another folder"):
+        run(tmp_path / "out", **SHORT)
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_inside_a_stage_are_published(rows, processor, make_student, make_teacher, tmp_path):
+    """Named chat templates are saved in a folder of their own, and `finish_folder` may add others."""
+
+    def finish(folder, stages, rows):
+        (folder / "more" / "deep").mkdir(parents=True)
+        (folder / "more" / "deep" / "file").write_text("there")
+
+    config = DistillConfig(output_dir=str(tmp_path / "out"), use_cpu=True, **ARGUMENTS | SHORT)
+    distill(config, make_student(), make_teacher(), rows, processor, finish_folder=finish)
+    assert (tmp_path / "out" / "more" / "deep" / "file").read_text() == "there"
+
+
+def test_named_chat_templates(rows, make_student, make_teacher, tmp_path):
+    processor = build_processor()
+    processor.chat_template = {"default": processor.chat_template, "short": "{{ messages }}"}
+    config = DistillConfig(output_dir=str(tmp_path / "out"), use_cpu=True, **ARGUMENTS | SHORT)
+    distill(config, make_student(), make_teacher(), rows, processor)
+    assert set(AutoProcessor.from_pretrained(tmp_path / "out").chat_template) == {"default", "short"}
 
 
 def test_foreign_models_are_not_touched(run, make_student, tmp_path):

@@ -214,10 +214,13 @@ def _render(processor, messages: list[dict[str, Any]], **kwargs) -> str:
 
 def _render_with_spans(processor, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
     """The rendered conversation and the character spans of its assistant turns."""
-    if _has_generation_marks(processor.chat_template):
+    template = processor.chat_template
+    if isinstance(template, Mapping):  # named ones: as `apply_chat_template` chooses
+        template = template.get("default")
+    if _has_generation_marks(template or ""):
         texts, spans = render_jinja_template(
             [messages],
-            chat_template=processor.chat_template,
+            chat_template=template,
             return_assistant_tokens_mask=True,
             **processor.tokenizer.special_tokens_map,
         )
