@@ -1,8 +1,11 @@
 import copy
 import json
 import re
+import subprocess
+import sys
 
 import pytest
+import torch
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
 from linmu_hf import LinMUConfig, LinMUForConditionalGeneration
@@ -73,6 +76,9 @@ def test_rows_as_lines(folders, rows, tmp_path):
         ({"stage_steps": "1 1"}, "stage_steps=[1, 1] must have 3 entries"),
         ({"json": "/nowhere/report.json"}, "its folder does not exist"),
         ({"max_steps": 1}, "max_steps=1 is not supported: set stage_steps"),
+        ({"teacher_model_init_kwargs": '{"device_map":"auto"}'}, "device_map='auto' is not supported"),
+        ({"teacher_model_init_kwargs": '{"attn_implementation":"none"}'}, "none"),
+        ({"teacher_model_init_kwargs": '{"dtype":"int8"}'}, "int8"),
         ({"torch_compile": True}, "torch_compile=True is not supported"),
         ({"json": "/"}, "--json / is a folder: name a file"),
     ],
@@ -107,6 +113,28 @@ def test_teacher_must_be_named(folders, tmp_path, capsys):
     place = arguments.index("--teacher")
     assert main(arguments[:place] + arguments[place + 2 :]) == 2
     assert "no teacher: give --teacher" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kwargs", ['{"attn_implementation":"eager"}', '{"torch_dtype":"float32"}'])
+def test_the_teacher_is_loaded_as_asked(folders, tmp_path, kwargs, capsys, monkeypatch):
+    import linmu_hf.distillation.runner as runner
+
+    seen = []
+    monkeypatch.setattr(
+        runner, "distill", lambda config, student, teacher, *args, **kwargs: seen.append(teacher) or []
+    )
+    assert main(command(folders, tmp_path / "out", teacher_model_init_kwargs=kwargs)) == 0, capsys.readouterr().err
+    expected = "eager" if "eager" in kwargs else "sdpa"
+    assert seen[0].model.language_model.config._attn_implementation == expected and seen[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("missing", ["peft", "accelerate"])
+def test_a_missing_extra_is_one_line(missing):
+    script = f"import sys; sys.modules['{missing}'] = None\n"
+    script += "from linmu_hf.commands.distill import main; sys.exit(main(['--model', 'm', '--dataset', 'd']))"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    assert missing in ended.stderr.splitlines()[-1] and "linmu-hf[train]" in ended.stderr.splitlines()[-1]
 
 
 def test_help_shows_only_what_is_taken(capsys):

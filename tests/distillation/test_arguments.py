@@ -76,3 +76,35 @@ def test_defaults_may_be_repeated(tmp_path):
 def test_lora_has_the_scale_of_equation_12(tmp_path):
     for changes, alpha in (({}, 8), ({"lora_r": 4}, 4), ({"lora_r": 4, "lora_alpha": 8}, 8)):
         assert DistillConfig(output_dir=str(tmp_path), use_cpu=True, **changes).lora_alpha == alpha
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "expected"),
+    [
+        ({"dtype": "float32"}, {"dtype": "float32"}),
+        ({"torch_dtype": "bfloat16", "revision": "v1"}, {"dtype": "bfloat16", "revision": "v1"}),
+        ({"attn_implementation": "eager", "trust_remote_code": False}, {"attn_implementation": "eager"}),
+        ('{"dtype": "float32", "device_map": null}', {"dtype": "float32"}),
+    ],
+)
+def test_how_the_teacher_is_loaded(tmp_path, kwargs, expected):
+    config = DistillConfig(output_dir=str(tmp_path), use_cpu=True, teacher_model_init_kwargs=kwargs)
+    assert config.teacher_options() == {"revision": None} | expected
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"device_map": "auto"}, "device_map='auto' .*leave it out"),
+        ({"trust_remote_code": True}, "trust_remote_code=True .*leave it out"),
+        ({"torch_dtype": "float32", "dtype": "bfloat16"}, "torch_dtype='float32' .*leave one of them out"),
+        ({"revision": "v2"}, "revision='v2' .*leave one of them out"),
+        ({"load_in_8bit": True}, "load_in_8bit=True .*`dtype`"),
+        ("dtype=float32", "must be a JSON object"),
+    ],
+)
+def test_other_ways_to_load_the_teacher_are_refused(tmp_path, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        DistillConfig(
+            output_dir=str(tmp_path), use_cpu=True, teacher_model_revision="v1", teacher_model_init_kwargs=kwargs
+        )

@@ -12,10 +12,6 @@ from transformers.utils import logging
 from ..conversion.source import read_processor, read_raw_config
 from ..conversion.teacher import load_teacher
 from ..data import load_rows
-from ..distillation.arguments import refused_fields
-from ..distillation.config import DistillConfig
-from ..distillation.runner import check_output, distill
-from ..distillation.stages import Stage
 from ..evaluation.loading import check_model, library_versions
 from ..files import check_report
 from ..hub import find_origin, prepare_repo, push_folder, write_model_card
@@ -37,7 +33,9 @@ class ScriptArguments:
     json: str | None = field(default=None, metadata={"help": "File that gets the run's last figures."})
 
 
-def run(script: ScriptArguments, config: DistillConfig) -> dict:
+def run(script: ScriptArguments, config) -> dict:
+    from ..distillation.runner import check_output, distill
+
     teacher_path = script.teacher or config.teacher_model_name_or_path
     if teacher_path is None:
         raise ValueError("no teacher: give --teacher FOLDER_OR_HUB_ID")
@@ -49,11 +47,14 @@ def run(script: ScriptArguments, config: DistillConfig) -> dict:
     dataset = load_rows(script.dataset, script.dataset_train_split)
     student = LinMUForConditionalGeneration.from_pretrained(script.model, dtype="auto" if config.bf16 else "float32")
     processor = read_processor(script.model)
-    options = {"dtype": None if config.bf16 else "float32", **(config.teacher_model_init_kwargs or {})}
-    teacher = load_teacher(teacher_path, revision=config.teacher_model_revision, **options)
+    options = {"dtype": None if config.bf16 else "float32", **config.teacher_options()}
+    attention, revision = options.pop("attn_implementation", None), options["revision"]
+    teacher = load_teacher(teacher_path, **options)
+    if attention is not None:
+        teacher.set_attn_implementation(attention)
 
     repo = _prepare_push(config)
-    origin = find_origin(teacher_path, config.teacher_model_revision, script.model)
+    origin = find_origin(teacher_path, revision, script.model)
 
     def write_card(folder, stages, rows):
         write_model_card(folder, origin, stages=stages, rows=rows, dataset=script.dataset)
@@ -68,8 +69,8 @@ def run(script: ScriptArguments, config: DistillConfig) -> dict:
     rows = distill(trains, student, teacher, dataset, processor, finish_folder=write_card)
     seconds = time.perf_counter() - start
     if repo:
-        token, revision = config.hub_token, config.hub_revision
-        print(push_folder(config.output_dir, repo, revision=revision, token=token).commit_url)
+        commit = push_folder(config.output_dir, repo, revision=config.hub_revision, token=config.hub_token)
+        print(commit.commit_url)
     figures: dict[str, dict] = {}
     for row in rows:
         figures.setdefault(row["stage"], {}).update(row)
@@ -85,7 +86,7 @@ def run(script: ScriptArguments, config: DistillConfig) -> dict:
     }
 
 
-def _prepare_push(config: DistillConfig) -> str | None:
+def _prepare_push(config) -> str | None:
     """The repository of `push_to_hub`, by default named like the output folder, as the Trainer does."""
     if not config.push_to_hub:
         return None
@@ -97,7 +98,7 @@ def _prepare_push(config: DistillConfig) -> str | None:
     )
 
 
-def describe(stage: Stage) -> str:
+def describe(stage) -> str:
     """A stage in one line, such as `100 steps at 0.001: 0.5 hid + 0.5 tok`."""
     return f"{stage.max_steps:,} steps at {stage.learning_rate:g}: {stage.objective()}"
 
@@ -113,15 +114,25 @@ def format_table(stages: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = TypedParser((ScriptArguments, DistillConfig), prog="linmu-distill", description=__doc__.split(": ")[1])
+def _parser() -> TypedParser:
+    """Builds the parser; without the extra `train` this is where it is missed."""
+    from ..distillation.arguments import refused_fields
+    from ..distillation.config import DistillConfig
+
+    description = __doc__.split(": ")[1]
+    parser = TypedParser((ScriptArguments, DistillConfig), prog="linmu-distill", description=description)
     hidden = refused_fields()
     for action in parser._actions:
         if action.dest.removeprefix("no_") in hidden:
             action.help = argparse.SUPPRESS
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
     logging.set_verbosity_warning()
 
     def work() -> None:
+        parser = _parser()
         script, config = parser.parse_args_into_dataclasses(argv)
         check_report(script.json)
         report = run(script, config)

@@ -8,9 +8,9 @@ try:
     from .stages import PAPER_STAGES, Stage
     from .trainer import DistillTrainer
 except ModuleNotFoundError as error:
-    if error.name != "peft":
+    if error.name not in ("accelerate", "peft"):
         raise
-    raise ImportError('distillation needs peft and more: pip install "linmu-hf[train]"') from error
+    raise ImportError(f'distillation needs {error.name}: pip install "linmu-hf[train]"') from error
 
 
 __all__ = [

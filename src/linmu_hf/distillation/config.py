@@ -10,6 +10,14 @@ from .arguments import refuse_ignored
 from .stages import PAPER_STAGES, Stage
 
 
+TEACHER_REMEDIES = {
+    "torch_dtype": "`dtype` is given, too: leave one of them out",
+    "revision": "it differs from teacher_model_revision: leave one of them out",
+    "device_map": "the teacher runs where the student trains: leave it out",
+    "trust_remote_code": "no code of a checkpoint is run: leave it out",
+}
+
+
 @dataclass
 class DistillConfig(TrainingArguments):
     """
@@ -27,7 +35,8 @@ class DistillConfig(TrainingArguments):
     Args:
         teacher_model_name_or_path (`str`, *optional*): Hub id or folder of the teacher.
         teacher_model_revision (`str`, *optional*): revision of the teacher on the Hub.
-        teacher_model_init_kwargs (`dict`, *optional*): keyword arguments for loading the teacher, such as `dtype`.
+        teacher_model_init_kwargs (`dict`, *optional*):
+            Keyword arguments for loading the teacher: `dtype` (or `torch_dtype`), `revision`, `attn_implementation`.
         stage_steps (`list[int]`, *optional*, defaults to the paper's `[10000, 15000, 25000]`):
             Optimizer steps. 0 leaves a stage out.
         stage_learning_rates (`list[float]`, *optional*, defaults to the paper's `[5e-4, 5e-4, 2e-5]`):
@@ -150,7 +159,28 @@ class DistillConfig(TrainingArguments):
                 f"save_total_limit={self.save_total_limit} must be at least 2, or a run killed while it writes a "
                 "checkpoint has none to resume from"
             )
+        self.teacher_options()
         self.stages()
+
+    def teacher_options(self) -> dict[str, Any]:
+        """Returns `dtype`, `revision` and `attn_implementation` of the teacher, as far as they are given."""
+        kwargs = self.teacher_model_init_kwargs or {}
+        if not isinstance(kwargs, dict):
+            raise ValueError(f"teacher_model_init_kwargs={kwargs!r} must be a JSON object")
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        if "dtype" not in given and "torch_dtype" in given:
+            given["dtype"] = given.pop("torch_dtype")
+        options = {"revision": self.teacher_model_revision}
+        for name, value in given.items():
+            same_revision = name == "revision" and options["revision"] in (None, value)
+            if name in ("dtype", "attn_implementation") or same_revision:
+                options[name] = value
+            elif not (name == "trust_remote_code" and value is False):
+                raise ValueError(
+                    f"teacher_model_init_kwargs: {name}={value!r} is not supported: "
+                    + TEACHER_REMEDIES.get(name, "give `dtype`, `revision` and `attn_implementation` at most")
+                )
+        return options
 
     def refuse_push_to_hub(self) -> None:
         """Raises a `ValueError` where `push_to_hub` would be silently ignored."""

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,8 @@ def _encode_decoded(processor, answers, row, index: int):
 
 
 def _check_inputs(config: DistillConfig, student, teacher, features: EncodedDataset) -> None:
+    if find_spec("matplotlib") is None:  # said now and not after the first stage
+        raise ImportError('the curves of a distillation need matplotlib: pip install "linmu-hf[train]"')
     check_teacher(student, teacher)
     if len(features) == 0:
         raise ValueError("the dataset has no rows")
