@@ -128,13 +128,12 @@ def test_the_teacher_is_loaded_as_asked(folders, tmp_path, kwargs, capsys, monke
     assert seen[0].model.language_model.config._attn_implementation == expected and seen[0].dtype == torch.float32
 
 
-@pytest.mark.parametrize("missing", ["peft", "accelerate"])
-def test_a_missing_extra_is_one_line(missing):
-    script = f"import sys; sys.modules['{missing}'] = None\n"
+def test_a_missing_extra_is_one_line():
+    script = "import sys; sys.modules['peft'] = None\n"
     script += "from linmu_hf.commands.distill import main; sys.exit(main(['--model', 'm', '--dataset', 'd']))"
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
-    assert missing in ended.stderr.splitlines()[-1] and "linmu-hf[train]" in ended.stderr.splitlines()[-1]
+    assert "peft" in ended.stderr.splitlines()[-1] and "linmu-hf[train]" in ended.stderr.splitlines()[-1]
 
 
 def test_help_shows_only_what_is_taken(capsys):
