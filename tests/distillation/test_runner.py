@@ -246,7 +246,7 @@ def test_bad_rows_stop_before_training(run, rows, tmp_path):
     bad = {**rows[4], "images": []}
     for broken, message in (
         ([*rows[:4], bad], "row 4 .*asks for 1 images"),
-        ([rows[0], {**rows[1], "messages": rows[1]["messages"][:1]}], "row 1 .*no assistant turn"),
+        ([rows[0], {**rows[1], "messages": rows[1]["messages"][:1]}], "row 1.* no assistant turn"),
         ([{"text": "hello"}], "row 0.* no `messages`"),
         ([], "the dataset has no rows"),
     ):

@@ -9,6 +9,7 @@ from linmu_hf.distillation.lora import add_lora
 from linmu_hf.distillation.losses import IGNORE_INDEX, hidden_loss, squared_errors
 from linmu_hf.distillation.stages import FLEX, LORA, SWIN, Stage, set_trainable
 from linmu_hf.distillation.trainer import DistillTrainer
+from linmu_hf.modeling import decoder
 
 
 pytestmark = pytest.mark.core_training
@@ -96,6 +97,22 @@ def test_vision_features_are_shared_only_if_the_towers_are_equal(make_trainer, m
     with torch.no_grad():
         losses = [each.compute_loss(each.model, dict(batch)) for each in (trainer, separate)]
     torch.testing.assert_close(*losses)
+
+
+def test_a_padded_teacher_needs_no_square_mask(make_trainer, monkeypatch):
+    """And what it says about the real tokens is the same."""
+    trainer = make_trainer(stage())
+    batch = batch_of(trainer, range(6))
+    assert not batch["attention_mask"].all()
+    with torch.no_grad():
+        masks, make_mask = [], decoder.create_causal_mask
+        monkeypatch.setattr(decoder, "create_causal_mask", lambda **kw: masks.append(make_mask(**kw)) or masks[-1])
+        loss = trainer.compute_loss(trainer.model, dict(batch))
+        assert masks == [None]
+        trainer.teacher_is_causal = False
+        masked = trainer.compute_loss(trainer.model, dict(batch))
+    assert masks[1].shape[-2:] == (batch["input_ids"].shape[1],) * 2
+    torch.testing.assert_close(loss, masked)
 
 
 def test_gradient_accumulation_changes_nothing(make_trainer):

@@ -69,6 +69,7 @@ class DistillTrainer(Trainer):
         self.student = model
         self.teacher = teacher.requires_grad_(False).eval().to(args.device)
         self.replaced = [index for index, layer in enumerate(model.model.language_model.layers) if layer.is_m_mate]
+        self.teacher_is_causal = set(teacher.config.text_config.layer_types) == {"full_attention"}
         self.shares_vision = _equal_weights(model.model.visual, teacher.model.visual)
         if args.gradient_checkpointing:  # the name in every Transformers of the range
             # Nothing in front of the first mixer trains: a reentrant checkpoint would find no input to differentiate
@@ -119,7 +120,10 @@ class DistillTrainer(Trainer):
                 inputs["mm_encoder_outputs"] = _encode_vision(student.model, inputs)
             target = None
             if compares or stage.tok:
-                target = teacher.model(**inputs, use_cache=False, output_mixer_states=compares)
+                # Padding is on the right, where no real token sees it: full attention then needs no mask of t x t.
+                masked = {} if self.teacher_is_causal else {"attention_mask": mask}
+                others = {key: value for key, value in inputs.items() if key != "attention_mask"}
+                target = teacher.model(**others, **masked, use_cache=False, output_mixer_states=compares)
 
         if stage.hidden_input == "teacher":
             outputs = student.model.language_model.run_mixers(
