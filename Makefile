@@ -7,7 +7,7 @@ RUNS ?= runs
 TEACHER ?= qwen
 ON = $(if $(filter qwen,$(TEACHER)),,-$(notdir $(TEACHER)))
 
-.PHONY: quickstart testbed-full check-teacher bench-cpu test conformance test-matrix kernels-check gpu-packages lint format typecheck clean
+.PHONY: quickstart testbed-full check-teacher bench-cpu test conformance test-matrix test-newest kernels-check gpu-packages lint format typecheck clean
 
 quickstart: $(READY)
 	$(BIN)/python -m linmu_hf.testbed.quickstart --output $(RUNS)/quickstart$(ON) --teacher $(TEACHER) $(ARGS)
@@ -35,9 +35,13 @@ conformance: $(READY)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -c conformance/pytest.ini \
 		conformance -n 2 $(if $(ARGS),,--write-report docs/conformance.md) $(ARGS)
 
-# The core tests with every minor of Transformers that is supported; MINORS="5.17 5.24" for some, MINORS=ends for two.
+# The core tests with every minor of Transformers that is supported; MINORS="5.17 5.24" for some, MINORS=oldest for one.
 test-matrix:
 	$(PYTHON) tools/matrix.py $(MINORS) --output $(RUNS)/matrix.json --pytest-args="-n 2 --dist loadscope $(ARGS)"
+
+# The same with the newest release of Transformers and of all that setup.cfg leaves open, the range or not.
+test-newest:
+	$(PYTHON) tools/matrix.py newest --output $(RUNS)/newest.json --pytest-args="-n 2 --dist loadscope $(ARGS)"
 
 # Kernels to compare with, for a GPU machine without network: gpu_report.sh takes those packages that the machine
 # lacks, from a folder for each. They hold no compiled code; mamba-ssm is built without its CUDA extension.

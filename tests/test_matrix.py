@@ -46,6 +46,39 @@ def test_the_oldest_minor_runs_with_the_lowest_versions():
     assert not any(pin.startswith("huggingface") for pin in matrix.constraints(matrix.MINORS[-1]))
 
 
+def test_the_newest_release_is_not_held_back():
+    names = {pin.split("==")[0] for pin in matrix.constraints(matrix.NEWEST)}
+    assert names == {"torch", "torchvision", *matrix.TEST_TOOLS}
+    assert {"transformers", "accelerate"} <= {
+        *map(matrix.name_of, matrix.core_requirements() + matrix.extra_requirements())
+    }
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_installed(training, tmp_path, monkeypatch):
+    """Distillation's tests have an environment of their own, so that the core install stays one."""
+    commands = []
+
+    def run(command, check):
+        commands.append([str(part) for part in command])
+        if command[1:3] == ["-m", "venv"]:
+            Path(command[3]).mkdir()
+
+    monkeypatch.setattr(matrix.subprocess, "run", run)
+    for minor, expected in {
+        "5.24": ["a.whl[train,video]" if training else "a.whl"],
+        "newest": ["transformers"],
+    }.items():
+        commands.clear()
+        python = matrix.prepare(minor, Path("a.whl"), tmp_path, training)
+        assert python.parents[1].name == f"transformers-{minor}" + "-training" * training
+        install = next(command for command in commands if "-c" in command)
+        assert set(expected) <= set(install)
+        assert ("peft" in install) == (training and minor == "newest")
+        assert commands[-1][-1] == "a.whl" and "--no-deps" in commands[-1]
+        assert any("torchvision_cpu_shim" in part for command in commands for part in command) == training
+
+
 def test_unknown_minor_is_refused(capsys):
     with pytest.raises(SystemExit) as error:
         matrix.main(["4.57"])
@@ -81,7 +114,7 @@ def test_every_row_is_kept_and_a_failure_gives_a_failing_exit(broken, tmp_path, 
     row = {"versions": {}, "core": "passed", "passed": 3, "failed": 0, "skipped": 0, "seconds": 1.0}
     monkeypatch.setattr(matrix, "run_minor", lambda minor, *_: {**row, "minor": minor, "ok": minor != broken})
     paths = ["--output", str(tmp_path / "matrix.json"), "--environments", str(tmp_path / "venvs")]
-    assert matrix.main(["5.17", "5.18", "5.19", *paths]) == (1 if broken else 0)
+    assert matrix.main(["oldest", "5.18", "5.19", *paths]) == (1 if broken else 0)
     rows = json.loads((tmp_path / "matrix.json").read_text())["minors"]
     assert [row["minor"] for row in rows] == ["5.17", "5.18", "5.19"]
     printed = capsys.readouterr().out

@@ -3,8 +3,10 @@ Runs the core tests with every supported minor of Transformers, each in a virtua
 core install and pytest, no extras: `make test-matrix`, or `make test-matrix MINORS="5.17 5.24"`.
 
 The wheel is built once, from a copy of the sources, and installed as a user would. The oldest minor runs with the
-lowest version of every dependency that setup.cfg allows, torch aside; the others with what pip chooses. Environments
-stay in `.venvs/` for the next run. What happened is in `runs/matrix.json`, brought up to date after every minor.
+lowest version of every dependency that setup.cfg allows, torch aside; the others with what pip chooses; `newest` takes
+the newest release of Transformers, supported or not. Distillation's core tests run in a second environment, which has
+the extras `train` and `video`. Environments stay in `.venvs/` for the next run. What happened is in
+`runs/matrix.json`, brought up to date after every minor.
 """
 
 import argparse
@@ -26,9 +28,13 @@ from pathlib import Path
 # The one list of the supported minors, without gaps; setup.cfg declares the same range, which a test compares.
 MINORS = ("5.17", "5.18", "5.19", "5.20", "5.21", "5.22", "5.23", "5.24")
 
+NEWEST = "newest"  # whatever is released, past the range too
+
 ROOT = Path(__file__).parents[1]
 TESTS = ("tests/modeling", "tests/families", "tests/ops")
 TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis")
+TRAINING_TESTS = "tests/distillation"
+TRAINING_EXTRAS = ("train", "video")
 PACKAGED = ("src", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 
 
@@ -38,10 +44,26 @@ def core_requirements() -> list[str]:
     return setup["options"]["install_requires"].split()
 
 
+def name_of(requirement: str) -> str:
+    return re.split("[>=<]", requirement)[0]
+
+
+def extra_requirements() -> list[str]:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    return [one for extra in TRAINING_EXTRAS for one in setup["options.extras_require"][extra].split()]
+
+
 def constraints(minor: str) -> list[str]:
-    """torch and the test tools as in `.venv`; with the oldest minor the lowest versions that setup.cfg allows."""
+    """
+    torch, the test tools and the extras as in `.venv`; with the oldest minor the lowest versions that setup.cfg
+    allows; with the newest release none but torch and the test tools.
+    """
     pins = (ROOT / "constraints.txt").read_text().split("\n")
-    pins = [pin for pin in pins if pin.split("==")[0] in ("torch", *TEST_TOOLS)]
+    kept = ("torch", *TEST_TOOLS, *(() if minor == NEWEST else map(name_of, extra_requirements())))
+    pins = [pin for pin in pins if pin.split("==")[0] in (*kept, "torchvision")]
+    if minor == NEWEST:
+        return pins
     if minor == MINORS[0]:
         floors = [re.match(r"([\w-]+)>=([\w.]+)", requirement).groups() for requirement in core_requirements()]
         pins += [f"{name}=={version}" for name, version in floors if name not in ("torch", "transformers")]
@@ -78,26 +100,35 @@ def missing_files(source: Path, wheel: Path) -> list[str]:
     return sorted(file for file in files - packed if "__pycache__" not in file and ".egg-info" not in file)
 
 
-def prepare(minor: str, wheel: Path, folder: Path) -> Path:
-    """The Python of the environment of a minor, with the wheel of today; built anew if the requirements changed."""
-    environment = folder / f"transformers-{minor}"
+def prepare(minor: str, wheel: Path, folder: Path, training: bool = False) -> Path:
+    """
+    The Python of the environment of a minor, with the wheel of today; built anew if the requirements changed, and
+    always for the newest release.
+    """
+    environment = folder / f"transformers-{minor}{'-training' if training else ''}"
     python, ready = environment / "bin" / "python", environment / ".ready"
     pins = "\n".join(constraints(minor)) + "\n"
-    wanted = hashlib.sha256("\n".join([pins, *core_requirements(), sys.version]).encode()).hexdigest()
+    wanted = hashlib.sha256(
+        "\n".join([pins, *core_requirements(), *extra_requirements(), sys.version]).encode()
+    ).hexdigest()
     pip = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
-    if not ready.exists() or ready.read_text() != wanted:
+    packages = [f"{wheel}[{','.join(TRAINING_EXTRAS)}]" if training else str(wheel), *TEST_TOOLS]
+    if minor == NEWEST:  # without the wheel's own requirements, which end with the range
+        packages = [*map(name_of, core_requirements() + extra_requirements() * training), *TEST_TOOLS]
+    if minor == NEWEST or not ready.exists() or ready.read_text() != wanted:
         shutil.rmtree(environment, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
         (environment / "constraints.txt").write_text(pins)
-        subprocess.run([*pip, "-c", str(environment / "constraints.txt"), str(wheel), *TEST_TOOLS], check=True)
+        subprocess.run([*pip, "-c", str(environment / "constraints.txt"), *packages], check=True)
+        if training:
+            subprocess.run([str(python), str(ROOT / "tools" / "torchvision_cpu_shim.py")], check=True)
         ready.write_text(wanted)
-    else:
-        subprocess.run([*pip, "--no-deps", "--force-reinstall", str(wheel)], check=True)
+    subprocess.run([*pip, "--no-deps", "--force-reinstall", str(wheel)], check=True)
     return python
 
 
 def versions(python: Path) -> dict[str, str]:
-    names = [re.split("[>=<]", requirement)[0] for requirement in core_requirements()]
+    names = [name_of(requirement) for requirement in core_requirements()]
     code = (
         f"import json; from importlib.metadata import version; print(json.dumps({{n: version(n) for n in {names}}}))"
     )
@@ -120,7 +151,7 @@ def run_minor(minor: str, wheel: Path, folder: Path, pytest_args: list[str]) -> 
     began = time.monotonic()
     row = {"minor": minor, "versions": {}, "core": "failed", "passed": 0, "failed": 0, "skipped": 0, "ok": False}
     try:
-        python = prepare(minor, wheel, folder)
+        python, training_python = (prepare(minor, wheel, folder, training) for training in (False, True))
     except subprocess.CalledProcessError as error:
         return {**row, "core": "not installed", "error": str(error), "seconds": round(time.monotonic() - began, 1)}
     row["versions"] = versions(python)
@@ -132,14 +163,19 @@ def run_minor(minor: str, wheel: Path, folder: Path, pytest_args: list[str]) -> 
     check = subprocess.run([str(python), str(ROOT / "tools" / "check_core.py")], env=environment, cwd=folder)
     row["core"] = "passed" if check.returncode == 0 else "failed"
     report = folder / f"transformers-{minor}" / "report.xml"
-    for file in (report, cells):
+    training_report = report.with_name("training.xml")
+    for file in (report, training_report, cells):
         file.unlink(missing_ok=True)
-    options = ["-q", "-m", "not extras", "-p", "no:cacheprovider", f"--junitxml={report}", *pytest_args]
-    tests = subprocess.run([str(python), "-m", "pytest", *TESTS, *options], env=environment, cwd=ROOT)
-    row |= count(report)
+    options = ["-q", "-p", "no:cacheprovider", *pytest_args]
+    core = ["-m", "pytest", *TESTS, "-m", "not extras", f"--junitxml={report}", *options]
+    tests = subprocess.run([str(python), *core], env=environment, cwd=ROOT)
+    core = ["-m", "pytest", TRAINING_TESTS, "-m", "core_training", f"--junitxml={training_report}", *options]
+    training = subprocess.run([str(training_python), *core], env=environment, cwd=ROOT)
+    counts = [count(one) for one in (report, training_report)]
+    row |= {key: sum(one[key] for one in counts) for key in counts[0]}
     if cells.exists():
         row["parity"] = {key: value for key, value in json.loads(cells.read_text()).items() if key != "results"}
-    row["ok"] = check.returncode == tests.returncode == 0
+    row["ok"] = check.returncode == tests.returncode == training.returncode == 0
     row["seconds"] = round(time.monotonic() - began, 1)
     return row
 
@@ -165,15 +201,14 @@ def write(rows: list[dict], wanted: list[str], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("minors", nargs="*", help=f"some of {', '.join(MINORS)}, or `ends`: oldest and newest")
+    parser.add_argument("minors", nargs="*", help=f"some of {', '.join(MINORS)}; `oldest`, or `newest` released")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "matrix.json")
     parser.add_argument("--environments", type=Path, default=ROOT / ".venvs")
     parser.add_argument("--pytest-args", default="", help="further arguments for pytest, in one string")
     args = parser.parse_args(argv)
     wanted = args.minors or list(MINORS)
-    if wanted == ["ends"]:
-        wanted = [MINORS[0], MINORS[-1]]
-    unknown = [minor for minor in wanted if minor not in MINORS]
+    wanted = [MINORS[0] if minor == "oldest" else minor for minor in wanted]
+    unknown = [minor for minor in wanted if minor not in (*MINORS, NEWEST)]
     if unknown:
         parser.error(f"minors {unknown} are not supported; choose some of {', '.join(MINORS)}")
     folder = args.environments.resolve()

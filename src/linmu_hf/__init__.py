@@ -1,13 +1,19 @@
 """linmu-hf: linear-complexity vision-language models (LinMU) for Hugging Face Transformers."""
 
+from . import quiet_import  # noqa: F401  before anything imports Transformers
+
+
+# isort: split
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoProcessor,
     AutoVideoProcessor,
 )
+from transformers.models.auto import modeling_auto
 from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.utils import DummyObject
 
@@ -28,6 +34,9 @@ AutoConfig.register("nvila_vision", NVILAVisionConfig)
 AutoModel.register(LinMUConfig, LinMUModel)
 AutoModel.register(LinMUTextConfig, LinMUTextModel)
 AutoModelForImageTextToText.register(LinMUConfig, LinMUForConditionalGeneration)
+AutoModelForMultimodalLM.register(LinMUConfig, LinMUForConditionalGeneration)
+# `transformers serve` looks the model type up in this list of names, which no registration enters.
+modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES["linmu"] = "LinMUForConditionalGeneration"
 # A saved folder names its processor; LinMUConfig's own is that of a folder which names none.
 AutoProcessor.register(LinMUConfig, Qwen2_5_VLProcessor)
 AutoProcessor.register(NVILAVisionConfig, NVILAProcessor)
