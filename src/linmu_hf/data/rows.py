@@ -156,7 +156,8 @@ def _check_row(row: Row, number: int, processor) -> dict[str, Any]:
 
 
 def _check_size(size: tuple[int, int], processor) -> None:
-    if hasattr(processor, "_get_num_multimodal_tokens"):
+    # Only shapes that a processor may refuse: asking takes milliseconds.
+    if max(size) > 100 * min(size) and hasattr(processor, "_get_num_multimodal_tokens"):
         processor._get_num_multimodal_tokens(image_sizes=[size])
 
 
