@@ -26,7 +26,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="linmu-eval", description=__doc__.split(": ", 1)[1])
     parser.add_argument("--model", action="append", required=True, help="student, folder or Hub id; may be repeated")
     parser.add_argument("--teacher", help="teacher, folder or Hub id; without it accuracies alone")
-    parser.add_argument("--dataset", required=True, help="folder written by save_to_disk, or a Hub id")
+    parser.add_argument("--dataset", required=True, help="folder, JSON Lines or Parquet file, or a Hub id")
     parser.add_argument("--split", default="test")
     parser.add_argument("--limit", type=int, help="at most this many rows of every task")
     parser.add_argument("--batch_size", type=int, default=32)
