@@ -1,10 +1,12 @@
 """The teacher as a LinMU model whose every layer keeps full attention: one code path for teacher and student."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.initialization import no_init_weights
 
 from ..modeling.configuration_linmu import LinMUConfig
@@ -12,6 +14,15 @@ from ..modeling.modeling_linmu import LinMUForConditionalGeneration
 from ..safetensors_io import OutputTensor, StoredTensor
 from .plan import ConversionPlan, parse_dtype
 from .source import open_source
+
+
+# What [`check_pair`] compares: of the decoder, at the top, and of the vision side all but the last.
+DECODER = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "hidden_act", "rms_norm_eps", "rope_parameters",
+)  # fmt: skip
+TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+IRRELEVANT = {*PreTrainedConfig().to_dict(), "initializer_range", "attention_dropout"}
 
 
 def load_teacher(
@@ -53,6 +64,53 @@ def load_teacher(
 def load_processor(path: str | Path, *, revision: str | None = None) -> ProcessorMixin:
     """The processor of a teacher, in the form that Transformers uses; arguments and errors as in [`load_teacher`]."""
     return open_source(path, revision, allow_linmu=True).load_processor()
+
+
+def check_pair(student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
+    """
+    Checks that a student can have been converted from a teacher.
+
+    Args:
+        student, teacher (`LinMUConfig`): Their configurations, as loaded.
+
+    Raises:
+        `ValueError`: A setting that both must share differs.
+    """
+    ours, theirs = (_settings(config) for config in (student, teacher))
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise ValueError(
+                f"{name} is {ours.get(name)} in the student and {theirs.get(name)} in the teacher: take the teacher "
+                "that the student was converted from"
+            )
+
+
+def _settings(config: PreTrainedConfig) -> dict[str, Any]:
+    """All that a conversion leaves as it is and that changes results, as in `config.json`; by its full name."""
+    content = json.loads(json.dumps(config.to_dict(), default=str))
+    text = {f"text_config.{name}": content["text_config"][name] for name in DECODER}
+    return {name: content[name] for name in TOKENS} | text | _of_vision("vision_config", content["vision_config"])
+
+
+def _of_vision(prefix: str, content: dict) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, dict):
+            settings |= _of_vision(f"{prefix}.{name}", value)
+        elif name not in IRRELEVANT:
+            settings[f"{prefix}.{name}"] = value
+    return settings
+
+
+def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raises a `ValueError` unless every id is the same token for student and teacher."""
+    ours, theirs = ({id: token for token, id in each.get_vocab().items()} for each in (student, teacher))
+    for id in sorted(ours.keys() | theirs.keys()):
+        if ours.get(id) != theirs.get(id):
+            raise ValueError(
+                f"token {id} is {ours.get(id)!r} for the student and {theirs.get(id)!r} for the teacher: take the "
+                "teacher that the student was converted from"
+            )
 
 
 def build_model(

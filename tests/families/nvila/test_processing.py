@@ -88,6 +88,34 @@ def test_separators_never_merge_with_the_text(text):
     assert batch["input_ids"][0] == [processor.image_token_id] * 4 + separator + text_ids(processor, text)
 
 
+BEFORE = ("", "a", "a\n", "\n", "a \n ", "a you")
+AFTER = ("what?", "\nwhat?", "\n\nwhat?", " what?", " \nwhat?", "\r\nwhat?", "\n", "", " ", "what?\n", " \n \n?")
+
+
+@pytest.mark.parametrize("before", BEFORE)
+@pytest.mark.parametrize("tiling", ["dynamic", "dynamic_s2"])
+def test_prompt_forms(tiling, before):
+    """In NVILA the text of a `dynamic` image is `<image>\\n` for every tile, stripped and tokenized as a whole."""
+    processor = tiny(tiling)
+    break_id, image_id = text_ids(processor, "\n"), processor.image_token_id
+    for after in AFTER:
+        for size in ((16, 16), (64, 16)):
+            content = [{"type": "text", "text": before}, {"type": "image"}, {"type": "text", "text": after}]
+            text = processor.apply_chat_template([{"role": "user", "content": content}])
+            encoded = processor(text=text, images=picture(*size), return_offsets_mapping=True)
+            if tiling == "dynamic":
+                tiles, placeholders = {(16, 16): (1, 9), (64, 16): (5, 9)}[size]
+                value = (before + "<image>\n" * tiles + after).strip()
+            else:
+                placeholders = encoded["mm_token_type_ids"][0].count(1)
+                value = (before + "<image>" + after).strip()
+            whole = text_ids(processor, SYSTEM + "<|im_start|>user\n" + value + "<|im_end|>\n")
+            block = [image_id] * placeholders + break_id
+            assert encoded["input_ids"][0] == [i for id in whole for i in (block if id == image_id else [id])], value
+            for id, (start, end) in zip(encoded["input_ids"][0], encoded["offset_mapping"][0]):
+                assert processor.decode([id]).endswith(text[start:end])
+
+
 def test_chat_template():
     processor = tiny()
     messages = [user(1, text="  what is it? \n"), say(" 7\n"), {"role": "user", "content": " and now? "}]
@@ -234,7 +262,7 @@ def test_labels_leave_out_media_in_an_answer():
     processor = tiny("dynamic")
     answer = {"role": "assistant", "content": [{"type": "image"}, {"type": "text", "text": "\nsee"}]}
     batch = encode_rows(processor, [{"messages": [user(), answer], "images": [picture(64, 16)]}])
-    assert trained(processor, batch, 0) == "\nsee<|im_end|>"
+    assert trained(processor, batch, 0) == "\n\nsee<|im_end|>"  # the first line break is the last tile's, in one token
 
 
 def test_assistant_mask_of_the_template():

@@ -3,7 +3,7 @@ NVILA's processor: a conversation with images and videos to the model's inputs.
 
 Every medium is one placeholder in the text and becomes a block in the ids: its placeholder, repeated, with literal
 line breaks as separators. The ids are expanded and not the text, in which a tokenizer would merge two line breaks into
-one token.
+one token; only the line break after the last tile belongs to the text.
 """
 
 import itertools
@@ -23,7 +23,7 @@ from .video_processing import NVILAVideoProcessor
 
 
 SENTINEL_TOKEN, IMAGE_TOKEN, VIDEO_TOKEN = "<vila/sentinel>", "<image>", "<vila/video>"
-SEPARATOR = "\n"
+SEPARATOR, END_OF_MESSAGE = "\n", "<|im_end|>"
 # Options of a tokenizer that apply to the expanded ids
 AFTER_EXPANSION = (
     "padding",
@@ -117,7 +117,8 @@ class NVILAProcessor(RemoteCode, ProcessorMixin):
         encoded = None
         if text is not None:
             options = {name: value for name, value in merged["text_kwargs"].items() if name not in AFTER_EXPANSION}
-            encoded = self.tokenizer(text, **options)
+            settings = self.image_processor.settings(**merged["images_kwargs"])
+            encoded = self._tokenize(text, settings["image_aspect_ratio"] == "dynamic", **options)
 
         data: dict[str, Any] = {}
         media: dict[int, list[list[Run]]] = {self.image_token_id: [], self.video_token_id: []}
@@ -168,6 +169,21 @@ class NVILAProcessor(RemoteCode, ProcessorMixin):
             cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs),
             NVILAVideoProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
         ]
+
+    def _tokenize(self, texts: list[str], tiled: bool, **options) -> BatchEncoding:
+        """
+        The texts as ids. After every tile of an only image NVILA's text has a line break: the last one goes through
+        the tokenizer with what follows, and at the end of a message it is stripped.
+        """
+        ends = [_end_of_only_image(text) if tiled else None for text in texts]
+        encoded = self.tokenizer(
+            [text if end is None else text[:end] + SEPARATOR + text[end:] for text, end in zip(texts, ends)], **options
+        )
+        for row, end in enumerate(ends) if "offset_mapping" in encoded else ():
+            if end is not None:
+                offsets = encoded["offset_mapping"][row]
+                encoded["offset_mapping"][row] = [tuple(at - (at > end) for at in span) for span in offsets]
+        return encoded
 
     def _samples(self, images: Any, encoded: BatchEncoding | None) -> list[list[Any]]:
         """The images of each text that has any or, without texts, of each sample."""
@@ -359,6 +375,14 @@ def _single_id(tokenizer: Any, text: str) -> int:
             "build the processor with `build_processor`, which adds NVILA's tokens to a Qwen2 tokenizer"
         )
     return ids[0]
+
+
+def _end_of_only_image(text: str) -> int | None:
+    """Where the placeholder of a text's only image ends, unless its message ends there too."""
+    before, token, after = text.partition(IMAGE_TOKEN)
+    if not token or IMAGE_TOKEN in after or after.startswith(END_OF_MESSAGE):
+        return None
+    return len(before) + len(token)
 
 
 def _check_counts(token: str, placeholders: int, kind: str, media: int) -> None:

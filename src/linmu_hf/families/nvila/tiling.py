@@ -12,7 +12,7 @@ from PIL import Image
 
 
 Mosaic = tuple[int, int]  # columns, rows of tiles
-Run = tuple[int, int]  # placeholders, and the separators behind them
+Run = tuple[int, int]  # placeholders, and the separators after them
 
 
 def mosaics(min_tiles: int, max_tiles: int) -> list[Mosaic]:
@@ -79,8 +79,8 @@ def image_runs(grid: Sequence[int], tiling: str, tile_tokens: int) -> list[Run]:
         return [(tokens, 1)]
     tiles = tokens // tile_tokens**2
     tiles += tiles > 1  # the thumbnail
-    # one separator from the vision side, one from the text
-    return [(tile_tokens**2, 2)] * tiles
+    # One separator from the vision side and one from the text, in which the last one stays.
+    return [*[(tile_tokens**2, 2)] * (tiles - 1), (tile_tokens**2, 1)]
 
 
 def video_runs(grids: Sequence[Sequence[int]]) -> list[Run]:
