@@ -214,7 +214,7 @@ def test_a_part_that_changed_is_another_teacher(tmp_path):
             lambda tensors, value=value: tensors | {"vision_model.post_layernorm.bias": torch.full((16,), value)},
         )
         source = open_source(tmp_path / "teacher")
-        config = LinMUConfig.from_teacher(source.config, keep_attention="all")
+        config = LinMUConfig.from_teacher(source.teacher.config, keep_attention="all")
         plans.append(convert_module.ConversionPlan(source, config, None).fingerprint({}))
     assert plans[0] != plans[1]
 

@@ -1,6 +1,7 @@
 """A student is distilled from the teacher it was converted from: another one is refused, whatever differs."""
 
 import json
+import re
 
 import pytest
 from synthetic import make_processor, make_teacher
@@ -77,5 +78,5 @@ def test_another_order_of_tokens_is_refused(pair, tmp_path):
     first, second = list(vocab)[3], list(vocab)[200]
     vocab[first], vocab[second] = vocab[second], vocab[first]
     file.write_text(json.dumps(tokenizer))
-    with pytest.raises(ValueError, match=f"token {vocab[second]} is {first!r} for the student and {second!r} for"):
+    with pytest.raises(ValueError, match=re.escape(f"is {first!r} for the student and {second!r} for")):
         check(pair / "student", tmp_path / "other")

@@ -18,8 +18,8 @@ from linmu_hf.evaluation.speed.measure import (
     summarise,
 )
 from linmu_hf.evaluation.speed.models import (
-    NVILA_VISION,
     PRESETS,
+    TINY_VISION,
     BenchmarkDecoder,
     FlexMAOnly,
     LocalSwinOnly,
@@ -29,6 +29,7 @@ from linmu_hf.evaluation.speed.models import (
     vision_config,
     vision_encoder,
 )
+from linmu_hf.families.family import Preset
 from linmu_hf.modeling.layout.token_layout import TokenLayout
 from linmu_hf.ops.backends import use_kernels
 from linmu_hf.ops.ssd import scan as ssd
@@ -50,7 +51,7 @@ SMALL = {
 
 @pytest.fixture(autouse=True)
 def small_preset(monkeypatch):
-    monkeypatch.setitem(PRESETS, "small", SMALL)
+    monkeypatch.setitem(PRESETS, "small", ("qwen2_5_vl_vision", Preset(SMALL, TINY_VISION)))
 
 
 @pytest.fixture
@@ -156,17 +157,17 @@ SMALL_TOWER = {
 def test_nvilas_encoder_is_given_the_tiles_of_the_prompt(media, monkeypatch):
     scales = {"image_aspect_ratio": "dynamic_s2", "s2_scales": [8, 16, 24]}
     pools = {"image_aspect_ratio": "resize", "video_encoder": "tsp", "pool_sizes": [[4, 1, 1]]}
-    monkeypatch.setitem(NVILA_VISION, "small", scales if media == "image" else pools)
-    monkeypatch.setattr("linmu_hf.evaluation.speed.models.SO400M", SMALL_TOWER)
+    vision = {**(scales if media == "image" else pools), "tower_config": SMALL_TOWER}
+    monkeypatch.setitem(PRESETS, "small", ("nvila_vision", Preset(SMALL, vision)))
     grid = (6, 8) if media == "image" else (2, 2)
     layout = prompt_layout(200, 0.8, grid, media, separators=True)
     encode = vision_encoder("small", layout, media, torch.float32, "cpu")
     tiles = 3 * (1 + 4 + 12) if media == "image" else 4 * 40
-    assert encode.args[0].shape == (tiles, 3, 8, 8)
+    assert encode.args[1].shape == (tiles, 3, 8, 8)
     with torch.no_grad():
         tokens = torch.cat(encode().pooler_output)
     assert tokens.shape == ((layout[..., 0] >= 0).sum(), 32)
-    with pytest.raises(ValueError, match=r"small has a grid of .*2x2 tokens, not 3x3"):
+    with pytest.raises(ValueError, match=r"has the entry \[\d+, 3, 3\]"):
         vision_encoder("small", prompt_layout(30, 0.9, (3, 3), media), media, torch.float32, "cpu")
 
 

@@ -3,9 +3,9 @@
 import pytest
 import tiny
 import torch
+from perturbation import layer_function, moved
 
 from linmu_hf.modeling.configuration_linmu import PRESETS
-from linmu_hf.modeling.layout.token_layout import TokenLayout
 
 
 # text, an image and a video whose sides no window divides, text, and a second image
@@ -37,16 +37,6 @@ def visible(layout, mask):
     return ((order[:, None] >= order[None]) | same_span) & mask.bool() & mask.bool()[:, None]
 
 
-def moved(function, embeds):
-    """[t, t]: by how much each output row moves when one input row is replaced; a batch of one sequence."""
-    t = embeds.shape[1]
-    inputs = embeds.repeat(t + 1, 1, 1)
-    inputs[torch.arange(t), torch.arange(t)] += torch.randn(t, embeds.shape[2], dtype=embeds.dtype)
-    with torch.no_grad():
-        outputs = function(inputs)
-    return (outputs[:t] - outputs[t]).abs().amax(-1).T
-
-
 def gradients(function, embeds):
     """[t, t]: the size of the gradient of (a random functional of) each output row at each input row."""
     embeds = embeds.clone().requires_grad_()
@@ -57,18 +47,6 @@ def gradients(function, embeds):
         for i in range(embeds.shape[1])
     ]
     return torch.stack(rows).abs().amax(-1)
-
-
-def layer_function(layer_idx, positions, layout, mask, **options):
-    model = tiny.model(**options).model.language_model
-
-    def function(x):
-        b, t, _ = x.shape
-        rope = model.rotary_emb(x, positions.expand(3, b, -1))
-        tokens = TokenLayout.build(model.config, b, t, x.device, mask.expand(b, -1), layout.expand(b, -1, -1))
-        return model.layers[layer_idx].mixer(x, rope, tokens)
-
-    return function
 
 
 def model_function(positions, layout, mask, **options):

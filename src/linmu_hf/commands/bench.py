@@ -14,7 +14,6 @@ from ..evaluation.speed.measure import Clock, Variant, encode_seconds, is_teache
 from ..evaluation.speed.models import (
     ATTENTIONS,
     PRESETS,
-    PROMPTS,
     BenchmarkDecoder,
     FlexMAOnly,
     LocalSwinOnly,
@@ -25,6 +24,8 @@ from ..evaluation.speed.models import (
     vision_encoder,
     with_attention,
 )
+from ..families import FAMILIES
+from ..families.family import Preset
 from ..ops.backends import use_kernels
 from .common import Parser, check_positive, run_command, write_report
 
@@ -78,7 +79,8 @@ def check(arguments: argparse.Namespace) -> None:
     check_positive(arguments, *lists, "teacher_max_tokens", "prefill_chunk", "steps", "repeats", "threads")
     for name in lists:
         setattr(arguments, name, sorted(set(getattr(arguments, name))))
-    media, grid = PROMPTS.get(arguments.model, ("video", "16x16"))
+    preset = PRESETS[arguments.model][1] if arguments.model in PRESETS else Preset({})
+    media, grid = preset.media, preset.grid
     arguments.media, arguments.grid = arguments.media or media, arguments.grid or grid
     height, _, width = arguments.grid.partition("x")
     if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
@@ -135,7 +137,7 @@ def benchmark(arguments: argparse.Namespace) -> dict:
             arguments.grid,
             arguments.media,
             arguments.prefill_chunk,
-            separators=vision_config(arguments.model).model_type == "nvila_vision",
+            separators=FAMILIES[vision_config(arguments.model).model_type].separators,
         )
         for tokens in arguments.lengths
     }

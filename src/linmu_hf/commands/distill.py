@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from ..conversion.source import read_processor, read_raw_config
-from ..conversion.teacher import load_teacher
+from ..conversion.teacher import check_tokenizers, load_processor, load_teacher
 from ..data import load_rows
 from ..evaluation.loading import check_model, library_versions
 from ..files import check_report
@@ -49,6 +49,7 @@ def run(script: ScriptArguments, config) -> dict:
     processor = read_processor(script.model)
     options = {"dtype": None if config.bf16 else "float32", **config.teacher_options()}
     attention, revision = options.pop("attn_implementation", None), options["revision"]
+    check_tokenizers(processor.tokenizer, load_processor(teacher_path, revision=revision).tokenizer)
     teacher = load_teacher(teacher_path, **options)
     if attention is not None:
         teacher.set_attn_implementation(attention)

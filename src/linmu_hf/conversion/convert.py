@@ -136,9 +136,11 @@ def convert(
     dtype = parse_dtype(dtype)
     source = open_source(teacher, revision)
     kept = keep_attention if isinstance(keep_attention, str) else tuple(keep_attention)
-    assert source.config is not None
+    assert source.teacher is not None
     try:
-        config = LinMUConfig.from_teacher(source.config, keep_attention=kept, preset=preset, **(mixer_options or {}))
+        config = LinMUConfig.from_teacher(
+            source.teacher.config, keep_attention=kept, preset=preset, **(mixer_options or {})
+        )
     except StrictDataclassError as error:  # a value of the wrong type
         raise ValueError(str(error)) from error
     plan = ConversionPlan(source, config, dtype)

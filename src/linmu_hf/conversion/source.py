@@ -7,29 +7,13 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoProcessor, GenerationConfig, PreTrainedConfig, ProcessorMixin, Qwen2_5_VLConfig
+from transformers import AutoProcessor, ProcessorMixin
 from transformers.utils import is_torchvision_available
 
-from ..families.nvila.checkpoint import DOWNLOADS as NVILA_DOWNLOADS
-from ..families.nvila.checkpoint import TOKENIZER_FILES, check_top, in_parts, is_nvila, read_nvila
+from ..families import FAMILIES, find_family
+from ..families.family import DOWNLOADS, PROCESSOR_FILES, Checkpoint, Family
 from ..modeling.configuration_linmu import LinMUConfig
 from ..safetensors_io import StoredTensor, read_checkpoint, read_config
-
-
-# Families that Transformers knows, by `model_type`; NVILA is told by the keys of its config.json.
-TEACHER_CONFIGS: dict[str, type[PreTrainedConfig]] = {"qwen2_5_vl": Qwen2_5_VLConfig}
-
-# What stands beside the weights and belongs to the student as it is.
-PROCESSOR_FILES = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    *TOKENIZER_FILES,
-    "chat_template.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-DOWNLOADS = ("config.json", *PROCESSOR_FILES, "*.safetensors", "*.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -40,37 +24,28 @@ class Source:
     Args:
         folder (`Path`): Where it is.
         raw_config (`dict`): Its `config.json`.
-        tensors (`dict[str, StoredTensor]`): Where its tensors lie.
-        config (`PreTrainedConfig`, *optional*): The teacher's configuration; none for a LinMU model.
-        built_processor (`ProcessorMixin`, *optional*): The processor of a checkpoint that holds none in the form
-            that `AutoProcessor` loads.
-        generation_config (`GenerationConfig`, *optional*): How to generate, if the checkpoint says so.
+        tensors (`dict[str, StoredTensor]`): Where its tensors are.
+        teacher (`Checkpoint`, *optional*): What its family makes of it; nothing for a LinMU model.
     """
 
     folder: Path
     raw_config: dict
     tensors: dict[str, StoredTensor]
-    config: PreTrainedConfig | None = None
-    built_processor: ProcessorMixin | None = None
-    generation_config: GenerationConfig | None = None
-
-    @property
-    def is_linmu(self) -> bool:
-        return self.config is None
+    teacher: Checkpoint | None = None
 
     def load_processor(self) -> ProcessorMixin:
-        return self.built_processor or read_processor(self.folder)
+        return (self.teacher and self.teacher.processor) or read_processor(self.folder)
 
     def write_processor(self, folder: Path) -> None:
-        """Writes all that stands beside the weights into a folder."""
-        if self.built_processor is None:
+        """Writes all but configuration and weights into a folder."""
+        if self.teacher is None or self.teacher.processor is None:
             for name in PROCESSOR_FILES:
                 if (self.folder / name).is_file():
                     shutil.copyfile(self.folder / name, folder / name)
             return
-        self.built_processor.save_pretrained(folder)
-        assert self.generation_config is not None
-        self.generation_config.save_pretrained(folder)
+        self.teacher.processor.save_pretrained(folder)
+        if self.teacher.generation_config is not None:
+            self.teacher.generation_config.save_pretrained(folder)
 
 
 def read_processor(path: str | Path) -> ProcessorMixin:
@@ -100,19 +75,14 @@ def open_source(path: str | Path, revision: str | None = None, allow_linmu: bool
         `ValueError`: Not a supported vision-language model, or corrupt weights.
     """
     raw_config = read_raw_config(path, revision)
-    _check_model_type(raw_config, path, allow_linmu)
+    family = _check_model_type(raw_config, path, allow_linmu)
     local = Path(path).expanduser()
-    patterns = NVILA_DOWNLOADS if in_parts(raw_config) else DOWNLOADS
+    patterns = family.downloads(raw_config) if family else DOWNLOADS
     folder = local if local.is_dir() else _download(path, revision, patterns)
-    if raw_config["model_type"] == LinMUConfig.model_type:
+    if family is None:
         return Source(folder, raw_config, read_checkpoint(folder))
-    if is_nvila(raw_config):
-        found = read_nvila(folder, raw_config)
-        return Source(folder, raw_config, found.tensors, found.config, found.processor, found.generation_config)
-    config = TEACHER_CONFIGS[raw_config["model_type"]].from_pretrained(folder)
-    generates = (folder / "generation_config.json").is_file()
-    generation_config = GenerationConfig.from_pretrained(folder) if generates else None
-    return Source(folder, raw_config, read_checkpoint(folder), config, generation_config=generation_config)
+    teacher = family.open(folder, raw_config)
+    return Source(folder, raw_config, teacher.tensors, teacher)
 
 
 def _download(path: str | Path, revision: str | None, patterns: Sequence[str] | None = None) -> Path:
@@ -146,21 +116,23 @@ def read_raw_config(path: str | Path, revision: str | None = None) -> dict:
     return config
 
 
-def _check_model_type(config: dict, path: str | Path, allow_linmu: bool) -> None:
-    model_type = config["model_type"]
-    if model_type == LinMUConfig.model_type:
+def _check_model_type(config: dict, path: str | Path, allow_linmu: bool) -> Family | None:
+    """The teacher's family, or `None` for a LinMU model; a `ValueError` for what is not supported."""
+    family = find_family(config)
+    if config["model_type"] == LinMUConfig.model_type:
         if not allow_linmu:
             raise ValueError(f"{path} already is a LinMU model: give the teacher it was made from")
-    elif model_type not in TEACHER_CONFIGS and not is_nvila(config):
+    elif family is None:
         is_vision_model = any(key in config for key in ("vision_config", "vision_tower_cfg", "mm_vision_tower"))
         kind = "an unsupported vision-language model" if is_vision_model else "not a vision-language model"
-        supported = [*sorted(TEACHER_CONFIGS), "NVILA's"]
-        raise ValueError(f"{path} is {kind} (model_type={model_type!r}): supported teachers are {supported}")
+        supported = ", ".join(family.name for family in FAMILIES.values())
+        raise ValueError(f"{path} is {kind} (model_type={config['model_type']!r}): supported teachers are {supported}")
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method")
         raise ValueError(f"{path} is quantized ({method}): give the checkpoint it was quantized from")
-    if is_nvila(config):
+    if family is not None:
         try:
-            check_top(config)  # before anything large is downloaded
+            family.check(config)  # before anything large is downloaded
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+    return family

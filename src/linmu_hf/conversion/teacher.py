@@ -48,16 +48,15 @@ def load_teacher(
     """
     dtype = parse_dtype(dtype)
     source = open_source(path, revision, allow_linmu=True)
-    if source.is_linmu:
+    if source.teacher is None:
         model = LinMUForConditionalGeneration.from_pretrained(source.folder, dtype=dtype or "auto")
         return model.to(device or "cpu").eval().requires_grad_(False)
 
-    assert source.config is not None
-    config = LinMUConfig.from_teacher(source.config, keep_attention="all")
+    config = LinMUConfig.from_teacher(source.teacher.config, keep_attention="all")
     plan = ConversionPlan(source, config, dtype)
     model = build_model(config, plan.dtype, {tensor.name: tensor for tensor in plan.tensors}, device)
-    if source.generation_config is not None:
-        model.generation_config = source.generation_config
+    if source.teacher.generation_config is not None:
+        model.generation_config = source.teacher.generation_config
     return model.eval().requires_grad_(False)
 
 

@@ -1,71 +1,14 @@
-"""Teacher tensor names to student tensor names: a table for each family, and the one function that reads them.
+"""Teacher tensor names to student tensor names: what every decoder has, and the reading of each family's table.
 
-The tables hold Eq. 4 (Flex-MA: C <- Q, B <- K, X <- V, O <- O) and Eq. 5 (Local-Swin: the teacher's own projections),
+Mixers take Eq. 4 (Flex-MA: C <- Q, B <- K, X <- V, O <- O) and Eq. 5 (Local-Swin: the teacher's own projections),
 so one teacher tensor becomes several student tensors in an `m_mate` layer. Biases go where their weights go.
 """
 
 import re
-from dataclasses import dataclass
 
+from ..families import FAMILIES, Family
 from ..modeling.configuration_linmu import LinMUConfig, LinMUTextConfig
 
-
-@dataclass(frozen=True)
-class WeightMap:
-    """
-    The table of one family.
-
-    Args:
-        family (`str`): What a message calls it.
-        prefixes (`dict[str, str]`): Beginnings of teacher names, onto the student's; the first that matches counts.
-        vision (`tuple[str, ...]`): Patterns of the student's names on the vision side, which stays as it is.
-        dropped (`dict[str, str]`): Patterns of teacher names that the student does without, and why.
-    """
-
-    family: str
-    prefixes: dict[str, str]
-    vision: tuple[str, ...]
-    dropped: dict[str, str]
-
-
-# By the `model_type` of the vision side, which tells the families apart.
-WEIGHT_MAPS = {
-    "qwen2_5_vl_vision": WeightMap(
-        family="Qwen2.5-VL",
-        prefixes={  # Hub names and Transformers' in-memory names
-            "model.visual.": "model.visual.",
-            "visual.": "model.visual.",
-            "model.language_model.": "model.language_model.",
-            "model.": "model.language_model.",
-            "lm_head.": "lm_head.",
-        },
-        vision=(r"model\.visual\..+",),
-        dropped={r".*\.rotary_(pos_)?emb\.inv_freq": "recomputed from the configuration"},
-    ),
-    "nvila_vision": WeightMap(
-        family="NVILA",
-        prefixes={  # SigLIP's names with its inner module, as published, and without
-            "llm.model.": "model.language_model.",
-            "llm.lm_head.": "lm_head.",
-            "vision_tower.vision_model.": "model.visual.vision_tower.",
-            "vision_tower.": "model.visual.vision_tower.",
-            "mm_projector.": "model.visual.mm_projector.",
-        },
-        vision=(
-            r"model\.visual\.vision_tower\.embeddings\.(patch_embedding\.(weight|bias)|position_embedding\.weight)",
-            r"model\.visual\.vision_tower\.encoder\.layers\.\d+\.layer_norm[12]\.(weight|bias)",
-            r"model\.visual\.vision_tower\.encoder\.layers\.\d+\.self_attn\.(q|k|v|out)_proj\.(weight|bias)",
-            r"model\.visual\.vision_tower\.encoder\.layers\.\d+\.mlp\.fc[12]\.(weight|bias)",
-            r"model\.visual\.vision_tower\.post_layernorm\.(weight|bias)",
-            r"model\.visual\.mm_projector\.layers\.\d+\.(weight|bias)",
-        ),
-        dropped={
-            r".*\.rotary_emb\.inv_freq": "recomputed from the configuration",
-            r"vision_tower\.(vision_model\.)?embeddings\.position_ids": "recomputed from the configuration",
-            r"vision_tower\.(vision_model\.)?head\..+": "pools the last layer; features are read before it",
-        },
-    ),
-}
 
 # What every decoder keeps under the teacher's name, besides the attention.
 KEPT = (
@@ -110,7 +53,8 @@ def map_teacher_key(key: str, config: LinMUConfig) -> list[str] | None:
     Raises:
         `ValueError`: The table does not know the key.
     """
-    table = WEIGHT_MAPS[config.vision_config.model_type]  # type: ignore[union-attr]
+    family = family_of(config)
+    table = family.weights
     if any(re.fullmatch(pattern, key) for pattern in table.dropped):
         return None
     prefix = next((prefix for prefix in table.prefixes if key.startswith(prefix)), None)
@@ -125,7 +69,7 @@ def map_teacher_key(key: str, config: LinMUConfig) -> list[str] | None:
             return [f"{layer_prefix}mixer.{target}.{kind}" for target in targets]
     if prefix and any(re.fullmatch(pattern, name) for pattern in (*KEPT, *table.vision)):
         return [name]
-    raise ValueError(f"teacher tensor {key!r} is unknown to the weight map: is the checkpoint a plain {table.family}?")
+    raise ValueError(f"teacher tensor {key!r} is unknown to the weight map: is the checkpoint a plain {family.name}?")
 
 
 def is_new(name: str, config: LinMUConfig) -> bool:
@@ -145,7 +89,7 @@ def teacher_key(name: str, config: LinMUConfig) -> str:
         layer_prefix, layer, stem, kind = parameter.groups()
         projection = next(name for name, targets in _mixer(layer, config).items() if stem in targets)
         name = f"{layer_prefix}self_attn.{projection}.{kind}"
-    prefixes = WEIGHT_MAPS[config.vision_config.model_type].prefixes  # type: ignore[union-attr]
+    prefixes = family_of(config).weights.prefixes
     prefix, ours = next((prefix, ours) for prefix, ours in prefixes.items() if name.startswith(ours))
     return prefix + name.removeprefix(ours)
 
@@ -153,6 +97,11 @@ def teacher_key(name: str, config: LinMUConfig) -> str:
 def _mixer(layer: str, config: LinMUConfig) -> dict[str, tuple[str, ...]]:
     layer_types = decoder_config(config).layer_types or []
     return MIXERS[layer_types[int(layer)]]
+
+
+def family_of(config: LinMUConfig) -> Family:
+    """Returns the family of a student's teacher."""
+    return FAMILIES[config.vision_config.model_type]  # type: ignore[union-attr]
 
 
 def decoder_config(config: LinMUConfig) -> LinMUTextConfig:

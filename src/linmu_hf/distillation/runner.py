@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import TrainerState, set_seed
 
+from ..conversion.teacher import check_pair
 from ..data import check_dataset
 from ..files import copy_file, locked, whole_folder, write_text
 from .arguments import RESULT
@@ -26,7 +27,7 @@ from .lora import add_lora, merge_lora
 from .plots import plot_training_log
 from .pseudo_targets import decode_pseudo_targets, encode_answers
 from .stages import Stage, is_stage_name, set_trainable
-from .trainer import DistillTrainer, check_teacher
+from .trainer import DistillTrainer
 
 
 SETTINGS = "distillation.json"
@@ -207,7 +208,7 @@ def _encode_decoded(processor, answers, row, index: int):
 def _check_inputs(config: DistillConfig, student, teacher, features: EncodedDataset) -> None:
     if find_spec("matplotlib") is None:  # said now and not after the first stage
         raise ImportError('the curves of a distillation need matplotlib: pip install "linmu-hf[train]"')
-    check_teacher(student, teacher)
+    check_pair(student.config, teacher.config)
     if len(features) == 0:
         raise ValueError("the dataset has no rows")
     check_dataset(features.rows, features.processor)

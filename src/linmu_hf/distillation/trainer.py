@@ -10,6 +10,7 @@ from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from ..conversion.teacher import check_pair
 from .collator import DistillCollator, EncodedDataset
 from .config import DistillConfig
 from .losses import IGNORE_INDEX, hidden_loss, next_token_targets, output_losses, squared_errors
@@ -18,17 +19,6 @@ from .stages import Stage, parameter_groups
 
 
 TRAINED_WEIGHTS = "trained.safetensors"
-
-
-def check_teacher(student, teacher) -> None:
-    """Raises a `ValueError` unless the student can have been converted from this teacher."""
-    for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
-        ours, theirs = (getattr(model.config.text_config, name) for model in (student, teacher))
-        if ours != theirs:
-            raise ValueError(
-                f"{name} is {ours} in the student and {theirs} in the teacher: take the teacher that the student was "
-                "converted from"
-            )
 
 
 class DistillTrainer(Trainer):
@@ -56,7 +46,7 @@ class DistillTrainer(Trainer):
 
     def __init__(self, model, teacher, args: DistillConfig, stage: Stage, train_dataset: EncodedDataset, **kwargs):
         args.refuse_push_to_hub()
-        check_teacher(model, teacher)
+        check_pair(model.config, teacher.config)
         tokenizer = train_dataset.processor.tokenizer
         collator = DistillCollator(tokenizer.pad_token_id, pseudo=stage.seq > 0)
         args = copy.copy(args)

@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from ..conversion.source import open_source, read_processor, read_raw_config
 from ..conversion.teacher import load_teacher
-from ..families.nvila.checkpoint import is_nvila
+from ..families import find_family
 
 
 PACKAGES = (
@@ -46,7 +46,7 @@ def check_model(path: str) -> None:
         )
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{path} has no config.json: give the folder of a saved model")
-    if _is_nvila(path):
+    if _is_foreign(path):
         return
     try:
         config = AutoConfig.from_pretrained(path)
@@ -64,7 +64,7 @@ def load_model(path: str, *, device: str | None = None, dtype: str = "auto") -> 
 
     Args:
         path (`str`):
-            Folder or Hub id of any image-text-to-text model, or of NVILA in a layout that Transformers does not know.
+            Folder or Hub id of any image-text-to-text model, or of a teacher that Transformers does not know.
         device (`str`, *optional*):
             Where to put it; by default a GPU if there is one.
         dtype (`str`, *optional*, defaults to `"auto"`):
@@ -74,7 +74,7 @@ def load_model(path: str, *, device: str | None = None, dtype: str = "auto") -> 
         `tuple`: the model in evaluation mode and its processor.
     """
     processor = load_processor(path)
-    if _is_nvila(path):
+    if _is_foreign(path):
         return load_teacher(path, dtype=dtype, device=device or default_device()), processor
     try:
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
@@ -88,7 +88,7 @@ def load_model(path: str, *, device: str | None = None, dtype: str = "auto") -> 
 def load_processor(path: str) -> Any:
     """The processor of an image-text-to-text model, named as for [`load_model`]."""
     check_model(path)
-    if _is_nvila(path):
+    if _is_foreign(path):
         return open_source(path).load_processor()
     try:
         return read_processor(path)
@@ -96,9 +96,11 @@ def load_processor(path: str) -> Any:
         raise ValueError(f"{path}: {first_line(error)}") from error
 
 
-def _is_nvila(path: str) -> bool:
+def _is_foreign(path: str) -> bool:
+    """Whether it is a teacher that Transformers does not load."""
     try:
-        return is_nvila(read_raw_config(path))
+        family = find_family(read_raw_config(path))
+        return family is not None and not family.in_transformers
     except (OSError, ValueError):
         return False  # what is wrong with it is said where it is opened
 

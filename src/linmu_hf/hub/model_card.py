@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData, hf_hub_download, metadata_load
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..conversion.weight_map import WEIGHT_MAPS
+from ..families import FAMILIES
 from ..modeling.configuration_linmu import LinMUConfig
 from ..safetensors_io import read_checkpoint
 
@@ -25,8 +25,6 @@ LICENSE_KEYS = ("license", "license_name", "license_link")
 # In the example of a card; an upload puts the repository's name in its place.
 THIS_FOLDER = 'model="."'
 RETENTION = "## Retention"
-# Where every published model of a family has the same: what a card can still say that found none.
-PUBLISHED_LICENSES = {"nvila_vision": " NVILA's published weights are under CC BY-NC 4.0."}
 
 USE = f"""\
 ## Use
@@ -210,7 +208,7 @@ def _introduction(folder: Path, config, origin: Origin, stages: "Sequence[Stage]
             f"Made Linear*). {state}"
         )
     facts = {
-        "family": WEIGHT_MAPS[config.vision_config.model_type].family,
+        "family": FAMILIES[config.vision_config.model_type].name,
         "layers": f"{len(text.layer_types) - len(kept)} of {len(text.layer_types)} with M-MATE"
         + (f", attention kept in {kept}" if kept else ""),
         "parameters": f"{count:,} ({str(config.dtype).removeprefix('torch.')})",
@@ -299,8 +297,8 @@ def _retention(results: dict[str, Any], model: str | None) -> str:
 
 def _license(origin: Origin, family: str) -> str:
     if not origin.license.get("license"):
-        published = PUBLISHED_LICENSES.get(family, "")
-        return f"## License\n\nThat of the teacher, which was not found when this card was written.{published}\n"
+        text = f"That of the teacher, which was not found when this card was written. {FAMILIES[family].license_note}"
+        return f"## License\n\n{text.strip()}\n"
     name = origin.license.get("license_name") or origin.license["license"]
     link = origin.license.get("license_link")
     return f"## License\n\nThat of the teacher: {f'[{name}]({link})' if link else name}.\n"

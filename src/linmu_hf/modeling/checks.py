@@ -51,7 +51,7 @@ def check_forward(
     # positions of four rows are those of `generate`, which has seen the prompt that they belong to
     unseen = position_ids is not None and position_ids.shape[:-2] != (4,) and not any(given.values())
     if vision_layout is not None:
-        check_spans(vision_layout, model.token_types(input_ids), mask, complete=any(given.values()))
+        check_spans(vision_layout, model.token_types(input_ids), mask, model.vision.all_cells and any(given.values()))
     if (vision_layout is not None and has_grids) or (vision_layout is None and unseen):
         check_media(model.token_types(input_ids), mask, model.vision, **grids)
 

@@ -77,7 +77,7 @@ class MediaGeneration:
             input_ids = self.model.placeholder_ids(inputs_embeds, mm_token_type_ids, True)
         places = input_ids == self.model.placeholders[kind]
         if vision_layout is not None:
-            places &= vision_layout[:, -input_ids.shape[1] :, 0] >= 0
+            places &= (vision_layout[:, -input_ids.shape[1] :, 0] >= 0).cumsum(-1) > 0  # -1 where it was read
         return places.sum(-1).tolist()
 
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):

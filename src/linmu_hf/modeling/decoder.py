@@ -83,7 +83,7 @@ class LinMUPreTrainedModel(InstalledCode, PreTrainedModel):
     base_model_prefix = "model"
     input_modalities: tuple[str, ...] = ("image", "video", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LinMUDecoderLayer", "Qwen2_5_VLVisionBlock", "SiglipVisionEmbeddings", "SiglipEncoderLayer"]
+    _no_split_modules = ["LinMUDecoderLayer"]  # Transformers adds those of the vision tower
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _keep_in_fp32_modules_strict = set(FP32_PARAMETERS)
     # float32 in a float16 model, and never quantised: small maps that steer decays and gates

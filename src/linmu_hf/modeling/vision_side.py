@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from .checks import check_values, expect
 from .layout.token_layout import span_layout
 
 
@@ -21,6 +22,7 @@ class VisionSide:
     """
 
     tower_class: ClassVar[Any]
+    all_cells: ClassVar[bool] = True  # whether every placeholder is a cell of a grid
 
     def __init__(self, config, visual: nn.Module):
         self.config, self.visual = config, visual
@@ -51,8 +53,29 @@ class VisionSide:
         raise NotImplementedError
 
     def coordinates(self, kind: str, grids) -> list[torch.Tensor]:
-        """For every row of the grids the (T, H, W) coordinate of each of its tokens, `[n, 3]`."""
+        """
+        For every row of the grids the (T, H, W) coordinate of each of its tokens, `[n, 3]`: -1 for one that takes a
+        feature but is no cell of the grid, such as a learned line break; it is scanned as text is.
+        """
         raise NotImplementedError
+
+    def grids(self, sizes: torch.Tensor) -> torch.Tensor:
+        """The grids of media of so many tokens, frames, rows and columns, `[media, 3]`."""
+        return sizes
+
+    def pixels(self, kind: str, grids) -> tuple[tuple[int, ...], str]:
+        """The shape of the pixels that belong to these grids, and what its axes are."""
+        raise NotImplementedError
+
+    def check_pixels(self, kind: str, pixels, grids) -> None:
+        """Raises a `ValueError` or `TypeError` if grids are no grids, or pixels do not fit them."""
+        name = "pixel_values" if kind == "image" else "pixel_values_videos"
+        if grids is None:
+            raise ValueError(f"{name} came without {kind}_grid_thw; pass both as the processor returned them")
+        self.runs(kind, grids)
+        shape, axes = self.pixels(kind, grids)
+        expect(name, pixels, shape, f"{axes}, as {kind}_grid_thw says", True)
+        check_values(name, pixels)
 
     def positions(self, input_ids, types, attention_mask, grids: dict, second_per_grid_ts=None) -> torch.Tensor:
         """Rotary positions `[3, b, t]` of a prompt with images or videos; no row is padding alone."""

@@ -23,7 +23,7 @@ def teacher(tmp_path):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_configuration(layout, kind, tmp_path):
     make_nvila(tmp_path / "teacher", layout, kind)
-    config = open_source(tmp_path / "teacher").config
+    config = open_source(tmp_path / "teacher").teacher.config
     vision, text = config.vision_config, config.text_config
     assert vision.image_aspect_ratio == {"8b": "dynamic_s2", "lite": "dynamic", "video": "resize"}[kind]
     assert vision.s2_scales == ([32, 64, 96] if kind == "8b" else None)
@@ -71,8 +71,8 @@ def test_processor_and_generation(layout, tmp_path):
     make_nvila(tmp_path / "teacher", layout)
     source = open_source(tmp_path / "teacher")
     tokenizer = source.load_processor().tokenizer
-    assert tokenizer.convert_ids_to_tokens(source.config.image_token_id) == "<image>"
-    assert tokenizer.convert_ids_to_tokens(source.config.video_token_id) == "<vila/video>"
+    assert tokenizer.convert_ids_to_tokens(source.teacher.config.image_token_id) == "<image>"
+    assert tokenizer.convert_ids_to_tokens(source.teacher.config.video_token_id) == "<vila/video>"
     (tmp_path / "out").mkdir()
     source.write_processor(tmp_path / "out")
     written = GenerationConfig.from_pretrained(tmp_path / "out")
@@ -84,14 +84,16 @@ def test_processor_and_generation(layout, tmp_path):
 def test_stop_tokens_of_the_language_model_count_too(teacher):
     end = make_tokenizer().convert_tokens_to_ids("<|im_end|>")
     change_json(teacher / "llm" / "config.json", eos_token_id=[3, end])
-    assert open_source(teacher).generation_config.eos_token_id == [end, 3]
+    assert open_source(teacher).teacher.generation_config.eos_token_id == [end, 3]
 
 
 @pytest.mark.parametrize("new_rows, suppressed", [(1, 1), (3, 3), (8, 3)])
 def test_untrained_tokens_in_the_vocabulary_are_suppressed(tmp_path, new_rows, suppressed):
     make_nvila(tmp_path / "teacher", new_rows=new_rows)
     n = len(make_tokenizer())
-    assert open_source(tmp_path / "teacher").generation_config.suppress_tokens == list(range(n, n + suppressed))
+    assert open_source(tmp_path / "teacher").teacher.generation_config.suppress_tokens == list(
+        range(n, n + suppressed)
+    )
 
 
 def test_pixel_statistics_are_the_towers(teacher):
@@ -119,13 +121,13 @@ def test_tokenizer_may_lie_in_the_top_folder(teacher):
 )
 def test_video_encoder(teacher, value, expected):
     change_json(teacher / "config.json", video_encoder=value)
-    vision = open_source(teacher).config.vision_config
+    vision = open_source(teacher).teacher.config.vision_config
     assert (vision.video_encoder, vision.pool_sizes) == expected
 
 
 def test_tiles(teacher):
     change_json(teacher / "config.json", min_tiles=2, max_tiles=20)
-    vision = open_source(teacher).config.vision_config
+    vision = open_source(teacher).teacher.config.vision_config
     assert (vision.min_tiles, vision.max_tiles) == (2, 20)
 
 
@@ -185,7 +187,7 @@ def test_unsupported_parts(teacher, part, changes, message):
 
 def test_projector_is_known_by_its_tensors(teacher):
     change_json(teacher / "mm_projector" / "config.json", mm_projector_type=...)
-    assert open_source(teacher).config.vision_config.downsample == 2
+    assert open_source(teacher).teacher.config.vision_config.downsample == 2
     file = teacher / "mm_projector" / "model.safetensors"
     rewrite(file, lambda tensors: {name: t for name, t in tensors.items() if not name.startswith("layers.1.")})
     with pytest.raises(ValueError, match=r"lacks the tensor 'mm_projector.layers.1.weight'"):
@@ -230,7 +232,7 @@ def test_fields_that_are_left_out_have_their_defaults(teacher):
     """Configurations are saved without what equals the class's default."""
     change_json(teacher / "llm" / "config.json", hidden_act=..., rms_norm_eps=..., vocab_size=...)
     change_json(teacher / "vision_tower" / "config.json", hidden_act=..., layer_norm_eps=..., num_channels=...)
-    config = open_source(teacher).config
+    config = open_source(teacher).teacher.config
     assert (config.text_config.vocab_size, config.text_config.rms_norm_eps) == (151936, 1e-6)
     tower = config.vision_config.tower_config
     assert (tower.hidden_act, tower.layer_norm_eps, tower.num_channels) == ("gelu_pytorch_tanh", 1e-6, 3)

@@ -4,8 +4,8 @@ import pytest
 import tiny
 import tiny_nvila
 import torch
+from perturbation import layer_function, moved
 from safetensors.torch import load_file
-from test_causality import layer_function, moved
 from transformers import (
     AutoModel,
     AutoModelForImageTextToText,

@@ -11,26 +11,21 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, PreTrainedConfig
 
-from ...conversion.source import TEACHER_CONFIGS
-from ...families.nvila.checkpoint import is_nvila
-from ...families.nvila.configuration import NVILAVisionConfig
-from ...families.nvila.vision import tiles_of
+from ...families import FAMILIES, QWEN2_5_VL, find_family
+from ...families.family import Preset
 from ...modeling.compat import CACHE
 from ...modeling.configuration_linmu import LinMUConfig, LinMUTextConfig
 from ...modeling.decoder import LinMUTextModel
 from ...modeling.generation import chunk_sizes
 from ...modeling.layout.token_layout import TextStep
 from ...modeling.mixers.m_mate import MMate
-from ...modeling.modeling_linmu import VISION_SIDES
+from ...modeling.vision_side import VISION_SIDES
 from ..loading import first_line
 
 
-PRESETS = {
-    "qwen2.5-vl-7b": {
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-    },
-    "nvila-8b": {"vocab_size": 151648, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
-    "nvila-8b-video": {"vocab_size": 151648, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+TINY_VISION = {"depth": 2, "hidden_size": 96, "num_heads": 4}
+# Presets that no family has, with Qwen2.5-VL's vision side.
+_SMALL = {
     "tiny": {
         "vocab_size": 512,
         "hidden_size": 128,
@@ -55,21 +50,10 @@ PRESETS = {
     },
 }
 
-# Of the presets that have NVILA's vision side; the others have Qwen2.5-VL's.
-NVILA_VISION = {
-    "nvila-8b": {"image_aspect_ratio": "dynamic_s2", "s2_scales": [448, 896, 1344]},
-    "nvila-8b-video": {"image_aspect_ratio": "resize", "video_encoder": "tsp", "pool_sizes": [[8, 1, 1]]},
-}
-SO400M = {
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "image_size": 448,
-    "patch_size": 14,
-}
-# Media and grid of a prompt that the command does not name. NVILA reads an image of 4:3 in 3 x 4 blocks of 16 x 16.
-PROMPTS = {"nvila-8b": ("image", "48x64")}
+# The model type of the vision side of every preset, and its sizes.
+PRESETS = {
+    name: (family.vision_type, preset) for family in FAMILIES.values() for name, preset in family.presets.items()
+} | {name: (QWEN2_5_VL.vision_type, Preset(text, TINY_VISION)) for name, text in _SMALL.items()}
 
 
 ATTENTIONS = {
@@ -88,15 +72,17 @@ def text_config(model: str) -> LinMUTextConfig:
         `ValueError`: There is no such model, or it is not one that LinMU can be made of.
     """
     if model in PRESETS:
-        return LinMUTextConfig(**PRESETS[model])
+        return LinMUTextConfig(**PRESETS[model][1].text)
     if not Path(model).exists() and model.count("/") != 1:
         raise ValueError(f"{model} is neither a file, a folder nor one of the presets {', '.join(PRESETS)}")
     try:
-        if is_nvila(PreTrainedConfig.get_config_dict(model)[0]):
-            raise ValueError("NVILA as it was published: give a preset, or the folder that linmu-convert made of it")
+        family = find_family(raw_config := PreTrainedConfig.get_config_dict(model)[0])
+        if family is not None and not family.in_transformers:
+            remedy = "give a preset, or the folder that linmu-convert made of it"
+            raise ValueError(f"{family.name} as it was published: {remedy}")
+        if family is None and raw_config.get("model_type") != LinMUConfig.model_type:
+            raise ValueError(f"a {raw_config.get('model_type')!r} model: give a teacher, a LinMU model or a preset")
         config = AutoConfig.from_pretrained(model)
-        if not isinstance(config, (LinMUConfig, *TEACHER_CONFIGS.values())):
-            raise ValueError(f"a {config.model_type!r} model: give a Qwen2.5-VL, a LinMU model or a preset")
         if not isinstance(config, LinMUConfig):
             config = LinMUConfig.from_teacher(config)
     except (OSError, ValueError) as error:
@@ -106,13 +92,9 @@ def text_config(model: str) -> LinMUTextConfig:
 
 def vision_config(model: str):
     """The configuration of the vision side, for all that [`text_config`] takes."""
-    if model in NVILA_VISION:
-        width = text_config(model).hidden_size
-        return NVILAVisionConfig(**NVILA_VISION[model], tower_config=SO400M, out_hidden_size=width)
     if model in PRESETS:
-        size = {} if model == "qwen2.5-vl-7b" else {"depth": 2, "hidden_size": 96, "num_heads": 4}
-        vision = LinMUConfig().vision_config
-        return type(vision)(**vision.to_dict() | size | {"out_hidden_size": text_config(model).hidden_size})
+        kind, preset = PRESETS[model]
+        return AutoConfig.for_model(kind, **preset.vision, out_hidden_size=text_config(model).hidden_size)
     return AutoConfig.from_pretrained(model).vision_config
 
 
@@ -181,28 +163,18 @@ def vision_encoder(model: str, layout, media: str, dtype: torch.dtype, device: s
         dtype (`torch.dtype`), device (`str`): Of weights and pixels.
 
     Raises:
-        `ValueError`: The frames or images of the prompt are no whole tiles of NVILA's.
+        `ValueError`: The frames or images of the prompt are no grids of the model.
     """
     vision = vision_config(model)
     with torch.device(device):
         tower = VISION_SIDES[vision.model_type].tower_class._from_config(vision, dtype=dtype).eval()
+    side = VISION_SIDES[vision.model_type](LinMUConfig(vision_config=vision), tower)
     spans = layout[0][layout[0, :, 0] >= 0]
-    grids = torch.stack([spans[spans[:, 0] == span, 1:].amax(0) + 1 for span in spans[:, 0].unique()])
-    if vision.model_type == "nvila_vision":
-        g, edge = vision.tile_tokens, vision.tower_config.image_size
-        if (grids[:, 1:] % g).any() or (media == "video" and (grids[:, 1:] != g).any()):
-            wanted = f"{g}x{g}" if media == "video" else f"a multiple of {g}x{g}"
-            raise ValueError(f"{model} has a grid of {wanted} tokens, not {grids[0, 1]}x{grids[0, 2]}")
-        if media == "video":
-            tiles = int(grids[:, 0].sum()) * vision.pool_sizes[0][0]
-        else:
-            tiles = sum(tiles_of(vision, height // g, width // g) for _, height, width in grids.tolist())
-        pixels = torch.randn(tiles, 3, edge, edge, device=device, dtype=dtype)
-        return partial(tower, pixels, grids.to(device), media)
-    grids[:, 1:] *= vision.spatial_merge_size
-    pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    patches = torch.randn(int(grids.prod(1).sum()), pixels, device=device, dtype=dtype)
-    return partial(tower, patches, grid_thw=grids.to(device))
+    sizes = torch.stack([spans[spans[:, 0] == span, 1:].amax(0) + 1 for span in spans[:, 0].unique()])
+    grids = side.grids(sizes).to(device)
+    side.runs(media, grids)  # refuses what are no whole tiles
+    pixels = torch.randn(side.pixels(media, grids)[0], device=device, dtype=dtype)
+    return partial(side.features, media, pixels, grids)
 
 
 class BenchmarkDecoder(nn.Module):

@@ -9,29 +9,22 @@ own. That one counts: the copies inside the top config.json are not always up to
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import GenerationConfig, ProcessorMixin, Qwen2Config, Qwen2TokenizerFast, SiglipVisionConfig
+from transformers import GenerationConfig, Qwen2Config, Qwen2TokenizerFast, SiglipVisionConfig
 
 from ...safetensors_io import StoredTensor, read_checkpoint, read_config
+from ..family import TOKENIZER_FILES, Checkpoint
 from .configuration import IMAGE_MODES, PROJECTORS, NVILAConfig, NVILAVisionConfig
 from .processing import IMAGE_TOKEN, SENTINEL_TOKEN, VIDEO_TOKEN, build_processor
 
 
 PARTS = ("llm", "vision_tower", "mm_projector")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
 # What to download of a model in parts; one in the flat layout needs what every other family does.
-DOWNLOADS = (
+PARTS_DOWNLOADS = (
     "config.json",
     *(f"{part}/{name}" for part in PARTS for name in ("config.json", "*.safetensors", "model.safetensors.index.json")),
     *(f"llm/{name}" for name in TOKENIZER_FILES),
@@ -54,28 +47,18 @@ TOWER_FIELDS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class NVILACheckpoint:
-    """What a folder holds, read: configuration, tensors, processor, and how to generate."""
-
-    config: NVILAConfig
-    tensors: dict[str, StoredTensor]
-    processor: ProcessorMixin
-    generation_config: GenerationConfig
-
-
-def is_nvila(raw_config: dict) -> bool:
+def is_nvila(raw_config: Mapping[str, Any]) -> bool:
     """Whether a `config.json` is one of VILA's family, supported or not."""
     model_type = str(raw_config.get("model_type"))
     return "vila" in model_type or model_type == "llava_llama" or in_parts(raw_config)
 
 
-def in_parts(raw_config: dict) -> bool:
+def in_parts(raw_config: Mapping[str, Any]) -> bool:
     """Whether the tensors lie in a folder for each part."""
     return {f"{part}_cfg" for part in PARTS} <= set(raw_config)
 
 
-def read_nvila(folder: Path, top: dict) -> NVILACheckpoint:
+def open_nvila(folder: Path, top: dict[str, Any]) -> Checkpoint:
     """
     Reads everything of a checkpoint but the values of its tensors.
 
@@ -131,7 +114,7 @@ def read_nvila(folder: Path, top: dict) -> NVILACheckpoint:
                 f"{folder}: {name} is {top[name]} in config.json and {getattr(config, name)} in the tokenizer: "
                 "they do not belong together"
             )
-    return NVILACheckpoint(config, tensors, processor, _generation_config(text_config, processor.tokenizer))
+    return Checkpoint(config, tensors, processor, _generation_config(text_config, processor.tokenizer))
 
 
 def check_top(top: dict) -> None:

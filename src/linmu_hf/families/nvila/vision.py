@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, SiglipVisionModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
-from ...modeling.checks import check_values, expect
+from ...modeling.checks import expect
 from ...modeling.remote_code import InstalledCode
 from ...modeling.vision_side import VisionSide, grid_coordinates, text_positions
 from .configuration import NVILAVisionConfig
@@ -190,7 +190,7 @@ class NVILAVision(VisionSide):
     @can_return_tuple
     def features(self, kind, pixels, grids, **kwargs):
         if not torch.compiler.is_compiling():
-            self._check_pixels(kind, pixels, grids)
+            self.check_pixels(kind, pixels, grids)
         return self.visual(pixels, grids, kind)
 
     def runs(self, kind, grids):
@@ -263,12 +263,7 @@ class NVILAVision(VisionSide):
                     "processor returned"
                 )
 
-    def _check_pixels(self, kind, pixels, grids):
-        """Pixels are `[tiles, 3, S, S]`."""
-        name = "pixel_values" if kind == "image" else "pixel_values_videos"
-        if grids is None:
-            raise ValueError(f"{name} came without {kind}_grid_thw; pass both as the processor returned them")
-        self._check_grids(kind, grids)
+    def pixels(self, kind, grids):
         vision, rows = self.config.vision_config, grids.tolist()
         edge, channels = vision.tower_config.image_size, vision.tower_config.num_channels
         if kind == "image":
@@ -276,6 +271,4 @@ class NVILAVision(VisionSide):
         else:
             first, pools = rows[:: len(vision.pool_sizes)], vision.pool_sizes
             tiles, what = sum(frames for frames, *_ in first) * pools[0][0], "frames"
-        shape = (tiles, channels, edge, edge)
-        expect(name, pixels, shape, f"[{what}, channels, height, width], as {kind}_grid_thw says", True)
-        check_values(name, pixels)
+        return (tiles, channels, edge, edge), f"[{what}, channels, height, width]"

@@ -1,12 +1,13 @@
 """The Qwen2.5-VL vision side: Transformers' own tower and M-RoPE positions; grids count patches."""
 
 import torch
+from torch import nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
     Qwen2_5_VLModel,
 )
 
-from ...modeling.checks import check_values, expect
+from ...modeling.checks import expect
 from ...modeling.vision_side import VisionSide, grid_coordinates
 
 
@@ -15,8 +16,13 @@ class Qwen2_5_VLVision(VisionSide):
 
     tower_class = Qwen2_5_VisionTransformerPretrainedModel
 
-    get_rope_index = Qwen2_5_VLModel.get_rope_index
-    get_vision_position_ids = Qwen2_5_VLModel.get_vision_position_ids
+    @property
+    def upstream(self) -> Qwen2_5_VLModel:
+        """Transformers' own model around our tower and configuration, without a decoder."""
+        model = Qwen2_5_VLModel.__new__(Qwen2_5_VLModel)
+        nn.Module.__init__(model)
+        model.config, model.visual = self.config, self.visual
+        return model
 
     @property
     def merge(self) -> int:
@@ -24,9 +30,9 @@ class Qwen2_5_VLVision(VisionSide):
 
     def features(self, kind, pixels, grids, **kwargs):
         if not torch.compiler.is_compiling():
-            self._check_pixels(kind, pixels, grids)
-        encode = Qwen2_5_VLModel.get_image_features if kind == "image" else Qwen2_5_VLModel.get_video_features
-        return encode(self, pixels, grids, **kwargs)
+            self.check_pixels(kind, pixels, grids)
+        model = self.upstream
+        return (model.get_image_features if kind == "image" else model.get_video_features)(pixels, grids, **kwargs)
 
     def runs(self, kind, grids):
         name, merge = f"{kind}_grid_thw", self.merge
@@ -44,7 +50,7 @@ class Qwen2_5_VLVision(VisionSide):
         return [grid_coordinates(t, h // self.merge, w // self.merge, grids.device) for t, h, w in grids.tolist()]
 
     def positions(self, input_ids, types, attention_mask, grids, second_per_grid_ts=None):
-        return self.get_rope_index(
+        return self.upstream.get_rope_index(
             input_ids,
             mm_token_type_ids=types,
             image_grid_thw=grids["image"],
@@ -53,14 +59,12 @@ class Qwen2_5_VLVision(VisionSide):
             attention_mask=attention_mask,
         )[0]
 
-    def _check_pixels(self, kind, pixels, grids):
-        """Pixels are `[patches, channels * frames * height * width]` of a patch."""
-        name = "pixel_values" if kind == "image" else "pixel_values_videos"
-        if grids is None:
-            raise ValueError(f"{name} came without {kind}_grid_thw; pass both as the processor returned them")
-        self.runs(kind, grids)  # refuses what are no grids
-        vision, patches = self.config.vision_config, int(grids.prod(1).sum())
+    def grids(self, sizes):
+        return sizes * sizes.new_tensor([1, self.merge, self.merge])
+
+    def pixels(self, kind, grids):
+        vision = self.config.vision_config
         channels = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", 3)
-        width = channels * vision.temporal_patch_size * vision.patch_size**2
-        expect(name, pixels, (patches, width), f"[patches, pixels], as {kind}_grid_thw says", True)
-        check_values(name, pixels)
+        return (int(grids.prod(1).sum()), channels * vision.temporal_patch_size * vision.patch_size**2), (
+            "[patches, channels * frames * height * width of a patch]"
+        )

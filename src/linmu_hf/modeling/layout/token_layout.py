@@ -163,7 +163,7 @@ def span_layout(types, media: dict[int, list[torch.Tensor]], max_span_frames: in
     Args:
         types (`torch.Tensor` of shape `[b, t]`): 0 text and padding, 1 image, 2 video.
         media (`dict[int, list[torch.LongTensor]]`): For either kind the coordinates `[n, 3]` of the tokens of every
-            image or video of the batch, in their order.
+            image or video of the batch, in their order; -1 for a token that is no cell of its grid.
         max_span_frames (`int`, *optional*): Longest span of a video in frames; longer videos are several spans.
 
     Returns:
@@ -177,11 +177,13 @@ def span_layout(types, media: dict[int, list[torch.Tensor]], max_span_frames: in
         cells = torch.cat(coordinates)
         sizes = torch.tensor([len(own) for own in coordinates], device=types.device)
         span = torch.arange(len(sizes), device=types.device).repeat_interleave(sizes)
+        places, is_cell = (types == kind).nonzero(), cells[:, 0] >= 0
+        places, span, cells = places[is_cell], span[is_cell], cells[is_cell]
         if max_span_frames is not None and kind == 2:
             part = cells[:, 0] // max_span_frames
             span = _relabel(span, part)
             cells = torch.cat([cells[:, :1] % max_span_frames, cells[:, 1:]], dim=1)
-        layout[types == kind] = torch.cat([span[:, None] + first_span, cells], dim=1)
+        layout[places[:, 0], places[:, 1]] = torch.cat([span[:, None] + first_span, cells], dim=1)
         first_span += int(span.max()) + 1
     return layout
 

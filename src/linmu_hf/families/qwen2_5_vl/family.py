@@ -1,0 +1,31 @@
+"""Qwen2.5-VL."""
+
+from transformers import AutoProcessor, Qwen2_5_VLConfig
+from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
+
+from ...modeling.configuration_linmu import LinMUConfig
+from ..family import Family, Preset
+from .checkpoint import open_qwen2_5_vl
+from .vision import Qwen2_5_VLVision
+from .weights import WEIGHTS
+
+
+def register() -> None:
+    """A saved folder names its processor; LinMUConfig's own is that of a folder which names none."""
+    AutoProcessor.register(LinMUConfig, Qwen2_5_VLProcessor)
+
+
+QWEN2_5_VL = Family(
+    name="Qwen2.5-VL",
+    vision_type="qwen2_5_vl_vision",
+    vision=Qwen2_5_VLVision,
+    weights=WEIGHTS,
+    reads=lambda raw_config: raw_config.get("model_type") == Qwen2_5_VLConfig.model_type,
+    open=open_qwen2_5_vl,
+    register=register,
+    presets={
+        "qwen2.5-vl-7b": Preset(
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}
+        )
+    },
+)
