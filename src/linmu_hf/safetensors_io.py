@@ -1,4 +1,9 @@
-"""Safetensors checkpoints as streams: headers read and checked first, tensors copied in chunks, never held whole."""
+"""
+Safetensors checkpoints as streams: headers read and checked first, tensors copied in chunks, never held whole.
+
+The format is read and written here because `save_file` takes every tensor of a file at once: with shards of 2 GB that
+is 2 GB of memory, with one file the whole model. Chunks also let a shard be hashed and checked as it is written.
+"""
 
 import hashlib
 import json
@@ -33,7 +38,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: `file[begin:end]` holds `shape` elements of `dtype`, row by row."""
+    """Where a tensor is: `file[begin:end]` holds `shape` elements of `dtype`, row by row."""
 
     file: Path
     dtype: torch.dtype

@@ -45,7 +45,7 @@ class VisionSide:
 
     def runs(self, kind: str, grids) -> list[list[int]]:
         """
-        Lengths of the runs of placeholders that each row of the grids `[media, 3]` stands for.
+        Lengths of the runs of placeholders for each row of the grids `[media, 3]`.
 
         Raises:
             `ValueError`, `TypeError`: These are no grids.

@@ -54,7 +54,7 @@ def is_nvila(raw_config: Mapping[str, Any]) -> bool:
 
 
 def in_parts(raw_config: Mapping[str, Any]) -> bool:
-    """Whether the tensors lie in a folder for each part."""
+    """Whether the tensors are in a folder for each part."""
     return {f"{part}_cfg" for part in PARTS} <= set(raw_config)
 
 

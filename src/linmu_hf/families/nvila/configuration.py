@@ -106,7 +106,7 @@ class NVILAVisionConfig(PreTrainedConfig):
                     f"{self.image_aspect_ratio!r}; leave them out"
                 )
             return
-        scales = self.s2_scales or []
+        scales: Any = self.s2_scales or []
         if not scales or scales[0] != edge or scales != sorted(set(scales)) or any(one % edge for one in scales):
             raise ValueError(
                 f"s2_scales={self.s2_scales} must begin with the tower's image_size={edge} and rise in multiples of it"

@@ -69,8 +69,8 @@ class NVILAProcessor(RemoteCode, ProcessorMixin):
     NVILA's tokenizer, image processor and video processor as one.
 
     A text's only image is tiled; the images of a text with several are one tile each. Offsets
-    (`return_offsets_mapping=True`) refer to the text that was given: placeholders have those of the one they stand
-    for, separators have no width.
+    (`return_offsets_mapping=True`) refer to the text that was given: placeholders have those of the one they
+    replace, separators have no width.
 
     Args:
         image_processor (`NVILAImageProcessor`): It makes the tiles.

@@ -1,7 +1,7 @@
 """The NVILA vision side: SigLIP over tiles, scales joined on channels, a downsampling projector, temporal pooling.
 
-Grids count tokens. A tile is `s` patches and `g` tokens wide and high; a separator, an ordinary text token, stands
-behind every frame and tile of an image or video, so that their placeholders come in runs.
+Grids count tokens. A tile is `s` patches and `g` tokens wide and high; a separator, an ordinary text token, follows
+every frame and tile of an image or video, so that their placeholders come in runs.
 """
 
 from itertools import islice
@@ -22,7 +22,7 @@ TILES_AT_ONCE = 64  # bounds the activations of a long video
 
 
 class Downsample(nn.Module):
-    """The channels of k x k patches side by side, `[n, h, w, c]` to `[n, m, k * k * c]`; zeros behind the last row."""
+    """The channels of k x k patches side by side, `[n, h, w, c]` to `[n, m, k * k * c]`; zeros after the last row."""
 
     def __init__(self, k: int):
         super().__init__()
@@ -149,7 +149,7 @@ def resize_area(image, size: tuple[int, int]):
 def join_scales(config: NVILAVisionConfig, tiles, rows: int, columns: int):
     """
     Tiles of all scales `[tiles, s, s, c]` as those of the last, `[rows * columns, s, s, scales * c]`: every scale is
-    resized to the last, and all stand side by side on channels, small to large. An image of one tile is every scale.
+    resized to the last, and all are joined on channels, small to large. An image of one tile is every scale.
     """
     if len(tiles) == 1:
         return tiles.repeat(1, 1, 1, config.n_scales)
