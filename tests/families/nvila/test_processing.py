@@ -258,13 +258,6 @@ def test_labels_are_the_assistant_turns(tiling):
     assert not (batch["labels"] >= 0)[batch["mm_token_type_ids"] > 0].any()
 
 
-def test_labels_leave_out_media_in_an_answer():
-    processor = tiny("dynamic")
-    answer = {"role": "assistant", "content": [{"type": "image"}, {"type": "text", "text": "\nsee"}]}
-    batch = encode_rows(processor, [{"messages": [user(), answer], "images": [picture(64, 16)]}])
-    assert trained(processor, batch, 0) == "\n\nsee<|im_end|>"  # the first line break is the last tile's, in one token
-
-
 def test_assistant_mask_of_the_template():
     processor = tiny("dynamic")
     image = {"type": "image", "image": picture(64, 16)}
