@@ -201,7 +201,7 @@ def test_the_teacher_attends_and_shares_the_rest(decoder):
     variants = benchmark_cli.build_variants(arguments, text_config("small"))
     student, teacher = variants["student"].decoder, variants["teacher"].decoder
     assert list(variants) == ["student", "teacher"]
-    assert all(not layer.is_m_mate for layer in teacher.text.layers)
+    assert all(not layer.recurrent for layer in teacher.text.layers)
     assert teacher.text.layers[1].mlp is student.text.layers[1].mlp
     logits, cache = teacher.prefill(embeddings(teacher, 20), None)
     assert logits.isfinite().all()

@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..modeling.mixers import recurrent_layers
+
 
 @dataclass(frozen=True)
 class CalibrationReport:
@@ -80,7 +82,7 @@ def calibrate(
         raise ValueError(f"strength={strength} must be positive and max_growth={max_growth} at least 1")
     fitted, held_out = (batches[:-1], batches[-1:]) if len(batches) > 1 else (batches, batches)
     text = student.model.language_model
-    layers = [index for index, layer in enumerate(text.layers) if layer.is_m_mate]
+    layers = recurrent_layers(text.config.layer_types)
     before, _ = _errors(student, teacher, held_out, layers)
     growth = {}
     n = layers_at_once or max(len(layers), 1)

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..files import locked, replace_folder, write_text
 from ..modeling.configuration_linmu import LinMUConfig
+from ..modeling.mixers import recurrent_layers
 from ..modeling.remote_code import add_remote_code
 from ..safetensors_io import (
     OutputTensor,
@@ -157,11 +158,12 @@ def convert(
             _finish(work, target, plan, finish_folder)
 
     layer_types = decoder_config(config).layer_types or []
+    replaced = recurrent_layers(layer_types)
     return ConversionReport(
         teacher=str(teacher),
         output=str(output),
-        layers_replaced=[i for i, kind in enumerate(layer_types) if kind == "m_mate"],
-        layers_kept=[i for i, kind in enumerate(layer_types) if kind == "full_attention"],
+        layers_replaced=replaced,
+        layers_kept=[layer for layer in range(len(layer_types)) if layer not in replaced],
         parameters_before=sum(source.tensors[key].numel for key in plan.used),
         parameters_after=sum(math.prod(tensor.shape) for tensor in plan.tensors),
         bytes_written=sum(tensor.nbytes for tensor in plan.tensors),

@@ -8,6 +8,7 @@ import re
 
 from ..families import FAMILIES, Family
 from ..modeling.configuration_linmu import LinMUConfig, LinMUTextConfig
+from ..modeling.mixers import MIXERS
 
 
 # What every decoder keeps under the teacher's name, besides the attention.
@@ -17,22 +18,6 @@ KEPT = (
     r"model\.language_model\.layers\.\d+\.mlp\.(gate_proj|up_proj|down_proj)\.weight",
     r"lm_head\.weight",
 )
-
-# The teacher's self-attention projections, onto the projections of each mixer.
-MIXERS: dict[str, dict[str, tuple[str, ...]]] = {
-    "full_attention": {
-        "q_proj": ("q_proj",),
-        "k_proj": ("k_proj",),
-        "v_proj": ("v_proj",),
-        "o_proj": ("o_proj",),
-    },
-    "m_mate": {
-        "q_proj": ("flex_ma.forward_scan.c_proj", "flex_ma.reverse_scan.c_proj", "local_swin.q_proj"),
-        "k_proj": ("flex_ma.forward_scan.b_proj", "flex_ma.reverse_scan.b_proj", "local_swin.k_proj"),
-        "v_proj": ("flex_ma.x_proj", "local_swin.v_proj"),
-        "o_proj": ("flex_ma.o_proj", "local_swin.o_proj"),
-    },
-}
 
 _PROJECTION = re.compile(r"(model\.language_model\.layers\.(\d+)\.)self_attn\.([qkvo]_proj)\.(weight|bias)")
 _MIXER_PARAMETER = re.compile(r"(model\.language_model\.layers\.(\d+)\.)mixer\.(.+)\.(weight|bias)")
@@ -65,7 +50,7 @@ def map_teacher_key(key: str, config: LinMUConfig) -> list[str] | None:
         layer_prefix, layer, projection_name, kind = projection.groups()
         layer_types = decoder_config(config).layer_types or []
         if int(layer) < len(layer_types):
-            targets = MIXERS[layer_types[int(layer)]][projection_name]
+            targets = MIXERS[layer_types[int(layer)]].from_teacher[projection_name]
             return [f"{layer_prefix}mixer.{target}.{kind}" for target in targets]
     if prefix and any(re.fullmatch(pattern, name) for pattern in (*KEPT, *table.vision)):
         return [name]
@@ -96,7 +81,7 @@ def teacher_key(name: str, config: LinMUConfig) -> str:
 
 def _mixer(layer: str, config: LinMUConfig) -> dict[str, tuple[str, ...]]:
     layer_types = decoder_config(config).layer_types or []
-    return MIXERS[layer_types[int(layer)]]
+    return MIXERS[layer_types[int(layer)]].from_teacher
 
 
 def family_of(config: LinMUConfig) -> Family:

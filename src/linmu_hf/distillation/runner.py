@@ -19,6 +19,7 @@ from transformers import TrainerState, set_seed
 from ..conversion.teacher import check_pair
 from ..data import check_dataset
 from ..files import copy_file, locked, whole_folder, write_text
+from ..modeling.mixers import recurrent_layers
 from .arguments import RESULT
 from .collator import EncodedDataset, EncodePseudo, encode_row
 from .config import DistillConfig
@@ -215,7 +216,7 @@ def _check_inputs(config: DistillConfig, student, teacher, features: EncodedData
     features[0]  # the template, the processor and the labels fit together
     if student.dtype.itemsize < 4 and not config.bf16:
         raise ValueError(f"the student is in {student.dtype}: load it in float32, or train in mixed precision (bf16)")
-    if not any(layer.is_m_mate for layer in student.model.language_model.layers):
+    if not recurrent_layers(student.config.text_config.layer_types):
         raise ValueError("the student has no M-MATE layer to train: convert the teacher with `linmu-convert` first")
     reached = config.per_device_train_batch_size * config.gradient_accumulation_steps
     if config.dataloader_drop_last and len(features) < reached:

@@ -11,6 +11,7 @@ from transformers.trainer_callback import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from ..conversion.teacher import check_pair
+from ..modeling.mixers import recurrent_layers
 from .collator import DistillCollator, EncodedDataset
 from .config import DistillConfig
 from .losses import IGNORE_INDEX, hidden_loss, next_token_targets, output_losses, squared_errors
@@ -58,8 +59,8 @@ class DistillTrainer(Trainer):
         self.stage = stage
         self.student = model
         self.teacher = teacher.requires_grad_(False).eval().to(args.device)
-        self.replaced = [index for index, layer in enumerate(model.model.language_model.layers) if layer.is_m_mate]
         self.teacher_is_causal = set(teacher.config.text_config.layer_types) == {"full_attention"}
+        self.replaced = recurrent_layers(model.config.text_config.layer_types)
         self.shares_vision = _equal_weights(model.model.visual, teacher.model.visual)
         if args.gradient_checkpointing:  # the name in every Transformers of the range
             # Nothing in front of the first mixer trains: a reentrant checkpoint would find no input to differentiate

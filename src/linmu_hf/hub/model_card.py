@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..families import FAMILIES
 from ..modeling.configuration_linmu import LinMUConfig
+from ..modeling.mixers import recurrent_layers
 from ..safetensors_io import read_checkpoint
 
 
@@ -149,7 +150,7 @@ def render_model_card(
     """The text of a card, see [`write_model_card`]."""
     dataset = hub_id(dataset) if dataset else None
     config = LinMUConfig.from_pretrained(folder)
-    is_linear = "m_mate" in config.text_config.layer_types
+    is_linear = bool(recurrent_layers(config.text_config.layer_types))
     data = ModelCardData(
         base_model=origin.base_model,
         datasets=[dataset] if dataset else None,
@@ -190,7 +191,7 @@ def add_retention(card: str, results: dict[str, Any], model: str | None = None) 
 
 def _introduction(folder: Path, config, origin: Origin, stages: "Sequence[Stage]") -> str:
     text = config.text_config
-    kept = [index for index, kind in enumerate(text.layer_types) if kind != "m_mate"]
+    kept = sorted(set(range(len(text.layer_types))) - set(recurrent_layers(text.layer_types)))
     count = sum(tensor.numel for tensor in read_checkpoint(folder).values())
     teacher = f"[{origin.base_model}](https://huggingface.co/{origin.base_model})" if origin.base_model else ""
     teacher = teacher or origin.teacher or "a vision-language model"

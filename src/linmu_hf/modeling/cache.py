@@ -8,7 +8,7 @@ from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin,
 class MMateCacheLayer(LinearAttentionLayer, CacheLayerMixin):
     """
     State of the forward scan of one layer for a batch: `[b, s, p, k]` in fp32, and the last inputs of the convolution
-    `[b, w - 1, c]`. Enters Transformers' dynamic, static and offloaded caches under the layer type `"m_mate"`.
+    `[b, w - 1, c]`. [`register_mixer`] enters it into Transformers' dynamic, static and offloaded caches.
 
     Args:
         max_cache_len (`int`, *optional*):
@@ -16,7 +16,6 @@ class MMateCacheLayer(LinearAttentionLayer, CacheLayerMixin):
             a compiled decode step is compiled once.
     """
 
-    _layer_type = "m_mate"
     is_croppable = False
 
     def __init__(self, max_cache_len: int | None = None, **kwargs):
@@ -78,7 +77,7 @@ class MMateCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         """Nothing to prepare: shapes are known when the first state is stored."""
 
     def update(self, *args, **kwargs):
-        raise NotImplementedError("an m_mate layer caches a recurrent state, not keys and values")
+        raise NotImplementedError("a recurrent layer caches a recurrent state, not keys and values")
 
     def reset(self) -> None:
         super().reset()
@@ -117,9 +116,6 @@ def _keep_address(tensor):
         torch._dynamo.mark_static_address(tensor)
 
 
-STATIC_LAYER_TYPE_MAPPING["m_mate"] = MMateCacheLayer
-
-
 def fitting_cache(cache: Cache | None, config) -> Cache:
     """
     The cache to use for a decoder of `config`: a new one for `None`, and layers for a `DynamicCache()` made without a
@@ -133,14 +129,15 @@ def fitting_cache(cache: Cache | None, config) -> Cache:
     if not cache.layers and type(cache) is DynamicCache:
         cache.layers = DynamicCache(config=config).layers
     fits = len(cache.layers) == config.num_hidden_layers and all(
-        isinstance(layer, MMateCacheLayer) == (kind == "m_mate")
+        isinstance(layer, MMateCacheLayer) == (STATIC_LAYER_TYPE_MAPPING[kind] is MMateCacheLayer)
         for layer, kind in zip(cache.layers, config.layer_types, strict=True)
     )
     if not fits:
+        states = sum(STATIC_LAYER_TYPE_MAPPING[kind] is MMateCacheLayer for kind in config.layer_types)
         kinds = sorted({type(layer).__name__ for layer in cache.layers})
         raise ValueError(
             f"past_key_values is a {type(cache).__name__} with {len(cache.layers)} layers ({', '.join(kinds)}); this "
-            f"model has {config.num_hidden_layers} layers, {config.layer_types.count('m_mate')} of them with a "
+            f"model has {config.num_hidden_layers} layers, {states} of them with a "
             "recurrent state: build the cache from the model's configuration, e.g. "
             "DynamicCache(config=model.config.get_text_config()). A quantized cache does not support recurrent states"
         )

@@ -10,6 +10,8 @@ from numbers import Real
 import torch
 from transformers import Cache
 
+from .mixers import padding_mask, recurrent_layers
+
 
 _KINDS = {1: "image", 2: "video"}
 
@@ -44,7 +46,7 @@ def check_forward(
     for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
         if media.get(f"{kind}_grid_thw") is not None and not given[kind]:
             raise ValueError(f"{kind}_grid_thw came without {pixels}; pass both as the processor returned them")
-    mask = attention_mask.get("m_mate") if isinstance(attention_mask, dict) else attention_mask
+    mask = padding_mask(attention_mask)
     mask = None if mask is None else mask[:, -input_ids.shape[1] :]
     grids = {f"{kind}_grid_thw": media.get(f"{kind}_grid_thw") for kind in given}
     has_grids = any(grid is not None for grid in grids.values())
@@ -130,7 +132,8 @@ def check_decoder_inputs(
         past = int(past_key_values.get_seq_length()) if t > 1 else 0
     reads_prompt = _reads_prompt(tokens, past_key_values)
     # the decoder reads other masks, or one for each layer type, beside positions that cannot be told from them
-    pattern = position_ids is not None and "m_mate" not in layer_types and getattr(attention_mask, "ndim", 0) == 4
+    attends = position_ids is not None and not recurrent_layers(layer_types)
+    pattern = attends and getattr(attention_mask, "ndim", 0) == 4
     if attention_mask is not None and not isinstance(attention_mask, dict) and not pattern:
         _check_mask(attention_mask, b, t, past, reads_prompt)
     if position_ids is not None:

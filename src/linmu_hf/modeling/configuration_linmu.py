@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from .remote_code import RemoteCode
 
 
-LAYER_TYPES = ("m_mate", "full_attention")
+LAYER_TYPES: list[str] = []  # filled by `mixers.register_mixer`
 SCAN_ORDERS = ("thw", "twh", "hwt", "wht")
 
 _CHOICES: dict[str, tuple] = {
@@ -131,7 +131,7 @@ class LinMUTextConfig(RemoteCode, PreTrainedConfig):
         """Replaces the parent's check, which knows only Transformers' own layer types."""
         unknown = sorted(set(self.layer_types or ()) - set(LAYER_TYPES))
         if unknown:
-            raise ValueError(f"layer_types has {unknown}; each entry must be one of {list(LAYER_TYPES)}")
+            raise ValueError(f"layer_types has {unknown}; each entry must be one of {LAYER_TYPES}")
         if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"layer_types has {len(self.layer_types)} entries for num_hidden_layers={self.num_hidden_layers}; "

@@ -20,12 +20,12 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache import MMateCacheLayer, fitting_cache
 from .compat import CACHE, takes_cache
-from .configuration_linmu import LAYER_TYPES, LinMUConfig, LinMUTextConfig
+from .configuration_linmu import LinMUConfig, LinMUTextConfig
 from .layout.packing import lengths_to_bounds, packed_lengths, positions_within
 from .layout.token_layout import TextStep, TokenLayout
+from .mixers import MIXERS, padding_mask, recurrent_layers
 from .mixers import attention as varlen
-from .mixers.flex_ma import FP32_PARAMETERS, ScanDirection, ZeroLinear
-from .mixers.m_mate import MMate
+from .mixers.flex_ma import FP32_PARAMETERS
 from .remote_code import InstalledCode
 
 
@@ -53,18 +53,18 @@ class LinMUDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: LinMUTextConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
-        self.is_m_mate = config.layer_types[layer_idx] == "m_mate"
-        self.mixer = (MMate if self.is_m_mate else Qwen2_5_VLAttention)(config, layer_idx)
+        mixer = MIXERS[config.layer_types[layer_idx]]
+        self.recurrent, self.mixer = mixer.recurrent, mixer.module(config, layer_idx)
         self.mlp = Qwen2MLP(config)
         self.input_layernorm = Qwen2_5_VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen2_5_VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def mix(self, mixer_input, rope, layout=None, attention=None, past_key_values=None):
         """
-        The mixer's output `[b, t, d]` for a normed input. M-MATE reads the `layout`, full attention takes the mask and
-        the bounds of packed sequences in `attention` as keyword arguments.
+        Returns the mixer's output `[b, t, d]` for a normed input. Recurrent mixers read the `layout`, full attention
+        takes the mask and the bounds of packed sequences in `attention` as keyword arguments.
         """
-        if self.is_m_mate:
+        if self.recurrent:
             cache_layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
             return self.mixer(mixer_input, rope, layout, cache_layer)
         return self.mixer(mixer_input, position_embeddings=rope, **{CACHE: past_key_values}, **attention)[0]
@@ -104,7 +104,7 @@ class LinMUPreTrainedModel(InstalledCode, PreTrainedModel):
 
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, (ScanDirection, ZeroLinear)):
+        if hasattr(module, "reset_new_parameters"):
             module.reset_new_parameters()
 
 
@@ -195,7 +195,7 @@ class LinMUTextModel(LinMUPreTrainedModel):
         """
         rope, layout, _ = self._prepare(mixer_inputs[0], attention_mask, position_ids, vision_layout, None)
         return tuple(
-            layer.mix(mixer_input, rope, layout) if layer.is_m_mate else None
+            layer.mix(mixer_input, rope, layout) if layer.recurrent else None
             for layer, mixer_input in zip(self.layers, mixer_inputs, strict=True)
         )
 
@@ -219,12 +219,12 @@ class LinMUTextModel(LinMUPreTrainedModel):
             text_positions, position_ids = position_ids[0], position_ids[1:]
         rope = self.rotary_emb(embeds, position_ids)
 
-        masks = attention_mask if isinstance(attention_mask, dict) else dict.fromkeys(LAYER_TYPES, attention_mask)
         layout = attention = None
         if "full_attention" in self.config.layer_types:
-            attention = self._attention(embeds, masks["full_attention"], text_positions, past_key_values, packed)
-        if "m_mate" in self.config.layer_types:
-            mask = masks["m_mate"]
+            causal = attention_mask["full_attention"] if isinstance(attention_mask, dict) else attention_mask
+            attention = self._attention(embeds, causal, text_positions, past_key_values, packed)
+        if recurrent_layers(self.config.layer_types):
+            mask = padding_mask(attention_mask)
             if mask is not None:
                 if mask.ndim != 2:
                     raise ValueError(

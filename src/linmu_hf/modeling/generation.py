@@ -21,6 +21,7 @@ from transformers.masking_utils import create_causal_mask
 from .cache import fitting_cache
 from .checks import check_prompt
 from .compat import CACHE, MediaGeneration, takes_cache
+from .mixers import recurrent_layers
 from .vision_side import KINDS
 
 
@@ -192,12 +193,11 @@ class VisionLayoutGeneration(MediaGeneration):
                 layer_idx=config.layer_types.index("full_attention"),
                 **{CACHE: past_key_values},
             )
-        if "m_mate" in config.layer_types:
-            masks["m_mate"] = attention_mask
-            if attention_mask is not None:
-                new = attention_mask[:, -inputs_embeds.shape[1] :]
-                masks["m_mate"] = new.clone(memory_format=torch.contiguous_format)  # strides that do not grow
-        return masks
+        if attention_mask is not None:
+            new = attention_mask[:, -inputs_embeds.shape[1] :]
+            attention_mask = new.clone(memory_format=torch.contiguous_format)  # strides that do not grow
+        recurrent = {config.layer_types[index] for index in recurrent_layers(config.layer_types)}
+        return masks | dict.fromkeys(recurrent, attention_mask)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
         """Transformers' own cuts the prompt every `prefill_chunk_size` tokens; here images and videos stay whole."""

@@ -17,6 +17,7 @@ from .configuration_linmu import LinMUConfig
 from .decoder import LinMUModelOutput, LinMUPreTrainedModel, LinMUTextModel
 from .generation import VisionLayoutGeneration, next_positions, remember_positions
 from .layout.packing import lengths_to_bounds, packed_lengths, unpack
+from .mixers import padding_mask
 from .vision_side import KINDS, VISION_SIDES, VisionSide, text_positions
 
 
@@ -190,7 +191,7 @@ class LinMUModel(LinMUPreTrainedModel):
             and position_ids is not None
             and self._worth_a_note(position_ids, past_key_values)
         ):
-            mask = attention_mask.get("m_mate") if isinstance(attention_mask, dict) else attention_mask
+            mask = padding_mask(attention_mask)
             remember_positions(past_key_values, position_ids, mask)
         media = {"image": (pixel_values, image_grid_thw), "video": (pixel_values_videos, video_grid_thw)}
         features = self.encode_media(media, mm_encoder_outputs)

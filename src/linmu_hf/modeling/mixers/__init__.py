@@ -1,7 +1,94 @@
-"""What the rest of the package knows of the mixers."""
+"""What the rest of the package knows of the mixers: a further one is a file beside these and one `register_mixer`."""
 
 import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
+import torch
+from torch import nn
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention
+
+from ..cache import MMateCacheLayer
+from ..configuration_linmu import LAYER_TYPES
+from .m_mate import MMate
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """
+    The contract of a mixer.
+
+    Args:
+        module (`type[nn.Module]`): Built from the configuration and the layer's index. A recurrent one is called with
+            the normed input, rotary tables, [`TokenLayout`] or [`TextStep`], and cache layer, and sets its new
+            parameters in `reset_new_parameters`; another is called as Transformers calls attention.
+        from_teacher (`dict[str, tuple[str, ...]]`): The teacher's self-attention projections, onto the module's own.
+        recurrent (`bool`): Whether its cache is a state of one size ([`MMateCacheLayer`]) instead of keys and values.
+        state_shape (`Callable`): Shape of what the cache holds per sequence, or per token of it, from a configuration.
+        flops_per_token (`Callable`): Multiplications and additions of a decode step at a context length.
+    """
+
+    module: type[nn.Module]
+    from_teacher: dict[str, tuple[str, ...]]
+    recurrent: bool
+    state_shape: Callable
+    flops_per_token: Callable
+
+
+MIXERS: dict[str, Mixer] = {}
+
+
+def register_mixer(layer_type: str, mixer: Mixer) -> None:
+    """Lets `layer_types` of a configuration name the mixer, and Transformers' caches hold its state."""
+    MIXERS[layer_type] = mixer
+    LAYER_TYPES.append(layer_type)
+    if mixer.recurrent:
+        DYNAMIC_LAYER_TYPE_MAPPING[layer_type] = STATIC_LAYER_TYPE_MAPPING[layer_type] = MMateCacheLayer
+
+
+def recurrent_layers(layer_types: Iterable[str]) -> list[int]:
+    """Returns the indices of the layers with a recurrent mixer: all but those that keep the teacher's attention."""
+    return [index for index, layer_type in enumerate(layer_types) if MIXERS[layer_type].recurrent]
+
+
+def padding_mask(attention_mask) -> torch.Tensor | None:
+    """Returns the mask that recurrent layers read, out of one mask for all or one for each layer type."""
+    if isinstance(attention_mask, dict):
+        return next((mask for layer_type, mask in attention_mask.items() if MIXERS[layer_type].recurrent), None)
+    return attention_mask
+
+
+def _attention_flops(config, past: int) -> int:
+    h, g, p, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
+    return 4 * d * (h + g) * p + 4 * h * p * past
+
+
+register_mixer(
+    "m_mate",
+    Mixer(
+        module=MMate,
+        from_teacher={
+            "q_proj": ("flex_ma.forward_scan.c_proj", "flex_ma.reverse_scan.c_proj", "local_swin.q_proj"),
+            "k_proj": ("flex_ma.forward_scan.b_proj", "flex_ma.reverse_scan.b_proj", "local_swin.k_proj"),
+            "v_proj": ("flex_ma.x_proj", "local_swin.v_proj"),
+            "o_proj": ("flex_ma.o_proj", "local_swin.o_proj"),
+        },
+        recurrent=True,
+        state_shape=MMate.state_shape,
+        flops_per_token=MMate.flops_per_token,
+    ),
+)
+register_mixer(
+    "full_attention",
+    Mixer(
+        module=Qwen2_5_VLAttention,
+        from_teacher={name: (name,) for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
+        recurrent=False,
+        state_shape=lambda config: (2, config.num_key_value_heads, config.head_dim),
+        flops_per_token=_attention_flops,
+    ),
+)
 
 # Small changes of a decay, a step size or a gate move every later output.
 STEERING = r"\.mixer\..*\b(A_log|dt_bias|dt_proj|gate_proj|fusion_proj)\b"
@@ -9,5 +96,5 @@ _NO_DECAY = r"(norm\d?\.|\.bias$|\.D$|conv_weight$|_features$)"
 
 
 def decays(name: str) -> bool:
-    """Whether a parameter is one for weight decay: a matrix of the model, and no small map that steers it."""
+    """Returns whether a parameter is one for weight decay: a matrix of the model, and no small map that steers it."""
     return re.search(f"{STEERING}|{_NO_DECAY}", name) is None

@@ -80,6 +80,12 @@ class ZeroLinear(nn.Linear):
             init.zeros_(self.bias)
 
 
+def state_shape(config) -> tuple[int, int, int]:
+    """Returns the shape of the scan's state per sequence; the normaliser has a row of its own."""
+    h, p = config.num_attention_heads, config.head_dim
+    return (h, p + 1, config.state_size) if config.bc_feature_map == "softmax" else (h, p, p)
+
+
 class ScanDirection(nn.Module):
     """
     Holds the parameters of one direction of the scan: B, C, step size, decay and convolution (Eq. 1 or 2).
@@ -96,8 +102,7 @@ class ScanDirection(nn.Module):
         self.normalized = config.bc_feature_map == "softmax"
         self.c_proj = nn.Linear(d, h * p)
         self.b_proj = nn.Linear(d, g * p)
-        # per sequence; the normaliser has a row of its own
-        self.state_shape = (h, p + 1, config.state_size) if self.normalized else (h, p, p)
+        self.state_shape = state_shape(config)
         if self.normalized:
             self.c_features = nn.Parameter(torch.empty(h, p, config.state_size // 2))
             self.b_features = nn.Parameter(torch.empty(g, p, config.state_size // 2))

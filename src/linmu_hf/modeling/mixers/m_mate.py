@@ -1,11 +1,13 @@
 """The M-MATE block (Algorithm 1): two branches side by side in place of self-attention."""
 
+import math
+
 import torch
 from torch import nn
 from transformers import initialization as init
 
 from ..layout.token_layout import TextStep
-from .flex_ma import FlexMA, ScanDirection, ZeroLinear
+from .flex_ma import FlexMA, ScanDirection, ZeroLinear, state_shape
 from .local_swin import LocalSwin
 
 
@@ -27,6 +29,15 @@ class MMate(nn.Module):
         self.output_norm = nn.Identity()
         if config.output_norm == "layer_norm":
             self.output_norm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    state_shape = staticmethod(state_shape)
+
+    @staticmethod
+    def flops_per_token(config, past: int = 0) -> int:
+        """Returns the multiplications and additions of the matrix products of a decode step, whatever the `past`."""
+        h, g, p, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
+        features = 2 * (h + g) * p * config.state_size if config.bc_feature_map == "softmax" else 0
+        return 2 * d * (2 * (h + g) * p + h) + features + 2 * math.prod(state_shape(config))
 
     def reset_new_parameters(self):
         """Sets every parameter that does not come from the teacher (Eq. 4 and 5), in place and deterministically."""
