@@ -216,7 +216,7 @@ def draw_pictures(output: Path, student: Path, data: Path) -> None:
 
     shutil.copyfile(student / "loss_curves.png", output / "curves.png")
     dataset = load_rows(str(data), "test")
-    dataset = dataset.select(evaluation.first_of_every_task(dataset, PICTURES_PER_TASK))
+    dataset = dataset.select(evaluation.first_of_every_task(evaluation.name_tasks(dataset), PICTURES_PER_TASK))
     rows = [row for task in PICTURED_TASKS for row in dataset if row["task"] == task]
     rows = [{**row, "images": [open_image(image) for image in row["images"]]} for row in rows]
     rows[0]["images"][0].save(output / "picture.png")
