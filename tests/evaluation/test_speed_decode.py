@@ -5,6 +5,7 @@ import torch
 
 from linmu_hf.evaluation.speed.measure import Variant, measure, static_copy, summarise
 from linmu_hf.evaluation.speed.models import PRESETS, BenchmarkDecoder, text_config
+from linmu_hf.families.family import Preset
 
 
 SMALL = {
@@ -22,7 +23,7 @@ KINDS = {"student": ["m_mate"] * 2, "teacher": ["full_attention"] * 2, "hybrid":
 
 @pytest.fixture
 def decoders(monkeypatch):
-    monkeypatch.setitem(PRESETS, "small", SMALL)
+    monkeypatch.setitem(PRESETS, "small", ("qwen2_5_vl_vision", Preset(SMALL)))
     config = text_config("small").to_dict()
     made = type(text_config("small"))
     return {kind: BenchmarkDecoder(made.from_dict(config | {"layer_types": types})) for kind, types in KINDS.items()}
