@@ -1,5 +1,7 @@
 """Invariants 2 and 5: forward = prefill + decode = chunks = padded = reordered, and a state that does not grow."""
 
+import copy
+
 import pytest
 import tiny
 import torch
@@ -132,20 +134,93 @@ def test_rows_of_padding_alone_keep_their_state(padding, options):
         torch.testing.assert_close(torch.cat([logits[row, real], after[row]])[None], expected, **CLOSE)
 
 
+UNEQUAL = tiny.Sample(1, ("image", 2, 5), 2), tiny.Sample(9), tiny.Sample(2, ("video", 4, 1, 3), 1)
+
+
+def after(model, sample, steps):
+    """Logits of the last of some tokens after a sample, by one forward pass."""
+    return whole(model, tiny.extended(sample, steps))[:, -1]
+
+
+def read_unequal(model, cache=None):
+    """The three samples as a left-padded batch: the cache, and a function that reads a token of every row."""
+    inputs = tiny.batch(*UNEQUAL, padding="left")
+    cache = model(**inputs, past_key_values=cache, use_cache=True).past_key_values
+    return cache, inputs["attention_mask"]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("options", [OPTIONS["default"], OPTIONS["hybrid"]], ids=["default", "hybrid"])
-def test_reordered_and_repeated_cache(options):
+@all_options
+def test_reordered_selected_and_repeated_cache(options):
+    """Rows whose positions are at different distances from the number of their tokens."""
+    model, rows = tiny.model(**options), [0, 1, 2]
+    cache, mask = read_unequal(model)
+    for change, rows in (
+        (lambda: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+        (lambda: cache.reorder_cache(torch.tensor([5, 0, 2, 3, 1, 4])), [2, 0, 1, 1, 0, 2]),
+        (lambda: cache.batch_select_indices(torch.tensor([3, 0, 1, 4])), [1, 2, 0, 0]),
+    ):
+        change()
+        steps = torch.arange(5, 5 + len(rows))[:, None]
+        now = copy.deepcopy(cache)
+        grown = torch.cat([mask[rows], torch.ones_like(steps)], 1)
+        logits = model(input_ids=steps, attention_mask=grown, past_key_values=now).logits[:, -1]
+        for row, source in enumerate(rows):
+            expected = after(model, UNEQUAL[source], steps[row].tolist())
+            torch.testing.assert_close(logits[row : row + 1], expected, **CLOSE)
+
+
+@torch.no_grad()
+@all_options
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_given_cache_is_used_whatever_use_cache_says(length, options):
     model = tiny.model(**options)
-    samples = tiny.Sample(3, ("image", 2, 3), 4), tiny.Sample(3, ("image", 2, 3), 4, seed=1)
-    cache = model(**tiny.batch(*samples), use_cache=True).past_key_values
-    step = torch.tensor([[5], [6], [7], [8]])
-    cache.batch_repeat_interleave(2)
-    cache.reorder_cache(torch.tensor([3, 0, 1, 2]))
-    logits = model(input_ids=step, past_key_values=cache).logits
-    for row, source in enumerate([1, 0, 0, 1]):
-        _, alone = in_chunks(model, samples[source], [])
-        expected = model(input_ids=step[row : row + 1], past_key_values=alone).logits
-        torch.testing.assert_close(logits[row : row + 1], expected, **CLOSE)
+    cache, mask = read_unequal(model)
+    steps = torch.arange(3 * length).view(3, length) + 5
+    mask = torch.cat([mask, torch.ones_like(steps)], 1)
+    logits = model(input_ids=steps, attention_mask=mask, past_key_values=cache, use_cache=False).logits[:, -1:]
+    assert cache.get_seq_length() == mask.shape[1]
+    for row, sample in enumerate(UNEQUAL):
+        expected = after(model, sample, steps[row].tolist())
+        torch.testing.assert_close(logits[row], expected, **CLOSE)
+
+
+@torch.no_grad()
+@all_options
+def test_a_cache_is_used_again_after_reset(options):
+    """Nothing of the rows before is left, neither state nor position."""
+    model, text = tiny.model(**options), tiny.Sample(2)
+    cache = StaticCache(config=model.config.text_config, max_cache_len=40)
+    read_unequal(model, cache)
+    cache.reset()
+    ids = torch.tensor([text.ids] * 3)
+    for token in ids.split(1, dim=1):  # token by token: nothing but the reset says that this is a beginning
+        logits = model(input_ids=token, past_key_values=cache).logits[:, -1]
+    torch.testing.assert_close(logits, whole(model, text)[:, -1].expand(3, -1), **CLOSE)
+
+
+def test_a_cache_and_checkpointed_training():
+    """A layer that runs again for its gradient would read its tokens twice; without gradients nothing runs again."""
+    model, sample = tiny.model(num_hidden_layers=2).train(), SAMPLES["text"]
+    tiny.checkpoint(model)
+    with torch.no_grad():
+        logits, cache = in_chunks(model, sample, [5, 20])
+        torch.testing.assert_close(logits, whole(model, sample), **CLOSE)
+    with pytest.raises(ValueError, match=r"trains with gradient checkpointing.*no_grad"):
+        model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+
+
+@torch.no_grad()
+@all_options
+def test_prefill_with_positions_alone(options):
+    """Positions say where tokens are, not which of them make up an image: that is derived all the same."""
+    model, inputs = tiny.model(**options), tiny.batch(*UNEQUAL, padding="left")
+    where = {name: value for name, value in inputs.items() if "pixel" not in name}
+    positions, layout = model.model.get_positions(**where)
+    expected = model(**inputs).logits[:, -1:]
+    for given in ({"position_ids": positions}, {"position_ids": positions, "vision_layout": layout}, {}):
+        logits = model.prefill(**inputs, **given, chunk_size=4).logits
+        torch.testing.assert_close(logits, expected, **CLOSE)
 
 
 @torch.no_grad()

@@ -296,7 +296,7 @@ def compiled_decode(model, sample):
     inputs = fp32(sample)
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=64)
     tokens, logits = [], [model(**inputs, past_key_values=cache).logits[:, -1]]
-    delta = int(cache.linmu_position_delta)
+    delta = int(cache.layers[0].rope_deltas)
     worst, counts = 0.0, []
     with torch.no_grad():
         for step in range(6):

@@ -1,11 +1,50 @@
 """The recurrent cache of an M-MATE layer: one SSM state and the tail of the convolution, whatever the length."""
 
+from functools import lru_cache
+
 import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, LinearAttentionLayer
 
+from .compat import CACHE
 
-class MMateCacheLayer(LinearAttentionLayer, CacheLayerMixin):
+
+class RopeDeltas(CacheLayerMixin):
+    """
+    Lets the first layer of a cache keep how far the next position of every sequence is from the number of its tokens,
+    `[b, 1]`: an image advances positions by less than its tokens. It follows whatever is done to the batch.
+    """
+
+    rope_deltas: torch.Tensor | None = None
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self.rope_deltas = None
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._map_deltas(lambda deltas: deltas.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._map_deltas(lambda deltas: deltas[indices.to(deltas.device)])
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._map_deltas(lambda deltas: deltas[beam_idx.to(deltas.device)])
+
+    def _map_deltas(self, function):
+        if self.rope_deltas is not None:
+            self.rope_deltas = function(self.rope_deltas)
+
+
+@lru_cache
+def _with_rope_deltas(kind: type) -> type:
+    """The class of a key/value layer, with room for rotary offsets."""
+    return type(kind.__name__, (RopeDeltas, kind), {"_layer_type": None})  # None: Transformers does not register it
+
+
+class MMateCacheLayer(LinearAttentionLayer, RopeDeltas):
     """
     State of the forward scan of one layer for a batch: `[b, s, p, k]` in fp32, and the last inputs of the convolution
     `[b, w - 1, c]`. [`register_mixer`] enters it into Transformers' dynamic, static and offloaded caches.
@@ -81,6 +120,7 @@ class MMateCacheLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def reset(self) -> None:
         super().reset()
+        self.rope_deltas = None
         self.seen = self.seen.zero_() if isinstance(self.seen, torch.Tensor) else 0
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -99,6 +139,7 @@ class MMateCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         )
 
     def _map(self, function):
+        self._map_deltas(function)
         for holder in (self.conv_states, self.recurrent_states):
             if holder[0] is None:
                 continue
@@ -116,16 +157,27 @@ def _keep_address(tensor):
         torch._dynamo.mark_static_address(tensor)
 
 
-def fitting_cache(cache: Cache | None, config) -> Cache:
+def open_cache(cache: Cache | None, config, use_cache: bool | None = None, trains: bool = False) -> Cache | None:
     """
-    The cache to use for a decoder of `config`: a new one for `None`, and layers for a `DynamicCache()` made without a
-    configuration.
+    Returns the cache that a decoder of `config` reads and writes: the given one, whatever `use_cache` says, else a new
+    one if `use_cache` (by default the configuration's) asks for it. A `DynamicCache()` made without a configuration
+    gets its layers.
+
+    Args:
+        trains (`bool`, *optional*, defaults to `False`): Whether layers run again for their gradients, which no cache
+            survives.
 
     Raises:
-        `ValueError`: The cache is for another model, or keeps only keys and values.
+        `ValueError`: The cache is for another model, keeps only keys and values, or would be written twice.
     """
     if cache is None:
-        return DynamicCache(config=config)
+        wanted = config.use_cache if use_cache is None else use_cache
+        return _with_deltas(DynamicCache(config=config)) if wanted and not trains else None
+    if trains:
+        raise ValueError(
+            f"{CACHE} was passed to a model that trains with gradient checkpointing, which would read tokens twice; "
+            f"leave {CACHE} out, or generate under torch.no_grad()"
+        )
     if not cache.layers and type(cache) is DynamicCache:
         cache.layers = DynamicCache(config=config).layers
     fits = len(cache.layers) == config.num_hidden_layers and all(
@@ -136,9 +188,46 @@ def fitting_cache(cache: Cache | None, config) -> Cache:
         states = sum(STATIC_LAYER_TYPE_MAPPING[kind] is MMateCacheLayer for kind in config.layer_types)
         kinds = sorted({type(layer).__name__ for layer in cache.layers})
         raise ValueError(
-            f"past_key_values is a {type(cache).__name__} with {len(cache.layers)} layers ({', '.join(kinds)}); this "
+            f"{CACHE} is a {type(cache).__name__} with {len(cache.layers)} layers ({', '.join(kinds)}); this "
             f"model has {config.num_hidden_layers} layers, {states} of them with a "
             "recurrent state: build the cache from the model's configuration, e.g. "
             "DynamicCache(config=model.config.get_text_config()). A quantized cache does not support recurrent states"
         )
+    return _with_deltas(cache)
+
+
+def _with_deltas(cache: Cache) -> Cache:
+    first = cache.layers[0]
+    if not isinstance(first, RopeDeltas) and not torch.compiler.is_compiling():
+        first.__class__ = _with_rope_deltas(type(first))
     return cache
+
+
+def next_positions(cache: Cache | None, batch: int, device) -> torch.Tensor:
+    """Returns the position of the first new token of every sequence, `[b, 1]`, also of a batch expanded for beams."""
+    past = 0 if cache is None else int(cache.get_seq_length())
+    deltas = getattr(cache.layers[0], "rope_deltas", None) if cache is not None and past else None
+    if deltas is None:
+        return torch.full((batch, 1), past, device=device)
+    return (deltas.to(device) + past).repeat_interleave(batch // len(deltas), dim=0)
+
+
+def note_rope_deltas(cache: Cache, position_ids, attention_mask=None) -> None:
+    """
+    Notes, before the layers of a cache see the new tokens, where the positions `[..., b, t]` of these end. A decode
+    step advances the offset implicitly; a first token clears a stale one after `cache.reset()`.
+    """
+    t = position_ids.shape[-1]
+    if t == 1 and (torch.compiler.is_compiling() or int(cache.get_seq_length())):
+        return
+    # the step over a span is its height or width; the frames of a video do not count
+    positions = position_ids if position_ids.ndim == 2 else position_ids[-2:].amax(0)  # [b, t]
+    real = torch.ones_like(positions, dtype=torch.bool)
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        real = attention_mask[:, -t:].bool().to(positions.device)
+        positions = positions.expand_as(real)
+    last = (real * torch.arange(t, device=real.device)).argmax(1, keepdim=True)
+    # a row of padding alone stays where it was
+    before = next_positions(cache, len(real), positions.device)
+    following = torch.where(real.any(1, keepdim=True), positions.gather(1, last) + 1, before)
+    cache.layers[0].rope_deltas = following - (int(cache.get_seq_length()) + t)

@@ -18,10 +18,13 @@ _KINDS = {1: "image", 2: "video"}
 
 def check_forward(
     model, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-    vision_layout=None, mm_encoder_outputs=None, **media,
+    vision_layout=None, media=None, mm_token_type_ids=None,
 ):  # fmt: skip
     """
-    The arguments of [`LinMUModel`]'s forward, but for pixels and grids, which are checked where they are read.
+    Checks the arguments of [`LinMUModel`]'s forward, but for pixels and grids, which are checked where they are read.
+
+    Args:
+        media (`dict[str, Medium]`): Images and videos.
 
     Raises:
         `ValueError`, `TypeError`: An argument is no such thing, or does not fit the others.
@@ -34,28 +37,37 @@ def check_forward(
     check_decoder_inputs(tokens, attention_mask, position_ids, past_key_values, vision_layout, text.layer_types)
     if not _reads_prompt(tokens, past_key_values):
         return
-    types = media.get("mm_token_type_ids")
     if input_ids is None:
-        if types is not None:
-            expect("mm_token_type_ids", types, tuple(tokens.shape[:2]), "[batch, tokens]")
+        if mm_token_type_ids is not None:
+            expect("mm_token_type_ids", mm_token_type_ids, tuple(tokens.shape[:2]), "[batch, tokens]")
         return
-    given = {
-        kind: media.get(pixels) is not None or (mm_encoder_outputs or {}).get(kind) is not None
-        for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos"))
-    }
-    for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-        if media.get(f"{kind}_grid_thw") is not None and not given[kind]:
+    media = media or {}
+    for kind, medium in media.items():
+        if medium.grids is not None and not medium.is_given:
+            pixels = "pixel_values" if kind == "image" else "pixel_values_videos"
             raise ValueError(f"{kind}_grid_thw came without {pixels}; pass both as the processor returned them")
     mask = padding_mask(attention_mask)
     mask = None if mask is None else mask[:, -input_ids.shape[1] :]
-    grids = {f"{kind}_grid_thw": media.get(f"{kind}_grid_thw") for kind in given}
+    grids = {f"{kind}_grid_thw": medium.grids for kind, medium in media.items()}
     has_grids = any(grid is not None for grid in grids.values())
+    given = any(medium.is_given for medium in media.values())
     # positions of four rows are those of `generate`, which has seen the prompt that they belong to
-    unseen = position_ids is not None and position_ids.shape[:-2] != (4,) and not any(given.values())
-    if vision_layout is not None:
-        check_spans(vision_layout, model.token_types(input_ids), mask, model.vision.all_cells and any(given.values()))
+    unseen = position_ids is not None and position_ids.shape[:-2] != (4,) and not given
+    if vision_layout is not None and not is_checked(vision_layout):
+        check_spans(vision_layout, model.token_types(input_ids), mask, model.vision.all_cells and given)
     if (vision_layout is not None and has_grids) or (vision_layout is None and unseen):
         check_media(model.token_types(input_ids), mask, model.vision, **grids)
+
+
+def mark_checked(vision_layout):
+    """Returns a layout that was made here from checked grids, so that no forward pass looks at its values again."""
+    if vision_layout is not None and not torch.compiler.is_compiling():
+        vision_layout.linmu_checked = True
+    return vision_layout
+
+
+def is_checked(vision_layout) -> bool:
+    return getattr(vision_layout, "linmu_checked", False)
 
 
 def check_prompt(model, input_ids, attention_mask=None, past_key_values=None):
@@ -146,7 +158,7 @@ def check_decoder_inputs(
             )
     if vision_layout is not None:
         expect("vision_layout", vision_layout, (b, t, 4), "[batch, tokens, 4]")
-        if reads_prompt:
+        if reads_prompt and not is_checked(vision_layout):
             _check_layout(vision_layout)
 
 

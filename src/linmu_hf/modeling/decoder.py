@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLAttention,
     Qwen2_5_VLRMSNorm,
@@ -18,10 +18,11 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache import MMateCacheLayer, fitting_cache
+from .cache import MMateCacheLayer, open_cache
 from .compat import CACHE, takes_cache
 from .configuration_linmu import LinMUConfig, LinMUTextConfig
-from .layout.packing import lengths_to_bounds, packed_lengths, positions_within
+from .layout.packing import lengths_to_bounds, positions_within
+from .layout.prompt import Prompt, text_prompt
 from .layout.token_layout import TextStep, TokenLayout
 from .mixers import MIXERS, padding_mask, recurrent_layers
 from .mixers import attention as varlen
@@ -42,6 +43,14 @@ class LinMUModelOutput(BaseModelOutputWithPast):
         mixer_inputs, mixer_outputs (`tuple[torch.Tensor]`, *optional*): With `output_mixer_states`: for every layer
             the normed input and the output of its mixer, `[b, t, d]`, as Eq. 6 compares them.
     """
+
+    mixer_inputs: tuple[torch.Tensor, ...] | None = None
+    mixer_outputs: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class LinMUCausalLMOutput(CausalLMOutputWithPast):
+    """[`LinMUModelOutput`] with `logits` of shape `[b, t, vocab]` and, given labels, the `loss`."""
 
     mixer_inputs: tuple[torch.Tensor, ...] | None = None
     mixer_outputs: tuple[torch.Tensor, ...] | None = None
@@ -140,6 +149,7 @@ class LinMUTextModel(LinMUPreTrainedModel):
         use_cache=None,
         output_mixer_states=False,
         cu_seq_lens_q=None,
+        prompt: Prompt | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LinMUModelOutput:
         """
@@ -151,37 +161,44 @@ class LinMUTextModel(LinMUPreTrainedModel):
             vision_layout (`torch.LongTensor` of shape `[b, t, 4]`, *optional*): See [`TokenLayout`].
             cu_seq_lens_q (`torch.IntTensor` of shape `[m + 1]`, *optional*): Where the sequences of a packed batch of
                 one row begin, and the end. Text positions that begin anew say the same.
+            prompt (`Prompt`, *optional*): All of this but the embeddings, as [`LinMUModel`] has read it.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if self.gradient_checkpointing and self.training:
-            use_cache = False
-        packed = packed_lengths(inputs_embeds, attention_mask, position_ids, past_key_values, cu_seq_lens_q)
-        past_key_values = fitting_cache(past_key_values, self.config) if use_cache and packed is None else None
+        if prompt is None:
+            prompt = text_prompt(
+                self, inputs_embeds, attention_mask, position_ids, past_key_values, vision_layout, use_cache,
+                cu_seq_lens_q,
+            )  # fmt: skip
+        cache = prompt.cache
         rope, layout, attention = self._prepare(
-            inputs_embeds, attention_mask, position_ids, vision_layout, past_key_values, packed
+            inputs_embeds, prompt.mask, prompt.positions, prompt.vision_layout, cache, prompt.lengths
         )
 
         hidden_states, inputs, outputs = inputs_embeds, [], []
         for layer in self.layers:
-            hidden_states, mixer_input, mixer_output = layer(hidden_states, rope, layout, attention, past_key_values)
+            hidden_states, mixer_input, mixer_output = layer(hidden_states, rope, layout, attention, cache)
             if output_mixer_states:
                 inputs.append(mixer_input)
                 outputs.append(mixer_output)
         hidden_states = self.norm(hidden_states)
-        if past_key_values is not None:
-            for cache_layer in past_key_values.layers:
+        if cache is not None:
+            for cache_layer in cache.layers:
                 if isinstance(cache_layer, MMateCacheLayer):
                     cache_layer.advance(inputs_embeds.shape[1])
         return LinMUModelOutput(
             last_hidden_state=hidden_states,
             mixer_inputs=tuple(inputs) if output_mixer_states else None,
             mixer_outputs=tuple(outputs) if output_mixer_states else None,
-            **{CACHE: past_key_values},
+            **{CACHE: cache},
         )
+
+    def open_cache(self, cache, use_cache: bool | None = None, lengths=None) -> Cache | None:
+        """Returns the cache to read and write, which packed sequences of these `lengths` have none of."""
+        checkpoints = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        return open_cache(cache, self.config, use_cache if lengths is None else False, checkpoints)
 
     def run_mixers(self, mixer_inputs, attention_mask=None, position_ids=None, vision_layout=None):
         """
@@ -207,11 +224,6 @@ class LinMUTextModel(LinMUPreTrainedModel):
             value.to(embeds.device) if isinstance(value, torch.Tensor) else value
             for value in (attention_mask, position_ids, vision_layout)
         )
-        if position_ids is None:
-            past = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = (torch.arange(t, device=embeds.device) + past).expand(b, t)
-            if packed is not None:
-                position_ids = positions_within(packed, embeds.device)
         text_positions = None if packed is None else positions_within(packed, embeds.device)
         if position_ids.ndim == 2:
             position_ids = position_ids[None].expand(3, -1, -1)

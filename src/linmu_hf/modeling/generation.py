@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    Cache,
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
     LogitsProcessor,
@@ -18,9 +17,10 @@ from transformers import (
 )
 from transformers.masking_utils import create_causal_mask
 
-from .cache import fitting_cache
-from .checks import check_prompt
+from .checks import check_prompt, is_checked, mark_checked
 from .compat import CACHE, MediaGeneration, takes_cache
+from .decoder import LinMUCausalLMOutput
+from .layout.prompt import Medium, Prompt, new_positions
 from .mixers import recurrent_layers
 from .vision_side import KINDS
 
@@ -29,34 +29,6 @@ MEDIA_KEYS = (
     "pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "second_per_grid_ts",
     "mm_token_type_ids", "mm_encoder_outputs",
 )  # fmt: skip
-
-
-def remember_positions(cache: Cache, position_ids, attention_mask=None):
-    """
-    Notes on the cache, before its layers see them, how far the positions of the new tokens lie behind their number: an
-    image advances positions by less than its tokens. Text that follows leaves the note as it is.
-    """
-    b, t = position_ids.shape[-2:]
-    # the step over a span is its height or width; the frames of a video do not count
-    positions = position_ids if position_ids.ndim == 2 else position_ids[-2:].amax(0)  # [b, t]
-    positions = positions.expand(b, t)
-    real = torch.ones_like(positions, dtype=torch.bool)
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-        real = attention_mask[:, -t:].bool()
-    last = (real * torch.arange(t, device=real.device)).argmax(1, keepdim=True)
-    past = int(cache.get_seq_length())
-    # a row of padding alone stays where it was
-    before = next_positions(cache, b, past, positions.device)
-    following = torch.where(real.any(1, keepdim=True), positions.gather(1, last) + 1, before)
-    cache.linmu_position_delta = following - (past + t)  # [b, 1]
-
-
-def next_positions(cache: Cache, batch: int, past: int, device):
-    """Position of the first new token of every sequence, `[b, 1]`; a batch expanded for beams is followed."""
-    delta = getattr(cache, "linmu_position_delta", None)
-    if delta is None or not past:
-        return torch.full((batch, 1), past, device=device)
-    return (delta.to(device) + past).repeat_interleave(batch // len(delta), dim=0)
 
 
 def chunk_sizes(vision_layout, length: int, chunk_size: int, reverse_scope: str = "span") -> list[int]:
@@ -138,7 +110,8 @@ class VisionLayoutGeneration(MediaGeneration):
         if mask is None or mask.shape[1] == input_ids.shape[1]:
             input_ids = input_ids[:, past:]  # who resumes may pass all ids or the new ones, with the mask of all
         t = input_ids.shape[1]
-        positions, layout = self.model._new_positions(
+        positions, layout = new_positions(
+            self.model,
             input_ids,
             mask,
             cache,
@@ -147,7 +120,7 @@ class VisionLayoutGeneration(MediaGeneration):
         )
         # both begin with the first token of the cache, so that chunks of a prefill can be cut out of them
         if layout is not None:
-            model_kwargs["vision_layout"] = nn.functional.pad(layout, (0, 0, past, 0), value=-1)
+            model_kwargs["vision_layout"] = mark_checked(nn.functional.pad(layout, (0, 0, past, 0), value=-1))
         positions = nn.functional.pad(positions, (past, 0))
         text_positions = text_positions.expand(len(input_ids), -1)[:, -positions.shape[-1] :]
         return torch.cat([text_positions[None], positions])
@@ -175,6 +148,8 @@ class VisionLayoutGeneration(MediaGeneration):
             start = 0 if cache is None else int(cache.get_seq_length())
             layout = vision_layout[:, start : start + length]
             inputs["vision_layout"] = nn.functional.pad(layout, (0, 0, 0, length - layout.shape[1]), value=-1)
+            if is_checked(vision_layout):
+                mark_checked(inputs["vision_layout"])
         return inputs
 
     @staticmethod
@@ -239,8 +214,13 @@ class VisionLayoutGeneration(MediaGeneration):
         inputs_embeds=None,
         position_ids=None,
         vision_layout=None,
+        pixel_values=None,
+        pixel_values_videos=None,
+        image_grid_thw=None,
+        video_grid_thw=None,
+        second_per_grid_ts=None,
+        mm_token_type_ids=None,
         mm_encoder_outputs=None,
-        **media,
     ):
         """
         Reads a prompt of any length in chunks, so that the memory of activations is that of one chunk. Chunks end
@@ -252,8 +232,7 @@ class VisionLayoutGeneration(MediaGeneration):
             past_key_values (`Cache`, *optional*): What was read before; a new `DynamicCache` by default.
             chunk_size (`int`, *optional*, defaults to 8192): Most tokens of a chunk.
             inputs_embeds (`torch.Tensor` of shape `[b, t, d]`, *optional*): In place of ids.
-            position_ids, vision_layout, mm_encoder_outputs (*optional*): As in `forward`, of the new tokens.
-            media: Pixels, grids and token types, as the processor returns them.
+            pixel_values, image_grid_thw, ... (*optional*): As in `forward`, of the new tokens.
 
         Returns:
             [`LinMUCausalLMOutput`] with the logits of the last token, `[b, 1, vocab]`, and the cache, from which
@@ -261,39 +240,22 @@ class VisionLayoutGeneration(MediaGeneration):
         """
         if chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size} must be at least 1")
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-        if not length:
-            raise ValueError(f"input_ids of shape {tuple(input_ids.shape)} holds no token to read")
-        cache = fitting_cache(past_key_values, self.config.text_config)
-        pixels = {
-            "image": (media.get("pixel_values"), media.get("image_grid_thw")),
-            "video": (media.get("pixel_values_videos"), media.get("video_grid_thw")),
+        encoded = mm_encoder_outputs or {}
+        media = {
+            "image": Medium(pixel_values, image_grid_thw, encoded.get("image")),
+            "video": Medium(pixel_values_videos, video_grid_thw, encoded.get("video")),
         }
-        features = self.model.encode_media(pixels, mm_encoder_outputs)
-        if inputs_embeds is not None:
-            input_ids = self.model.placeholder_ids(inputs_embeds, media.get("mm_token_type_ids"), bool(features))
-            inputs_embeds = self.model.insert(features, input_ids, inputs_embeds)
-        if position_ids is None:
-            grids = {key: value for key, value in media.items() if "pixel" not in key}
-            position_ids, vision_layout = self.model._new_positions(input_ids, attention_mask, cache, **grids)
-        embed = self.model.chunk_embedder(input_ids, features) if inputs_embeds is None else None
-        start, past = 0, int(cache.get_seq_length())
-        for size in chunk_sizes(vision_layout, length, chunk_size, self.config.text_config.reverse_scope):
-            end = start + size
-            layout = None if vision_layout is None else vision_layout[:, start:end]
-            outputs = self(
-                inputs_embeds=inputs_embeds[:, start:end] if embed is None else embed(start, end),
-                attention_mask=None if attention_mask is None else attention_mask[:, : past + end],
-                position_ids=None if position_ids is None else position_ids[..., start:end],
-                vision_layout=layout if layout is not None and bool((layout[..., 0] >= 0).any()) else None,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            start = end
-        return outputs
+        prompt = Prompt.read(
+            self.model, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, media,
+            second_per_grid_ts, mm_token_type_ids, vision_layout, use_cache=True,
+        )  # fmt: skip
+        features, start = self.model.encode_media(media), 0
+        scope = self.config.text_config.reverse_scope
+        for size in chunk_sizes(prompt.vision_layout, prompt.length, chunk_size, scope):
+            embeds = self.model.embed_prompt(prompt, features, start, start + size)
+            outputs = self.model.language_model(inputs_embeds=embeds, prompt=prompt[start : start + size])
+            start += size
+        return LinMUCausalLMOutput(logits=self.lm_head(outputs.last_hidden_state[:, -1:]), **{CACHE: prompt.cache})
 
     def init_continuous_batching(self, *args, **kwargs):
         raise NotImplementedError(

@@ -1,38 +1,26 @@
 """LinMU: a vision side, as its teacher has it, and the decoder in which every layer names its mixer."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Cache, GenerationMixin
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .cache import fitting_cache
-from .checks import check_forward, check_head_inputs, check_media, check_types
+from .checks import check_head_inputs, check_media, check_types, mark_checked
 from .compat import CACHE, takes_cache
 from .configuration_linmu import LinMUConfig
-from .decoder import LinMUModelOutput, LinMUPreTrainedModel, LinMUTextModel
-from .generation import VisionLayoutGeneration, next_positions, remember_positions
-from .layout.packing import lengths_to_bounds, packed_lengths, unpack
-from .mixers import padding_mask
+from .decoder import LinMUCausalLMOutput, LinMUModelOutput, LinMUPreTrainedModel, LinMUTextModel
+from .generation import VisionLayoutGeneration
+from .layout.prompt import Medium, Prompt
 from .vision_side import KINDS, VISION_SIDES, VisionSide, text_positions
-
-
-@dataclass
-class LinMUCausalLMOutput(CausalLMOutputWithPast):
-    """[`LinMUModelOutput`] with `logits` of shape `[b, t, vocab]` and, given labels, the `loss`."""
-
-    mixer_inputs: tuple[torch.Tensor, ...] | None = None
-    mixer_outputs: tuple[torch.Tensor, ...] | None = None
 
 
 class LinMUModel(LinMUPreTrainedModel):
     """Vision tower and decoder, without the language-model head."""
 
-    accepts_loss_kwargs = False
+    accepts_loss_kwargs = True  # the loss is divided by `num_items_in_batch`, so that accumulated batches weigh tokens
 
     def __init__(self, config: LinMUConfig):
         super().__init__(config)
@@ -135,7 +123,7 @@ class LinMUModel(LinMUPreTrainedModel):
             grids,
             second_per_grid_ts,
         )
-        return positions, layout
+        return positions, mark_checked(layout)
 
     @takes_cache
     @can_return_tuple
@@ -163,54 +151,17 @@ class LinMUModel(LinMUPreTrainedModel):
         cache, ids, pixels and grids are those of the new tokens. Several sequences packed into one row, whose media
         follow in the same order, are told apart by `cu_seq_lens_q` or by text positions that begin anew.
         """
-        check_forward(
-            self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, vision_layout,
-            mm_encoder_outputs, pixel_values=pixel_values, pixel_values_videos=pixel_values_videos,
-            image_grid_thw=image_grid_thw, video_grid_thw=video_grid_thw, mm_token_type_ids=mm_token_type_ids,
+        encoded = mm_encoder_outputs or {}
+        media = {
+            "image": Medium(pixel_values, image_grid_thw, encoded.get("image")),
+            "video": Medium(pixel_values_videos, video_grid_thw, encoded.get("video")),
+        }
+        prompt = Prompt.read(
+            self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, media, second_per_grid_ts,
+            mm_token_type_ids, vision_layout, use_cache, cu_seq_lens_q,
         )  # fmt: skip
-        if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids)
-        packed = packed_lengths(inputs_embeds, attention_mask, position_ids, past_key_values, cu_seq_lens_q)
-        use_cache = self.config.text_config.use_cache if use_cache is None else use_cache
-        if use_cache and packed is None:
-            past_key_values = fitting_cache(past_key_values, self.config.text_config)
-        has_grids = image_grid_thw is not None or video_grid_thw is not None
-        ids = input_ids
-        if ids is None:
-            ids = self.placeholder_ids(inputs_embeds, mm_token_type_ids, has_grids or bool(mm_encoder_outputs))
-        if vision_layout is None and (position_ids is None or has_grids):
-            derived, vision_layout = self._new_positions(
-                ids, attention_mask, past_key_values, packed,
-                image_grid_thw=image_grid_thw, video_grid_thw=video_grid_thw,
-                second_per_grid_ts=second_per_grid_ts, mm_token_type_ids=mm_token_type_ids,
-            )  # fmt: skip
-            if position_ids is None or (packed is not None and position_ids.ndim == 2):
-                position_ids = derived  # text positions of a packed row say where sequences begin, no more
-        if (
-            past_key_values is not None
-            and position_ids is not None
-            and self._worth_a_note(position_ids, past_key_values)
-        ):
-            mask = padding_mask(attention_mask)
-            remember_positions(past_key_values, position_ids, mask)
-        media = {"image": (pixel_values, image_grid_thw), "video": (pixel_values_videos, video_grid_thw)}
-        features = self.encode_media(media, mm_encoder_outputs)
-        if features and vision_layout is None:
-            raise ValueError(
-                "images or videos came with position_ids but without their vision_layout; pass both as "
-                "`get_positions` returns them, or leave position_ids out"
-            )
-        return self.language_model(
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=self.insert(features, ids, inputs_embeds),
-            vision_layout=vision_layout,
-            use_cache=use_cache,
-            cu_seq_lens_q=cu_seq_lens_q if packed is None else lengths_to_bounds(packed, inputs_embeds.device),
-            return_dict=True,
-            **kwargs,
-        )
+        embeds = self.embed_prompt(prompt, self.encode_media(media))
+        return self.language_model(inputs_embeds=embeds, prompt=prompt, return_dict=True, **kwargs)
 
     def placeholder_ids(self, inputs_embeds, mm_token_type_ids, has_media):
         """Ids `[b, t]` that are right at the placeholders, known by their types or embeddings; 0 elsewhere."""
@@ -239,86 +190,43 @@ class LinMUModel(LinMUPreTrainedModel):
             )
         return self.get_input_embeddings()(torch.tensor(token, device=device))
 
-    def _new_positions(self, input_ids, attention_mask, past_key_values, packed=None, **vision):
-        """`get_positions` of the new tokens, behind what the cache has seen."""
-        if packed is not None:
-            return self._packed_positions(input_ids, packed, **vision)
-        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        new_mask = None if attention_mask is None or isinstance(attention_mask, dict) else attention_mask
-        if new_mask is not None:
-            new_mask = new_mask[:, -input_ids.shape[1] :]
-        positions, layout = self.get_positions(input_ids, new_mask, **vision)
-        if past:
-            positions = positions + next_positions(past_key_values, input_ids.shape[0], past, input_ids.device)
-        return positions, layout
-
-    @staticmethod
-    def _worth_a_note(position_ids, cache) -> bool:
-        """Single tokens behind others are counted; one at the beginning ends the note of a cache that was reset."""
-        if cache is None or position_ids is None:
-            return False
-        return position_ids.shape[-1] > 1 or (not torch.compiler.is_compiling() and not int(cache.get_seq_length()))
-
-    def _packed_positions(self, input_ids, packed, mm_token_type_ids=None, **vision):
-        """`get_positions` of sequences that share a row: `[3, 1, t]` and `[1, t, 4]`."""
-        rows, mask = unpack(input_ids, packed)
-        types = None if mm_token_type_ids is None else unpack(mm_token_type_ids, packed)[0]
-        positions, layout = self.get_positions(rows, mask, mm_token_type_ids=types, **vision)
-        real = mask.bool()
-        return positions[:, real][:, None], None if layout is None else layout[real][None]
-
-    def encode_media(self, media, encoded=None):
-        """
-        Features of the images and videos of a batch.
-
-        Args:
-            media (`dict[str, tuple]`): For `"image"` and `"video"` pixels and grids, or `None`s.
-            encoded (`dict[str, ModelOutput]`, *optional*): What `get_image_features` and `get_video_features` have
-                returned already.
-
-        Returns:
-            `dict[str, torch.Tensor]`: For each kind that occurs, `[n, d]` in the order of its tokens in the batch.
-        """
+    def encode_media(self, media: dict[str, Medium]) -> dict[str, torch.Tensor]:
+        """Returns for each kind of media that occurs its features `[n, d]`, in the order of its tokens."""
         features = {}
         for kind, encode in (("image", self.get_image_features), ("video", self.get_video_features)):
-            output, (pixels, grid) = (encoded or {}).get(kind), media[kind]
-            if output is None and pixels is not None:
-                output = encode(pixels, grid, return_dict=True)
+            medium = media[kind]
+            output = medium.encoded
+            if output is None and medium.pixels is not None:
+                output = encode(medium.pixels, medium.grids, return_dict=True)
             if output is not None:
                 features[kind] = torch.cat(tuple(output.pooler_output))
         return features
 
-    def chunk_embedder(self, input_ids, features):
-        """A function `(start, end)` that embeds these tokens of `input_ids` [b, t], each with its vision feature."""
-        rows, tokens = {}, self.placeholders
+    def embed_prompt(self, prompt: Prompt, features: dict[str, torch.Tensor], start: int = 0, end: int | None = None):
+        """
+        Returns the embeddings `[b, end - start, d]` of some tokens of a prompt (by default all), each placeholder with
+        the feature of its image or video in its place.
+
+        Args:
+            features (`dict[str, torch.Tensor]`): Of all placeholders of the prompt, as `encode_media` returns them.
+
+        Raises:
+            `ValueError`: There are more or fewer placeholders than features.
+        """
+        part = slice(start, prompt.length if end is None else end)
+        embeds = self.embed(prompt.ids[:, part]) if prompt.embeds is None else prompt.embeds[:, part]
         for kind, own in features.items():
-            places = input_ids == tokens[kind]
-            if int(places.sum()) != len(own):
-                raise ValueError(f"input_ids has {int(places.sum())} {kind} tokens for {len(own)} {kind} features")
-            rows[kind] = places.flatten().cumsum(0).view_as(places) - 1
-
-        def embed(start, end):
-            ids = input_ids[:, start:end]
-            embeds = self.embed(ids)
-            for kind, own in features.items():
-                places = ids == tokens[kind]
-                chosen = own[rows[kind][:, start:end][places]].to(embeds.device, embeds.dtype)
-                embeds = embeds.masked_scatter(places[..., None].expand_as(embeds), chosen)
-            return embeds
-
-        return embed
-
-    def insert(self, features, ids, embeds):
-        """Puts vision features in place of their placeholders: embeddings `[b, t, d]` of ids `[b, t]`."""
-        for kind, own in features.items():
-            places = ids == self.placeholders[kind]
+            places = prompt.ids == self.placeholders[kind]
             if not torch.compiler.is_compiling() and int(places.sum()) != len(own):
                 raise ValueError(
                     f"the prompt has {int(places.sum())} {kind} tokens for {len(own)} {kind} features; pass pixels "
                     "and grids as the processor returned them with these input_ids"
                 )
-            own = own.to(embeds.device, embeds.dtype)
-            embeds = embeds.masked_scatter(places[..., None].to(embeds.device).expand_as(embeds), own)
+            if embeds.shape[1] < prompt.length:
+                rows = places.flatten().cumsum(0).view_as(places) - 1
+                own = own[rows[:, part][places[:, part]]]
+            own, places = own.to(embeds.device, embeds.dtype), places[:, part, None].to(embeds.device)
+            embeds = embeds.masked_scatter(places.expand_as(embeds), own)
         return embeds
 
 
@@ -326,7 +234,7 @@ class LinMUForConditionalGeneration(VisionLayoutGeneration, LinMUPreTrainedModel
     """LinMU with its language-model head: what `AutoModelForImageTextToText` loads."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
-    accepts_loss_kwargs = False
+    accepts_loss_kwargs = True  # the loss is divided by `num_items_in_batch`, so that accumulated batches weigh tokens
 
     def __init__(self, config: LinMUConfig):
         super().__init__(config)

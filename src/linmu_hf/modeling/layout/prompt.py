@@ -1,0 +1,167 @@
+"""The prompt: what a forward pass is given, read once where it enters the model and handed on as one value."""
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from transformers import Cache
+
+from .. import checks
+from ..cache import next_positions, note_rope_deltas
+from ..mixers import padding_mask
+from .packing import packed_lengths, positions_within, unpack
+
+
+class Medium(NamedTuple):
+    """
+    The images, or the videos, of a batch.
+
+    Args:
+        pixels (`torch.Tensor`, *optional*), grids (`torch.LongTensor` of shape `[media, 3]`, *optional*): As the
+            processor returns them.
+        encoded (`ModelOutput`, *optional*): What the vision side returned for them before.
+    """
+
+    pixels: torch.Tensor | None = None
+    grids: torch.Tensor | None = None
+    encoded: Any = None
+
+    @property
+    def is_given(self) -> bool:
+        return self.pixels is not None or self.encoded is not None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """
+    The new tokens of a batch.
+
+    Args:
+        ids (`torch.LongTensor` of shape `[b, t]`, *optional*): Right at the placeholders, also where tokens came as
+            embeddings.
+        embeds (`torch.Tensor` of shape `[b, t, d]`, *optional*): The tokens, if they came as embeddings.
+        mask (`torch.Tensor` of shape `[b, past + t]`, *optional*): 0 at padding; or a `dict` by layer type.
+        positions (`torch.LongTensor` of shape `[b, t]`, `[3, b, t]` or `[4, b, t]`, *optional*): Text positions,
+            M-RoPE positions, or both with the text positions first.
+        vision_layout (`torch.LongTensor` of shape `[b, t, 4]`, *optional*): Span and coordinate of every token.
+        lengths (`list[int]`, *optional*): Of the sequences of a packed row.
+        cache (`Cache`, *optional*): What was read before; the layers add these tokens.
+        past (`int`): Tokens that were read before.
+    """
+
+    ids: torch.Tensor | None = None
+    embeds: torch.Tensor | None = None
+    mask: Any = None
+    positions: torch.Tensor | None = None
+    vision_layout: torch.Tensor | None = None
+    lengths: list[int] | None = None
+    cache: Cache | None = None
+    past: Any = 0
+
+    @classmethod
+    def read(
+        cls, model, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None,
+        media: dict[str, Medium] | None = None, second_per_grid_ts=None, mm_token_type_ids=None, vision_layout=None,
+        use_cache: bool | None = None, cu_seqlens=None,
+    ) -> "Prompt":  # fmt: skip
+        """
+        Checks the arguments of a forward pass and finds out where their tokens are.
+
+        Args:
+            model (`LinMUModel`): Knows its placeholders and the grids of its vision side.
+
+        Raises:
+            `ValueError`, `TypeError`: An argument does not fit the others.
+        """
+        media = media or {}
+        checks.check_forward(
+            model, input_ids, attention_mask, position_ids, cache, inputs_embeds, vision_layout, media,
+            mm_token_type_ids,
+        )  # fmt: skip
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        lengths = packed_lengths(tokens, attention_mask, position_ids, cache, cu_seqlens)
+        cache = model.language_model.open_cache(cache, use_cache, lengths)
+        ids, grids = input_ids, {kind: medium.grids for kind, medium in media.items()}
+        has_grids = any(grid is not None for grid in grids.values())
+        if ids is None:
+            given = has_grids or any(medium.is_given for medium in media.values())
+            ids = model.placeholder_ids(inputs_embeds, mm_token_type_ids, given)
+        if vision_layout is None and (position_ids is None or has_grids):
+            where = {f"{kind}_grid_thw": grid for kind, grid in grids.items()}
+            where |= {"second_per_grid_ts": second_per_grid_ts, "mm_token_type_ids": mm_token_type_ids}
+            derived, vision_layout = new_positions(model, ids, attention_mask, cache, lengths, **where)
+            if position_ids is None or (lengths is not None and position_ids.ndim == 2):
+                position_ids = derived  # text positions of a packed row say where sequences begin, no more
+        if vision_layout is None and any(medium.is_given for medium in media.values()):
+            raise ValueError(
+                "images or videos came with position_ids but without their vision_layout; pass both as "
+                "`get_positions` returns them, or leave position_ids out"
+            )
+        past = 0 if cache is None else cache.get_seq_length()
+        if cache is not None:
+            note_rope_deltas(cache, position_ids, padding_mask(attention_mask))
+        return cls(ids, inputs_embeds, attention_mask, position_ids, vision_layout, lengths, cache, past)
+
+    @property
+    def length(self) -> int:
+        """Number t of the new tokens of a row."""
+        tokens = self.ids if self.embeds is None else self.embeds
+        assert tokens is not None
+        return tokens.shape[1]
+
+    def __getitem__(self, part: slice) -> "Prompt":
+        """Returns the tokens from `part.start` to `part.stop`, after those before them were read."""
+        layout = None if self.vision_layout is None else self.vision_layout[:, part]
+        if layout is not None and not bool((layout[..., 0] >= 0).any()):
+            layout = None
+        return replace(
+            self,
+            ids=None if self.ids is None else self.ids[:, part],
+            embeds=None if self.embeds is None else self.embeds[:, part],
+            mask=None if self.mask is None else self.mask[:, : self.past + part.stop],
+            positions=None if self.positions is None else self.positions[..., part],
+            vision_layout=layout,
+            past=self.past + part.start,
+        )
+
+
+def new_positions(model, input_ids, attention_mask, cache, lengths=None, mm_token_type_ids=None, **grids):
+    """
+    Returns `get_positions` of the new tokens of a batch, after what the cache has seen; sequences that share a row, of
+    these `lengths`, give `[3, 1, t]` and `[1, t, 4]`.
+    """
+    if lengths is not None:
+        rows, mask = unpack(input_ids, lengths)
+        types = None if mm_token_type_ids is None else unpack(mm_token_type_ids, lengths)[0]
+        positions, layout = model.get_positions(rows, mask, mm_token_type_ids=types, **grids)
+        real = mask.bool()
+        return positions[:, real][:, None], None if layout is None else layout[real][None]
+    mask = None if isinstance(attention_mask, dict) else attention_mask
+    if mask is not None:
+        mask = mask[:, -input_ids.shape[1] :]
+    positions, layout = model.get_positions(input_ids, mask, mm_token_type_ids=mm_token_type_ids, **grids)
+    if cache is not None:
+        positions = positions + next_positions(cache, len(input_ids), input_ids.device)
+    return positions, layout
+
+
+def text_prompt(decoder, tokens, attention_mask, position_ids, cache, vision_layout, use_cache, cu_seqlens) -> Prompt:
+    """
+    Returns the prompt of a text model that is called by itself; without positions tokens are counted.
+
+    Args:
+        decoder (`LinMUTextModel`): Whose cache it opens.
+        tokens (`torch.Tensor` of shape `[b, t, d]`): Embeddings.
+    """
+    lengths = packed_lengths(tokens, attention_mask, position_ids, cache, cu_seqlens)
+    cache = decoder.open_cache(cache, use_cache, lengths)
+    past = 0 if cache is None else cache.get_seq_length()
+    if position_ids is None:
+        b, t = tokens.shape[:2]
+        position_ids = (torch.arange(t, device=tokens.device) + past).expand(b, t)
+        if lengths is not None:
+            position_ids = positions_within(lengths, tokens.device)
+    return Prompt(
+        embeds=tokens, mask=attention_mask, positions=position_ids, vision_layout=vision_layout, lengths=lengths,
+        cache=cache, past=past,
+    )  # fmt: skip
