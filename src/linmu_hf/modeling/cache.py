@@ -18,19 +18,19 @@ class RopeDeltas(CacheLayerMixin):
     rope_deltas: torch.Tensor | None = None
 
     def reset(self) -> None:
-        super().reset()  # type: ignore[misc]
+        super().reset()
         self.rope_deltas = None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        super().batch_repeat_interleave(repeats)
         self._map_deltas(lambda deltas: deltas.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(indices)  # type: ignore[misc]
+        super().batch_select_indices(indices)
         self._map_deltas(lambda deltas: deltas[indices.to(deltas.device)])
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        super().reorder_cache(beam_idx)
         self._map_deltas(lambda deltas: deltas[beam_idx.to(deltas.device)])
 
     def _map_deltas(self, function):
@@ -199,7 +199,7 @@ def open_cache(cache: Cache | None, config, use_cache: bool | None = None, train
 def _with_deltas(cache: Cache) -> Cache:
     first = cache.layers[0]
     if not isinstance(first, RopeDeltas) and not torch.compiler.is_compiling():
-        first.__class__ = _with_rope_deltas(type(first))
+        first.__class__ = _with_rope_deltas(type(first))  # type: ignore[arg-type]
     return cache
 
 

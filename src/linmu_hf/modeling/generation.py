@@ -93,6 +93,7 @@ class VisionLayoutGeneration(MediaGeneration):
 
     config: Any
     model: Any
+    lm_head: nn.Module
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         input_ids = model_kwargs.get("input_ids", inputs_tensor)
