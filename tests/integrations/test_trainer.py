@@ -102,6 +102,24 @@ def test_accumulation_and_checkpointing_and_bfloat16(processor, rows, tmp_path):
     assert losses(other) == pytest.approx(losses(plain), rel=0.02)
 
 
+@pytest.mark.parametrize(("size", "micro_batches"), [(2, 2), (1, 4)])
+def test_accumulated_batches_weigh_tokens(size, micro_batches, processor, rows, tmp_path):
+    """Answers of 2 to 40 tokens: accumulated, they move the weights as one batch of them does."""
+    unequal = []
+    for row, words in zip(rows[:4], (1, 20, 2, 12)):
+        turns = [*row["messages"][:1], {"role": "assistant", "content": [{"type": "text", "text": "7 " * words}]}]
+        unequal.append({"messages": turns, "images": row["images"], "videos": row["videos"]})
+    options = {"max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "save_strategy": "no"}
+    start = dict(small_model(processor).named_parameters())
+    moved = []
+    for batch, accumulated in ((4, 1), (size, micro_batches)):
+        sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}
+        run = trainer(small_model(processor), processor, unequal, tmp_path, **options, **sizes)
+        run.train()
+        moved.append(torch.cat([(p - start[name]).flatten() for name, p in run.model.named_parameters()]).detach())
+    assert (moved[1] - moved[0]).norm() < 1e-3 * moved[0].norm()
+
+
 def sft_trainer(processor, data, folder, adapters=False, **options):
     arguments = SFTConfig(
         str(folder), max_steps=4, learning_rate=1e-2 if adapters else 2e-3, per_device_train_batch_size=4,

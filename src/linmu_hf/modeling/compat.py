@@ -36,11 +36,11 @@ def takes_cache(method):
     parameters = [
         one.replace(name=CACHE) if one.name == "past_key_values" else one for one in signature.parameters.values()
     ]
-    wrapper.__signature__ = signature.replace(parameters=parameters)
+    wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return wrapper
 
 
-class MediaGeneration:
+class MediaGeneration(GenerationMixin):
     """
     Images and videos on their way through `generate`, the same in every minor: encoded once, before prefill, which
     5.17 does not do; repeated for beams sample by sample, where 5.18 mixes up the images of a sample.

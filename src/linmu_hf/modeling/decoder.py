@@ -231,11 +231,12 @@ class LinMUTextModel(LinMUPreTrainedModel):
             text_positions, position_ids = position_ids[0], position_ids[1:]
         rope = self.rotary_emb(embeds, position_ids)
 
-        layout = attention = None
-        if "full_attention" in self.config.layer_types:
+        layout: TextStep | TokenLayout | None = None
+        attention, layer_types = None, self.config.layer_types or []
+        if "full_attention" in layer_types:
             causal = attention_mask["full_attention"] if isinstance(attention_mask, dict) else attention_mask
             attention = self._attention(embeds, causal, text_positions, past_key_values, packed)
-        if recurrent_layers(self.config.layer_types):
+        if recurrent_layers(layer_types):
             mask = padding_mask(attention_mask)
             if mask is not None:
                 if mask.ndim != 2:

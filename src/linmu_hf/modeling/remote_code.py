@@ -57,7 +57,7 @@ class InstalledCode:
     def register_for_auto_class(cls, *args, **kwargs):
         """Does nothing for the classes of linmu_hf, which every saved folder names already."""
         if cls.__module__.split(".")[0] != __name__.split(".")[0]:
-            super().register_for_auto_class(*args, **kwargs)
+            super().register_for_auto_class(*args, **kwargs)  # type: ignore[misc]
 
 
 class RemoteCode(InstalledCode):

@@ -5,8 +5,10 @@ import itertools
 import pytest
 import tiny
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from linmu_hf.families.qwen2_5_vl.vision import Qwen2_5_VLVision
+from linmu_hf.modeling import checks
 from linmu_hf.modeling.checks import check_media
 from linmu_hf.modeling.layout.token_layout import TokenLayout
 
@@ -208,3 +210,38 @@ def test_placeholders_that_do_not_match_the_grids():
         check_media(types, None, QWEN)
     with pytest.raises(ValueError, match=r"the prompt has 0 video tokens but video_grid_thw describes 1"):
         check_media(types * 0, None, QWEN, None, torch.tensor([[1, 2, 2]]))
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations after which the host waits for the device: their results, or their sizes, are read."""
+
+    READ = ("_local_scalar_dense", "nonzero", "unique", "bincount")
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += any(name in str(func) for name in self.READ)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("spans", [1, 20])
+def test_the_host_waits_for_few_results(spans):
+    sample = tiny.Sample(2, *[("image", 3, 5), ("video", 3, 4, 2)] * spans)
+    inputs = {name: value for name, value in tiny.batch(sample).items() if "pixel" not in name}
+    _, layout = tiny.model(num_hidden_layers=1).model.get_positions(**inputs)
+    with Waits() as waits:
+        TokenLayout.build(tiny.text_config(), *layout.shape[:2], "cpu", None, layout)
+    assert waits.count <= 12
+
+
+def test_a_layout_of_ours_is_not_looked_at_again(monkeypatch):
+    model, inputs = tiny.model(num_hidden_layers=1), tiny.batch(tiny.Sample(2, ("image", 3, 5), 4))
+    looked = []
+    monkeypatch.setattr(checks, "_check_layout", lambda layout: looked.append(layout.shape))
+    where = {name: value for name, value in inputs.items() if "pixel" not in name}
+    positions, layout = model.model.get_positions(**where)
+    model(**inputs, position_ids=positions, vision_layout=layout)
+    model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    model.prefill(**inputs, chunk_size=4)
+    assert not looked
+    model(**inputs, position_ids=positions, vision_layout=layout.clone())
+    assert looked == [layout.shape]

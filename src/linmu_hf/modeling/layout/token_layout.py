@@ -198,21 +198,24 @@ def _moved(value, device, kwargs):
 
 
 def _sort_key(columns: list[torch.Tensor]) -> torch.Tensor:
-    """One integer per row that sorts like the columns, first column first."""
+    """Returns one integer per row that sorts like the columns, first column first. Does not wait for the device."""
     key = torch.zeros_like(columns[0])
     for column in columns:
-        key = key * (int(column.max()) + 1) + column
+        key = key * (column.max() + 1) + column
     return key
 
 
 def _relabel(sequence, span):
-    """Consecutive labels 0, 1, ... for the distinct (sequence, span) pairs, in sequence order."""
-    return torch.unique(_sort_key([sequence, span]), return_inverse=True)[1]
+    """Returns consecutive labels 0, 1, ... of the distinct (sequence, span) pairs, in sequence order."""
+    # torch.unique would wait for the device to say how many there are
+    key, order = _sort_key([sequence, span]).sort()
+    rank = torch.nn.functional.pad((key[1:] != key[:-1]).long().cumsum(0), (1, 0))
+    return torch.empty_like(rank).scatter_(0, order, rank)
 
 
 def _extents(grid, cells):
-    """Size (T, H, W) of the grid of every token, shape [v, 3]."""
-    extent = cells.new_zeros(int(grid.max()) + 1, 3)
+    """Returns the size (T, H, W) of the grid of every token, shape [v, 3]."""
+    extent = torch.zeros_like(cells)  # at most as many grids as tokens
     extent = extent.scatter_reduce(0, grid[:, None].expand(-1, 3), cells + 1, "amax")
     return extent[grid]
 
@@ -224,11 +227,8 @@ def _split_uneven(span, cells):
     """
     frame = _relabel(span, cells[:, 0])
     size, largest = _extents(frame, cells)[:, 1:], _extents(span, cells)[:, 1:]
-    smaller = torch.zeros(int(span.max()) + 1, dtype=torch.bool, device=span.device)
-    smaller[span[(size < largest).any(1)]] = True
-    uneven = smaller[span]
-    if not bool(uneven.any()):
-        return span, cells
+    smaller = torch.zeros_like(span).index_add_(0, span, (size < largest).any(1).long())
+    uneven = smaller[span] > 0
     grid = _relabel(span, torch.where(uneven, cells[:, 0], 0))
     return grid, torch.cat([torch.where(uneven, 0, cells[:, 0])[:, None], cells[:, 1:]], dim=1)
 
@@ -247,7 +247,7 @@ def _windows(config, grid, position, extent, shift: bool) -> Windows:
         else:
             position = position + torch.where(offset > 0, size - offset, 0)
     cell = position // size
-    window = torch.unique(_sort_key([grid, *cell.unbind(1)]), return_inverse=True)[1]
+    window = _relabel(grid, _sort_key([*cell.unbind(1)]))
     counts = torch.bincount(window)
     first = counts.cumsum(0) - counts
     by_window = torch.argsort(window, stable=True)

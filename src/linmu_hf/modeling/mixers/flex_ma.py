@@ -214,11 +214,12 @@ class ScanDirection(nn.Module):
             window = torch.cat([tail.to(xbc.dtype), xbc[:, None]], dim=1)
             xbc, before, tail = (window * self.conv_weight.to(xbc.dtype)).sum(1), tail, window[:, 1:]
             tail = tail if real is None else torch.where(real, tail, before)
-        inputs = self.scan_inputs(u, *xbc.tensor_split([x.shape[-1]], dim=-1), rope)
-        y, new_states = ssd_step(*inputs, states, normalized=self.normalized)
+        own, bc = xbc.tensor_split([x.shape[-1]], dim=-1)
+        own, dt, A, B, C = self.scan_inputs(u, own, bc, rope)
+        y, new_states = ssd_step(own, dt, A, B, C, states, normalized=self.normalized)
         if real is not None:
             new_states = torch.where(real[..., None], new_states, states)
-        return add_skip(y, inputs[0], self.D), tail, new_states
+        return add_skip(y, own, self.D), tail, new_states
 
     def _initial_timescales(self):
         """Decay rates -A and step sizes of the heads."""
