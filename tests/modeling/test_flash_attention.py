@@ -80,7 +80,7 @@ def test_packed_sequences_do_not_see_each_other(model, told):
 def test_packed_rows_without_a_mask(model, monkeypatch, told):
     """`attn_implementation="torch_varlen"`, which has nothing to do with rows of a batch."""
     calls = varlen_kernels.install(monkeypatch, "torch_varlen")
-    monkeypatch.setattr(varlen, "unfit", lambda name, q: None)
+    monkeypatch.setattr(varlen, "why_unfit", lambda name, q: None)
     model.set_attn_implementation("torch_varlen")
     row, lengths = packed(told)
     layers = model.config.get_text_config().layer_types.count("full_attention")

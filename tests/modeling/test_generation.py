@@ -194,7 +194,7 @@ def test_prefill_holds_the_activations_of_one_chunk():
     ("how", "message"),
     [
         ({"chunk_size": 0}, "chunk_size=0 must be at least 1"),
-        ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, r"input_ids of shape \(1, 0\) holds no token"),
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, r"input_ids of shape \(1, 0\) hold no token"),
         ({"inputs_embeds": torch.zeros(1, 3, 32)}, "exactly one of input_ids and inputs_embeds"),
         ({"past_key_values": DynamicCache(config=tiny.text_config(num_hidden_layers=2))}, "with 2 layers"),
     ],

@@ -275,6 +275,8 @@ def offloaded_cache(model, sample):
 
 
 COMPILED: dict = {}
+# all models of a test run share the code of one forward, which Dynamo would compile for eight of them only
+torch._dynamo.config.recompile_limit = 64
 
 
 def compiled(model):
