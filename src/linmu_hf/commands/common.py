@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +17,21 @@ DONE, REFUSED, INTERRUPTED = 0, 2, 130
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
 
 
-class Flags:
+class Parser(argparse.ArgumentParser):
     """
     Parses flags in snake_case, as Transformers and TRL write them, and says in one line what is wrong.
 
     The spellings of the release before, in kebab-case or in `renamed`, are taken with a note; `--help` has them not.
     """
 
-    prog: str
-    _option_string_actions: dict[str, Any]
     renamed: Mapping[str, str] = {}
 
     def error(self, message: str):
-        self.exit(REFUSED, f"{self.prog}: error: {message}\n")  # type: ignore[attr-defined]
+        self.exit(REFUSED, f"{self.prog}: error: {message}\n")
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
+    def parse_known_args(self, args=None, namespace=None):
         given = [str(arg) for arg in (sys.argv[1:] if args is None else args)]
-        return super().parse_known_args([self._current(arg) for arg in given], namespace)  # type: ignore[misc]
+        return super().parse_known_args([self._current(arg) for arg in given], namespace)
 
     def _current(self, arg: str) -> str:
         flag, equals, value = arg.partition("=")
@@ -47,12 +45,8 @@ class Flags:
         return f"{new}{equals}{value}"
 
 
-class Parser(Flags, argparse.ArgumentParser):
-    """An `argparse.ArgumentParser` with these [`Flags`]."""
-
-
-class TypedParser(Flags, HfArgumentParser):
-    """A `transformers.HfArgumentParser` with these [`Flags`]; it takes both spellings, and shows one."""
+class TypedParser(Parser, HfArgumentParser):
+    """Parses the flags of dataclasses, as `transformers.HfArgumentParser` does, and shows one spelling of each."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

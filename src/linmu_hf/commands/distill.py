@@ -107,10 +107,10 @@ def describe(stage) -> str:
 def format_table(stages: dict[str, dict]) -> str:
     """The last figures of every stage."""
     keys = ("loss_hid", "loss_tok", "loss_seq", "loss_sup", "agreement", "relative_error", "train_runtime")
-    keys = [key for key in keys if any(key in figures for figures in stages.values())]
-    lines = [f"{'':14}" + "".join(f"{key.removeprefix('train_'):>16}" for key in keys)]
+    shown = [key for key in keys if any(key in figures for figures in stages.values())]
+    lines = [f"{'':14}" + "".join(f"{key.removeprefix('train_'):>16}" for key in shown)]
     for name, figures in stages.items():
-        cells = (f"{figures[key]:.4g}" if key in figures else "-" for key in keys)
+        cells = (f"{figures[key]:.4g}" if key in figures else "-" for key in shown)
         lines.append(f"{name:14}" + "".join(f"{cell:>16}" for cell in cells))
     return "\n".join(lines)
 

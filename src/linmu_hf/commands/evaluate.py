@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..data import bad_rows, load_rows
 from ..evaluation.loading import check_device, check_model, library_versions, load_model, load_processor
@@ -50,7 +51,7 @@ def name_models(paths: list[str], taken: Collection[str] = ()) -> dict[str, str]
 def name_tasks(dataset) -> list[str]:
     """Returns the task of every row of a dataset by name, that of a class label too."""
     values = dataset["task"] if "task" in dataset.column_names else [None] * len(dataset)
-    label = (dataset.features or {}).get("task")
+    label: Any = (dataset.features or {}).get("task")
     if hasattr(label, "int2str"):
         values = [None if value in (None, -1) else label.int2str(value) for value in values]
     return tasks_of([{"task": value} for value in values])

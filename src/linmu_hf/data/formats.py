@@ -220,7 +220,7 @@ def _read_part(part: Any, name: str) -> dict[str, Any]:
         part = {"type": "text", "text": part}
     # Arrow gives every part all keys of its siblings; templates take an `image` key, even of None, for an image.
     part = {key: value for key, value in part.items() if value is not None}
-    kind = part.get("type") or next((key for key in ("text", *MEDIA) if key in part), None)
+    kind: Any = part.get("type") or next((key for key in ("text", *MEDIA) if key in part), None)
     kind = PART_TYPES.get(kind, kind)
     if kind == "text" and "text" in part:
         return {"type": "text", "text": str(part["text"])}
@@ -233,7 +233,7 @@ def _read_part(part: Any, name: str) -> dict[str, Any]:
 
 
 def _read_column(row: Row, kind: str) -> list[Any]:
-    media = next((row[name] for name in (MEDIA[kind], kind) if row.get(name) is not None), [])
+    media: Any = next((row[name] for name in (MEDIA[kind], kind) if row.get(name) is not None), [])
     if isinstance(media, str) and media.startswith("["):
         media = _from_json(media)
     return [medium for medium in (media if isinstance(media, (list, tuple)) else [media]) if medium is not None]

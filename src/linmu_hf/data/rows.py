@@ -139,7 +139,7 @@ def row_size(row: Row) -> tuple[int, int]:
     return pixels, sum(map(len, texts_of(row)))
 
 
-def _frames_of(video: Any) -> Sequence[Any]:
+def _frames_of(video: Any) -> Iterable[Any]:
     video = video.get("frames", []) if isinstance(video, Mapping) else video
     return video.frames if isinstance(video, Video) else video if isinstance(video, (list, np.ndarray)) else []
 

@@ -69,7 +69,7 @@ def refuse_ignored(config) -> None:
     defaults = {field.name: field for field in fields(config)}
     for name in refused_fields():
         field, value = defaults[name], getattr(config, name)
-        default = field.default if field.default is not MISSING else field.default_factory()
+        default = field.default if field.default_factory is MISSING else field.default_factory()
         if value != default and (value or default):
             specific = (remedy for start, remedy in REMEDIES.items() if name.startswith(start))
             remedy = next(specific, "a distillation has no use for it")

@@ -50,7 +50,8 @@ class EncodedDataset(Dataset):
         features = self.cache.get((pseudo, index))
         if features is None:
             row = fetch(self.rows, index)
-            features = self.encode_pseudo(row, index) if pseudo else encode_row(self.processor, row, index)
+            encode = self.encode_pseudo if pseudo else None
+            features = encode(row, index) if encode else encode_row(self.processor, row, index)
             size = sum(value.nbytes for value in features.values())
             if size <= self.room:
                 self.room -= size

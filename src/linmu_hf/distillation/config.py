@@ -151,8 +151,8 @@ class DistillConfig(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.push_to_hub and self.hub_strategy != HubStrategy.END:
             raise ValueError(
-                f"hub_strategy={self.hub_strategy.value!r} would upload checkpoints, which hold only the parameters "
-                "that train: leave it at 'end', which uploads the finished model"
+                f"hub_strategy={HubStrategy(self.hub_strategy).value!r} would upload checkpoints, which hold only "
+                "the parameters that train: leave it at 'end', which uploads the finished model"
             )
         if self.save_total_limit is not None and self.save_total_limit < 2:
             raise ValueError(
@@ -217,7 +217,7 @@ class DistillConfig(TrainingArguments):
                         seq=self.lambda_seq if paper.seq and self.seq_kd else 0.0,
                         sup=self.lambda_sup if paper.sup else 0.0,
                         lora_r=self.lora_r if paper.lora_r else 0,
-                        hidden_input=self.hidden_input[index],
+                        hidden_input=self.hidden_input[index],  # type: ignore[arg-type]
                     )
                 )
         if not stages:

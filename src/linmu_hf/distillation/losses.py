@@ -116,6 +116,7 @@ def output_losses(
         logits = student_head(student_hidden)
         losses = {key: cross_entropy_loss(logits, targets[key], num_items[key]) for key in targets if key != "tok"}
         if "tok" in targets:
+            assert teacher_head is not None
             counted = targets["tok"] != IGNORE_INDEX
             with torch.no_grad():
                 teacher_logits = teacher_head(teacher_hidden)[counted]

@@ -120,7 +120,7 @@ def _run_stage(
     stage, running = stages[-1], Path(args.output_dir)
     set_seed(args.seed)  # LoRA starts from random numbers
     if stage.lora_r:
-        add_lora(student, stage.lora_r, args.lora_alpha)
+        add_lora(student, stage.lora_r, args.lora_alpha)  # type: ignore[arg-type]  # None until it is validated
     set_trainable(student, stage)
     dtypes = _train_in_fp32(student)
     # The Trainer writes its own choice into the config, which the stage's folder would keep.

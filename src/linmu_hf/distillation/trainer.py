@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -44,6 +45,7 @@ class DistillTrainer(Trainer):
     # Every loss here is divided by the counts of the whole accumulated batch. Transformers before 5.19 asks
     # `model_accepts_loss_kwargs` instead.
     loss_is_scaled_for_ga = True
+    optimizer: Any  # set by the Trainer, which is not type-checked
 
     def __init__(self, model, teacher, args: DistillConfig, stage: Stage, train_dataset: EncodedDataset, **kwargs):
         args.refuse_push_to_hub()
@@ -109,7 +111,7 @@ class DistillTrainer(Trainer):
             inputs["position_ids"], inputs["vision_layout"] = student.model.get_positions(**inputs)
             if self.shares_vision:
                 inputs["mm_encoder_outputs"] = _encode_vision(student.model, inputs)
-            target = None
+            target: Any = None
             if compares or stage.tok:
                 # Padding is on the right, where no real token sees it: full attention then needs no mask of t x t.
                 masked = {} if self.teacher_is_causal else {"attention_mask": mask}

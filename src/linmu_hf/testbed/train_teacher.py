@@ -68,7 +68,8 @@ def answer_loss(model: PreTrainedModel, batch: dict) -> torch.Tensor:
 
 def optimizers(model: torch.nn.Module, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for embeddings, biases and norms."""
-    matrices, others = [], []
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inside = parameter.ndim == 2 and not any(part in name for part in ("embed_tokens", "position_embedding"))
         (matrices if inside else others).append(parameter)

@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -82,7 +83,7 @@ def text_config(model: str) -> LinMUTextConfig:
             raise ValueError(f"{family.name} as it was published: {remedy}")
         if family is None and raw_config.get("model_type") != LinMUConfig.model_type:
             raise ValueError(f"a {raw_config.get('model_type')!r} model: give a teacher, a LinMU model or a preset")
-        config = AutoConfig.from_pretrained(model)
+        config: Any = AutoConfig.from_pretrained(model)
         if not isinstance(config, LinMUConfig):
             config = LinMUConfig.from_teacher(config)
     except (OSError, ValueError) as error:
