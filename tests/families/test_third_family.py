@@ -61,6 +61,7 @@ class FakeTower(PreTrainedModel):
 class FakeVision(VisionSide):
     tower_class = FakeTower
     all_cells = False
+    argument_names = {"image_cells": "pixel_values", "image_sizes": "image_grid_thw"}
 
     def features(self, kind, pixels, grids, return_dict=True, **kwargs):
         self.check_pixels(kind, pixels, grids)
@@ -183,6 +184,19 @@ def test_teacher_is_the_plain_decoder_around_its_features(folder):
 
 def value(stored):
     return torch.cat(list(stored.values())).view(stored.shape)
+
+
+@torch.no_grad()
+def test_arguments_go_by_the_familys_names(folder):
+    model, batch = load_teacher(folder), prompt(folder, (2, 3), (1, 4))
+    renamed = {"image_cells": "pixel_values", "image_sizes": "image_grid_thw", "input_ids": "input_ids"}
+    own = {name: batch[ours] for name, ours in renamed.items()}
+    assert torch.equal(model(**own).logits, model(**batch).logits)
+    assert torch.equal(model.prefill(**own).logits, model.prefill(**batch).logits)
+    options = {"max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(model.generate(**own, **options), model.generate(**batch, **options))
+    with pytest.raises(ValueError, match="both image_cells and pixel_values"):
+        model(**own, pixel_values=batch["pixel_values"])
 
 
 def test_a_line_break_takes_a_feature_and_is_no_cell(folder):

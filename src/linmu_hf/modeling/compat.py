@@ -18,18 +18,20 @@ CACHE = next(
 _PIXELS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 
 
-def takes_cache(method):
+def takes_aliases(method):
     """
-    Lets a method with an argument `past_key_values` take the cache under its newer name `cache` too. Its signature
-    shows the name that the installed Transformers uses.
+    Lets a method take its argument `past_key_values` under the newer name `cache` too, and what the processors of a
+    family call otherwise by the family's names. Its signature shows the name that the installed Transformers uses.
     """
 
     @functools.wraps(method)
     def wrapper(*args, **kwargs):
-        if "cache" in kwargs:
-            if kwargs.get("past_key_values") is not None:
-                raise ValueError("both cache and past_key_values were passed, which are the same: leave one out")
-            kwargs["past_key_values"] = kwargs.pop("cache")
+        names = {"cache": "past_key_values"} | getattr(args[0] if args else None, "argument_names", {})
+        for alias in names.keys() & kwargs.keys():
+            name = names[alias]
+            if kwargs.get(name) is not None:
+                raise ValueError(f"both {alias} and {name} were passed, which are the same: leave one out")
+            kwargs[name] = kwargs.pop(alias)
         return method(*args, **kwargs)
 
     signature = inspect.signature(method)

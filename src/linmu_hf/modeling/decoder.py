@@ -19,7 +19,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache import MMateCacheLayer, open_cache
-from .compat import CACHE, takes_cache
+from .compat import CACHE, takes_aliases
 from .configuration_linmu import LinMUConfig, LinMUTextConfig
 from .layout.packing import lengths_to_bounds, positions_within
 from .layout.prompt import Prompt, text_prompt
@@ -136,7 +136,7 @@ class LinMUTextModel(LinMUPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @takes_cache
+    @takes_aliases
     @capture_outputs
     def forward(
         self,

@@ -1,6 +1,7 @@
 """What generation adds to Transformers' own: the vision layout of the prompt, chunks, positions behind a cache."""
 
 import bisect
+import functools
 from itertools import pairwise
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 from transformers import (
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
+    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     NoRepeatNGramLogitsProcessor,
@@ -18,7 +20,7 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask
 
 from .checks import check_prompt, is_checked, mark_checked
-from .compat import CACHE, MediaGeneration, takes_cache
+from .compat import CACHE, MediaGeneration, takes_aliases
 from .decoder import LinMUCausalLMOutput
 from .layout.prompt import Medium, Prompt, new_positions
 from .mixers import recurrent_layers
@@ -95,6 +97,13 @@ class VisionLayoutGeneration(MediaGeneration):
     model: Any
     lm_head: nn.Module
 
+    @takes_aliases
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        if CACHE != "past_key_values" and "past_key_values" in kwargs:
+            kwargs[CACHE] = kwargs.pop("past_key_values")
+        return super().generate(*args, **kwargs)
+
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         input_ids = model_kwargs.get("input_ids", inputs_tensor)
         if "inputs_embeds" not in model_kwargs:
@@ -154,7 +163,7 @@ class VisionLayoutGeneration(MediaGeneration):
         return inputs
 
     @staticmethod
-    @takes_cache
+    @takes_aliases
     def create_masks_for_generate(
         config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
     ) -> dict[str, torch.Tensor | None]:
@@ -203,7 +212,7 @@ class VisionLayoutGeneration(MediaGeneration):
             **{key: model_kwargs[key] for key in MEDIA_KEYS if model_kwargs.get(key) is not None},
         )
 
-    @takes_cache
+    @takes_aliases
     @torch.no_grad()
     def prefill(
         self,

@@ -9,7 +9,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .checks import check_head_inputs, check_media, check_types, mark_checked
-from .compat import CACHE, takes_cache
+from .compat import CACHE, takes_aliases
 from .configuration_linmu import LinMUConfig
 from .decoder import LinMUCausalLMOutput, LinMUModelOutput, LinMUPreTrainedModel, LinMUTextModel
 from .generation import VisionLayoutGeneration
@@ -41,6 +41,11 @@ class LinMUModel(LinMUPreTrainedModel):
     def vision(self) -> VisionSide:
         """The vision side: the tower, and what placeholders and grids mean to it."""
         return VISION_SIDES[self.config.vision_config.model_type](self.config, self.visual)
+
+    @property
+    def argument_names(self) -> dict[str, str]:
+        """The family's names of arguments, and those that `forward` gives them."""
+        return self.vision.argument_names
 
     @property
     def n_embeddings(self) -> int:
@@ -77,6 +82,7 @@ class LinMUModel(LinMUPreTrainedModel):
             types[input_ids == token] = KINDS[kind]
         return types
 
+    @takes_aliases
     @torch.no_grad()
     def get_positions(
         self,
@@ -125,7 +131,7 @@ class LinMUModel(LinMUPreTrainedModel):
         )
         return positions, mark_checked(layout)
 
-    @takes_cache
+    @takes_aliases
     @can_return_tuple
     def forward(
         self,
@@ -242,6 +248,10 @@ class LinMUForConditionalGeneration(VisionLayoutGeneration, LinMUPreTrainedModel
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
+    @property
+    def argument_names(self) -> dict[str, str]:
+        return self.model.argument_names
+
     def get_input_embeddings(self):
         return self.model.get_input_embeddings()
 
@@ -254,7 +264,7 @@ class LinMUForConditionalGeneration(VisionLayoutGeneration, LinMUPreTrainedModel
     def get_video_features(self, pixel_values_videos, video_grid_thw=None, **kwargs):
         return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
 
-    @takes_cache
+    @takes_aliases
     @can_return_tuple
     def forward(
         self,

@@ -23,6 +23,7 @@ class VisionSide:
 
     tower_class: ClassVar[Any]
     all_cells: ClassVar[bool] = True  # whether every placeholder is a cell of a grid
+    argument_names: ClassVar[dict[str, str]] = {}  # how the family's processor calls an argument, and its name here
 
     def __init__(self, config, visual: nn.Module):
         self.config, self.visual = config, visual
