@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator, init_empty_weights, load_checkpoint_in_model
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
@@ -127,6 +128,7 @@ def test_accelerate(tmp_path):
     empty.to(torch.bfloat16)
     load_checkpoint_in_model(empty, tmp_path, device_map={"": "cpu"})
     check(empty, before, torch.bfloat16)
+    AcceleratorState._reset_state(reset_partial_state=True)  # a trainer of another test may have set it up
     prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(copy.deepcopy(model))
     check(prepared, before, torch.float32)
 

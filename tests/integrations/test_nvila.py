@@ -209,7 +209,7 @@ def test_answers_for_a_retention_table(model, processor):
 def test_linmu_chat_takes_as_many_frames_as_the_processor(processor, tmp_path):
     for number, frame in enumerate(clip(20)):
         Image.fromarray(frame).save(tmp_path / f"{number:02}.png")
-    frames = chat.read_video(str(tmp_path), processor)
+    frames = chat.read_video(str(tmp_path), processor).frames
     assert [np.asarray(frame)[0, 0, 0] for frame in frames] == [0, 3, 5, 8, 11, 14, 16, 19]
 
 
@@ -222,7 +222,7 @@ def test_linmu_chat_repeats_the_frames_of_a_short_file(processor, tmp_path):
             frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 80 * i, dtype=np.uint8), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    frames = chat.read_video(str(tmp_path / "clip.mp4"), processor)
+    frames = chat.read_video(str(tmp_path / "clip.mp4"), processor).frames
     brightness = [float(np.asarray(frame).mean()) for frame in frames]
     assert brightness == pytest.approx([0, 0, 80, 80, 80, 80, 160, 160], abs=6)
 
