@@ -19,8 +19,7 @@ testbed-full: $(READY)
 check-teacher: $(READY)
 	$(BIN)/python -m linmu_hf.testbed.check_teacher --model $(TEACHER) $(ARGS)
 
-# glibc hands large tensors back to the system when they are freed and then pays for every page again: it is told to
-# keep them.
+# glibc returns large freed tensors to the system and then pays for every page again: these settings keep them.
 bench-cpu: $(READY)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 \
 		$(BIN)/python benchmarks/cpu.py --json $(RUNS)/bench-cpu.json

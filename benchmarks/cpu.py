@@ -98,7 +98,7 @@ def ttft(name: str, rows: list[dict], student: BenchmarkDecoder, tokens: int = 1
 
 
 def explain(result: dict) -> str:
-    """What is behind a ratio, in three lines."""
+    """Explains a ratio in three lines."""
     per_token, passes = result["us_per_token_and_layer"], result["passes_goal_at_tokens"]
     return "\n    ".join(
         (

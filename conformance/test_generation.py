@@ -23,7 +23,7 @@ MODES = {
 
 
 class WordsOnly(LogitsProcessor):
-    """No placeholder is drawn, which would stand for an image that is not there."""
+    """Draws no placeholder: it would mean an image that is not there."""
 
     def __call__(self, input_ids, scores):
         scores[:, EOS + 1 : FIRST_WORD] = -torch.inf

@@ -14,7 +14,7 @@ from linmu_hf import (
 
 
 PAD, BOS, EOS = 0, 1, 2
-# The mixins draw text below 5 and cut high ids off, so placeholders are low ids, and text begins behind them.
+# The mixins draw text below 5 and cut high ids off, so placeholders are low ids, and text begins after them.
 IMAGE, VIDEO, START, END, FIRST_WORD = 5, 6, 7, 8, 9
 VOCABULARY = 99
 

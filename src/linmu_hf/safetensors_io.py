@@ -51,7 +51,7 @@ class StoredTensor:
         return math.prod(self.shape)
 
     def chunks(self) -> Iterator[memoryview]:
-        """The tensor's bytes, in pieces of at most `CHUNK_BYTES` read at a time."""
+        """Yields the tensor's bytes, in pieces of at most `CHUNK_BYTES` read at a time."""
         with open(self.file, "rb") as file:
             file.seek(self.begin)
             left = self.end - self.begin
@@ -63,19 +63,19 @@ class StoredTensor:
                 yield memoryview(data)
 
     def values(self) -> Iterator[torch.Tensor]:
-        """The tensor's values in the same pieces, flat."""
+        """Yields the tensor's values in the same pieces, flat."""
         return (torch.frombuffer(chunk, dtype=self.dtype) for chunk in self.chunks())
 
 
 def tensor_chunks(tensor: torch.Tensor) -> Iterator[memoryview]:
-    """The bytes of a tensor in memory."""
+    """Yields the bytes of a tensor in memory."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     yield memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """
-    The tensors of a safetensors file.
+    Reads the tensors of a safetensors file.
 
     Raises:
         `ValueError`: The header is broken, or the file is not as long as the header says.
@@ -117,7 +117,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 def read_config(file: Path) -> dict:
     """
-    A JSON configuration.
+    Reads a JSON configuration.
 
     Raises:
         `FileNotFoundError`, `ValueError`: It is not there, or broken.
@@ -135,7 +135,7 @@ def read_config(file: Path) -> dict:
 
 def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     """
-    The tensors of a checkpoint folder, one file or sharded, with every header checked.
+    Reads the tensors of a checkpoint folder, one file or sharded, with every header checked.
 
     Raises:
         `FileNotFoundError`: There are no safetensors weights, or the index names a shard that is missing.
@@ -236,7 +236,7 @@ def write_shard(file: Path, tensors: Sequence[OutputTensor], progress: Callable[
 
 
 def write_index(folder: Path, shards: dict[str, list[OutputTensor]]) -> None:
-    """The index of a sharded checkpoint; a single file needs none."""
+    """Writes the index of a sharded checkpoint; a single file needs none."""
     if list(shards) == [SINGLE_FILE]:
         return
     tensors = [tensor for shard in shards.values() for tensor in shard]
@@ -251,7 +251,7 @@ def write_index(folder: Path, shards: dict[str, list[OutputTensor]]) -> None:
 
 
 def file_hash(tensor: StoredTensor, progress: Callable[[int], object]) -> str:
-    """The SHA-256 of a stored tensor's bytes."""
+    """Returns the SHA-256 of a stored tensor's bytes."""
     digest = hashlib.sha256()
     for chunk in tensor.chunks():
         digest.update(chunk)

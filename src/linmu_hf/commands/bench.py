@@ -104,7 +104,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def build_variants(arguments: argparse.Namespace, config) -> dict[str, Variant]:
-    """The curves that were asked for. Student and teacher share every weight outside the mixers."""
+    """Builds the curves that were asked for. Student and teacher share every weight outside the mixers."""
     dtype = DTYPES[arguments.dtype]
     student = BenchmarkDecoder(config, dtype, arguments.device)
     variants = {"student": Variant(student)}
@@ -125,7 +125,7 @@ def build_variants(arguments: argparse.Namespace, config) -> dict[str, Variant]:
 
 
 def benchmark(arguments: argparse.Namespace) -> dict:
-    """Everything that was asked for, as it goes to the JSON file; that is written anew after every length."""
+    """Measures everything that was asked for, as it goes to the JSON file; that is written anew after every length."""
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -179,7 +179,7 @@ def benchmark(arguments: argparse.Namespace) -> dict:
 
 
 def machine(device: str = "cuda") -> dict:
-    """What the figures were measured on; of several GPUs the one that `device` names."""
+    """Returns what the figures were measured on; of several GPUs the one that `device` names."""
     facts = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     facts |= {"threads": torch.get_num_threads(), "system": platform.platform()}
     cpuinfo = Path("/proc/cpuinfo")
@@ -193,7 +193,7 @@ def machine(device: str = "cuda") -> dict:
 
 
 def plot(results: dict, path: Path) -> None:
-    """TTFT and token throughput against the length of the prompt, one curve for each model (Fig. 6 and 7)."""
+    """Draws TTFT and token throughput against the length of the prompt, one curve for each model (Fig. 6 and 7)."""
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")

@@ -133,7 +133,7 @@ def _finished(args: argparse.Namespace, record: dict) -> dict | None:
 
 
 def load_batches(args: argparse.Namespace) -> list:
-    """The samples to calibrate on, encoded by the teacher's processor; the last batch is held out."""
+    """Loads the samples to calibrate on, encoded by the teacher's processor; the last batch is held out."""
     if args.calibrate_samples < 2:
         raise ValueError(f"--calibrate_samples {args.calibrate_samples} must be at least 2: some are held out")
     dataset = load_rows(args.calibrate, args.calibrate_split)

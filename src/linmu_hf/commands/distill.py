@@ -100,12 +100,12 @@ def _prepare_push(config) -> str | None:
 
 
 def describe(stage) -> str:
-    """A stage in one line, such as `100 steps at 0.001: 0.5 hid + 0.5 tok`."""
+    """Describes a stage in one line, such as `100 steps at 0.001: 0.5 hid + 0.5 tok`."""
     return f"{stage.max_steps:,} steps at {stage.learning_rate:g}: {stage.objective()}"
 
 
 def format_table(stages: dict[str, dict]) -> str:
-    """The last figures of every stage."""
+    """Returns a table of the last figures of every stage."""
     keys = ("loss_hid", "loss_tok", "loss_seq", "loss_sup", "agreement", "relative_error", "train_runtime")
     shown = [key for key in keys if any(key in figures for figures in stages.values())]
     lines = [f"{'':14}" + "".join(f"{key.removeprefix('train_'):>16}" for key in shown)]

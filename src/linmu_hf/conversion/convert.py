@@ -179,7 +179,7 @@ def convert(
 
 
 def parse_size(size: int | str) -> int:
-    """`"500MB"` -> 500,000,000."""
+    """Reads a size, such as `"500MB"` as 500,000,000 bytes."""
     text = str(size).upper().replace(" ", "")
     number, unit = (text[:-2], UNITS[text[-2:]]) if text[-2:] in UNITS else (text, 1)
     if not number.isdecimal() or int(number) == 0:
@@ -188,7 +188,7 @@ def parse_size(size: int | str) -> int:
 
 
 def peak_memory() -> int:
-    """The most memory this process has held, in bytes."""
+    """Returns the most memory this process has held, in bytes."""
     try:
         import resource
     except ImportError:  # Windows
@@ -198,7 +198,7 @@ def peak_memory() -> int:
 
 
 def check_output(output: str, overwrite: bool, teacher: str) -> Path:
-    """The output folder as an absolute path; a `FileExistsError` if something is in the way."""
+    """Returns the output folder as an absolute path; a `FileExistsError` if something is in the way."""
     target = Path(output).expanduser().absolute()
     if target.is_file():
         raise FileExistsError(f"{output} is a file: name a folder that does not exist yet")

@@ -119,7 +119,7 @@ class ConversionPlan:
         return {name: torch.cat([*stored.values()]) for name, stored in found.items()}
 
     def scaled_heads(self) -> dict[str, float]:
-        """Heads whose features start scaled down, as `layers.0 C head 3`, with the bias that would saturate them."""
+        """Names heads whose features start scaled down (`layers.0 C head 3`), with the bias that saturates them."""
         text, scaled = self.skeleton.config.text_config, {}
         for name, bias in self._biases(_FEATURE_BIAS.pattern).items() if text.bc_feature_map else ():
             layer, letter = _FEATURE_BIAS.findall(name)[0]
@@ -167,7 +167,7 @@ def _bytes(values: torch.Tensor) -> memoryview:
 
 
 def student_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint of the model: its state dict, less a head tied to the embedding."""
+    """Returns the tensors of a checkpoint of the model: its state dict, less a head tied to the embedding."""
     state = model.state_dict()
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
@@ -178,8 +178,8 @@ def new_parameters(
     skeleton: nn.Module, config: LinMUConfig, layer: int, biases: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """
-    The parameters of one layer's mixer that no teacher has, at their initial values, by full name. The teacher's
-    `biases` in this mixer have a say in them.
+    Returns the parameters of one layer's mixer that no teacher has, at their initial values, by full name. Some
+    depend on the teacher's `biases` in this mixer.
     """
     prefix = f"model.language_model.layers.{layer}.mixer."
     mixer = skeleton.get_submodule(prefix.removesuffix("."))

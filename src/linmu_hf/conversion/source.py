@@ -50,8 +50,8 @@ class Source:
 
 def read_processor(path: str | Path) -> ProcessorMixin:
     """
-    `AutoProcessor.from_pretrained`; an `ImportError` names the extra without which Transformers builds no Qwen2.5-VL
-    processor.
+    Returns `AutoProcessor.from_pretrained`; an `ImportError` names the extra without which Transformers builds no
+    Qwen2.5-VL processor.
     """
     try:
         return AutoProcessor.from_pretrained(path)
@@ -103,7 +103,7 @@ def _download(path: str | Path, revision: str | None, patterns: Sequence[str] | 
 
 
 def read_raw_config(path: str | Path, revision: str | None = None) -> dict:
-    """The `config.json` of a folder or a model on the Hub; arguments and errors as in [`open_source`]."""
+    """Reads the `config.json` of a folder or a model on the Hub; arguments and errors as in [`open_source`]."""
     local = Path(path).expanduser()
     if local.exists() and not local.is_dir():
         raise ValueError(f"{path} is a file: give the folder that holds config.json and the weights")

@@ -61,7 +61,7 @@ def load_teacher(
 
 
 def load_processor(path: str | Path, *, revision: str | None = None) -> ProcessorMixin:
-    """The processor of a teacher, in the form that Transformers uses; arguments and errors as in [`load_teacher`]."""
+    """Loads a teacher's processor, in the form that Transformers uses; arguments and errors as in [`load_teacher`]."""
     return open_source(path, revision, allow_linmu=True).load_processor()
 
 
@@ -118,7 +118,7 @@ def build_model(
     tensors: Mapping[str, StoredTensor | OutputTensor],
     device: str | torch.device | None = None,
 ) -> LinMUForConditionalGeneration:
-    """A model with the given tensors, read in chunks; it never takes more memory than its own."""
+    """Builds a model with the given tensors, read in chunks; it never takes more memory than its own."""
     # Built where it will live: buffers that no checkpoint holds, such as rotary frequencies, are right from the start.
     with no_init_weights(), torch.device(device or "cpu"):
         model = LinMUForConditionalGeneration._from_config(config, dtype=dtype)

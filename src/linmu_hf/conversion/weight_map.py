@@ -25,7 +25,7 @@ _MIXER_PARAMETER = re.compile(r"(model\.language_model\.layers\.(\d+)\.)mixer\.(
 
 def map_teacher_key(key: str, config: LinMUConfig) -> list[str] | None:
     """
-    The student tensors that are copies of a teacher tensor.
+    Returns the student tensors that are copies of a teacher tensor.
 
     Args:
         key (`str`): A name in the teacher's checkpoint, as on the Hub or as in memory.
@@ -58,7 +58,7 @@ def map_teacher_key(key: str, config: LinMUConfig) -> list[str] | None:
 
 
 def is_new(name: str, config: LinMUConfig) -> bool:
-    """Whether a student tensor has no counterpart in the teacher, so that its mixer initialises it."""
+    """Returns whether a student tensor has no counterpart in the teacher, so that its mixer initialises it."""
     if ".mixer." not in name:
         return False
     parameter = _MIXER_PARAMETER.fullmatch(name)
@@ -69,7 +69,7 @@ def is_new(name: str, config: LinMUConfig) -> bool:
 
 
 def teacher_key(name: str, config: LinMUConfig) -> str:
-    """The teacher tensor that a student tensor is a copy of; where the table has several names for it, the first."""
+    """Returns the teacher tensor that a student tensor is a copy of; if the table has several names, the first."""
     if parameter := _MIXER_PARAMETER.fullmatch(name):
         layer_prefix, layer, stem, kind = parameter.groups()
         projection = next(name for name, targets in _mixer(layer, config).items() if stem in targets)

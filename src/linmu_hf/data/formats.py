@@ -28,7 +28,7 @@ def load_rows(path: str, split: str = "train"):
             A folder written by `save_to_disk`, a JSON Lines or Parquet file, or anything that `datasets.load_dataset`
             opens. Relative paths of media are looked up beside the file or in the folder, too.
         split (`str`, *optional*, defaults to `"train"`):
-            Which split; a single file serves as any.
+            Which split; a single file is taken for any.
 
     Raises:
         `FileNotFoundError`: No such dataset.

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 def local_file(source: Any, *keys: str) -> Any:
     """
-    Returns what `source` stands for: the path of a local file, a file object, or `source` itself.
+    Resolves `source`: the path of a local file, a file object, or `source` itself.
 
     Args:
         source (`Any`):

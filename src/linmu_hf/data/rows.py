@@ -1,7 +1,7 @@
 """Rows of a conversational vision dataset, turned into model inputs.
 
 A row is `{"messages": [...], "images": [...], "videos": [...]}`, TRL's conversational vision format: every
-`{"type": "image"}` or `{"type": "video"}` part of a message stands for the row's next image or video. An image is a
+`{"type": "image"}` or `{"type": "video"}` part of a message is the row's next image or video. An image is a
 PIL image, a path, bytes or an array; a video is a file, a list of frames (two per second), or
 `{"frames": [...], "fps": 0.5}`. [`read_row`] and [`read_video`] say what else is read.
 """

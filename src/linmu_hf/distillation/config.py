@@ -191,7 +191,7 @@ class DistillConfig(TrainingArguments):
             )
 
     def stages(self) -> tuple[Stage, ...]:
-        """The stages that these arguments ask for, teacher-fed steps as stages of their own."""
+        """Returns the stages that these arguments ask for, teacher-fed steps as stages of their own."""
         stages = []
         for index, paper in enumerate(PAPER_STAGES):
             teacher_fed = self.hidden_input[index] == "teacher"

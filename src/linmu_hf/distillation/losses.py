@@ -36,8 +36,8 @@ def squared_errors(
     student_outputs: Sequence[Tensor], teacher_outputs: Sequence[Tensor], attention_mask: Tensor
 ) -> tuple[Tensor, Tensor]:
     """
-    Per layer, the squared error of the student's mixer output and the squared norm of the teacher's, summed over the
-    real tokens.
+    Returns per layer the squared error of the student's mixer output and the squared norm of the teacher's, summed
+    over the real tokens.
 
     Args:
         student_outputs, teacher_outputs (sequences of `Tensor`): [b, t, d] for each replaced layer.
@@ -58,7 +58,7 @@ def squared_errors(
 
 def hidden_loss(errors: Tensor, num_tokens: Tensor | float) -> Tensor:
     """
-    Mixer output matching (Eq. 6): squared error summed over the width, mean over real tokens and replaced layers.
+    Returns the hidden loss (Eq. 6): squared error summed over the width, mean over real tokens and replaced layers.
 
     Args:
         errors (`Tensor`): [l], from [`squared_errors`].
@@ -70,14 +70,14 @@ def hidden_loss(errors: Tensor, num_tokens: Tensor | float) -> Tensor:
 def token_kd_loss(
     student_logits: Tensor, teacher_logits: Tensor, num_items: Tensor | float, temperature: float = 1.0
 ) -> Tensor:
-    """Token-level distillation (Eq. 7) on logits [n, v]: tau^2 KL(teacher || student), over `num_items`."""
+    """Returns the token-level loss (Eq. 7) on logits [n, v]: tau^2 KL(teacher || student), over `num_items`."""
     student = F.log_softmax(student_logits.float() / temperature, dim=-1)
     teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
     return temperature**2 * F.kl_div(student, teacher, reduction="sum", log_target=True) / num_items
 
 
 def cross_entropy_loss(logits: Tensor, targets: Tensor, num_items: Tensor | float) -> Tensor:
-    """Cross-entropy of logits [n, v] against targets [n] (Eq. 8 and 9), -100 left out, over `num_items`."""
+    """Returns the cross-entropy of logits [n, v] against targets [n] (Eq. 8 and 9), without -100, over `num_items`."""
     return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum") / num_items
 
 
@@ -93,7 +93,7 @@ def output_losses(
     chunk_size: int = 1024,
 ) -> dict[str, Tensor]:
     """
-    All losses on the logits, one chunk of positions at a time: logits of a whole sequence never exist.
+    Computes all losses on the logits, one chunk of positions at a time: logits of a whole sequence never exist.
 
     Args:
         student_hidden (`Tensor`): [n, d], states in front of `student_head` at the counted positions.

@@ -66,7 +66,7 @@ class Stage:
             )
 
     def objective(self) -> str:
-        """What it minimises in a few words, such as `0.5 hid + 0.5 tok, LoRA rank 8`."""
+        """Describes what it minimises, such as `0.5 hid + 0.5 tok, LoRA rank 8`."""
         losses = " + ".join(
             f"{getattr(self, key):g} {key}" for key in ("hid", "tok", "seq", "sup") if getattr(self, key)
         )
@@ -109,8 +109,8 @@ def parameter_groups(
     model: nn.Module, learning_rate: float, weight_decay: float, slow_lr_multiplier: float
 ) -> list[dict]:
     """
-    The trainable parameters in up to three optimizer groups: decays, step sizes and gates at a lower rate, and neither
-    these, norms, biases nor what starts at values of its own under weight decay.
+    Returns the trainable parameters in up to three optimizer groups: decays, step sizes and gates have a lower
+    rate, and with norms, biases and convolutions no weight decay.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in _trainable(model):

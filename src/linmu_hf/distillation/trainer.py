@@ -79,7 +79,7 @@ class DistillTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """
-        The weighted sum of the stage's losses on one micro-batch.
+        Computes the weighted sum of the stage's losses on one micro-batch.
 
         Args:
             inputs (`dict[str, Tensor]`): a batch of [`DistillCollator`].

@@ -25,7 +25,7 @@ def default_device() -> str:
 
 
 def check_device(name: str | None) -> torch.device:
-    """The device of that name, by default a GPU if there is one; a one-line `ValueError` if it is not there."""
+    """Returns the device of that name, by default a GPU if there is one; a `ValueError` if it is not there."""
     name = name or default_device()
     try:
         device = torch.device(name)
@@ -86,7 +86,7 @@ def load_model(path: str, *, device: str | None = None, dtype: str = "auto") -> 
 
 
 def load_processor(path: str) -> Any:
-    """The processor of an image-text-to-text model, named as for [`load_model`]."""
+    """Loads the processor of an image-text-to-text model, named as for [`load_model`]."""
     check_model(path)
     if _is_foreign(path):
         return open_source(path).load_processor()

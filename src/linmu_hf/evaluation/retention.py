@@ -132,14 +132,14 @@ def generate_answers(
 
 
 def correct_answers(rows: Sequence[Row], answers: Sequence[str]) -> np.ndarray:
-    """Whether each answer equals the row's own after [`normalise`], as a bool array [n]."""
+    """Returns whether each answer equals the row's own after [`normalise`], as a bool array [n]."""
     return np.array(
         [normalise(answer_text(row)) == normalise(answer) for row, answer in zip(rows, answers)], dtype=bool
     )
 
 
 def wilson_interval(right: int, n: int) -> tuple[float, float]:
-    """The 95% Wilson score interval of a proportion `right / n`."""
+    """Returns the 95% Wilson score interval of a proportion `right / n`."""
     if n == 0:
         return 0.0, 1.0
     share = right / n
@@ -151,7 +151,7 @@ def wilson_interval(right: int, n: int) -> tuple[float, float]:
 
 def accuracy_report(correct: np.ndarray, tasks: Sequence[str]) -> dict[str, Any]:
     """
-    Accuracy per task and their mean.
+    Returns the accuracy per task and their mean.
 
     Returns:
         `dict`: `tasks` = `{task: {"accuracy", "interval", "rows"}}` and `mean`, the mean over tasks.
@@ -168,7 +168,7 @@ def retention_report(
     student: np.ndarray, teacher: np.ndarray, tasks: Sequence[str], *, samples: int = BOOTSTRAP_SAMPLES, seed: int = 0
 ) -> dict[str, Any]:
     """
-    Retention per task, of the mean, and the worst task, with paired bootstrap intervals.
+    Returns the retention per task, of the mean, and the worst task, with paired bootstrap intervals.
 
     Args:
         student (`np.ndarray`):
@@ -214,7 +214,7 @@ def compare(
 
 
 def format_table(reports: dict[str, dict[str, Any]]) -> str:
-    """[`compare`]'s result as a text table: a row per task, a column per model, in percent, intervals in brackets."""
+    """Formats [`compare`]'s result: a row per task, a column per model, in percent, with intervals in brackets."""
     tasks = list(next(iter(reports.values()))["accuracy"]["tasks"])
     rows = [["task", *reports]]
     for task in tasks:

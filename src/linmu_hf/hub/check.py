@@ -1,4 +1,4 @@
-"""Whether a folder is a whole model: what nobody may download is not uploaded."""
+"""Checks that a folder is a whole model before it is uploaded."""
 
 import json
 from pathlib import Path

@@ -79,7 +79,7 @@ class Origin:
 
 def find_origin(teacher: str | Path, revision: str | None = None, student: str | Path | None = None) -> Origin:
     """
-    The origin of what is made from `teacher`.
+    Returns the origin of what is made from `teacher`.
 
     The license is that of the teacher's card, or of its `config.json`. A teacher that is a local folder has no Hub id;
     then the card of `student`, the model that the run started from, may know it. What cannot be found out, for example
@@ -107,7 +107,7 @@ def find_origin(teacher: str | Path, revision: str | None = None, student: str |
 
 
 def hub_id(path: str | Path) -> str | None:
-    """`path` if it is the name of a repository on the Hub, and no local path."""
+    """Returns `path` if it is the name of a repository on the Hub, and no local path."""
     text = str(path)
     if Path(text).expanduser().exists() or text.startswith((".", "/", "~")):
         return None
@@ -147,7 +147,7 @@ def render_model_card(
     rows: Iterable[dict[str, Any]] = (),
     dataset: str | None = None,
 ) -> str:
-    """The text of a card, see [`write_model_card`]."""
+    """Writes the text of a card, see [`write_model_card`]."""
     dataset = hub_id(dataset) if dataset else None
     config = LinMUConfig.from_pretrained(folder)
     is_linear = bool(recurrent_layers(config.text_config.layer_types))
@@ -170,7 +170,7 @@ def render_model_card(
 
 def add_retention(card: str, results: dict[str, Any], model: str | None = None) -> str:
     """
-    The card with a table of what the model keeps of its teacher, in place of an earlier one.
+    Returns the card with a table of what the model keeps of its teacher, in place of an earlier one.
 
     Args:
         card (`str`): The text of `README.md`.

@@ -67,7 +67,7 @@ def push_folder(
     """
     Uploads a saved model with its processor and card as one commit, once [`check_folder`] has passed it.
 
-    Weights go first, into the Hub's storage where nobody sees them; then a single commit shows everything at once. An
+    Weights go first, into the Hub's storage, unseen; then a single commit shows everything at once. An
     upload that fails leaves the repository as it was, and a repeated one sends only what is not there yet. Weights of
     an earlier model that the new one does not replace are deleted in the same commit: Transformers might load them.
 
@@ -105,13 +105,13 @@ def push_folder(
 
 
 def files_to_upload(folder: Path) -> list[str]:
-    """The files of a folder that belong to the model, as paths in the repository."""
+    """Returns the files of a folder that belong to the model, as paths in the repository."""
     files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return sorted(file for file in files if _matches(file, UPLOADED))
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, in one line."""
+    """Returns what went wrong, in one line."""
     if isinstance(error, RuntimeError) and error.__cause__ is not None:  # "error while uploading", and no more
         error = error.__cause__
     return " ".join(str(error).split()) or type(error).__name__

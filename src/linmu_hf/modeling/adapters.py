@@ -13,7 +13,7 @@ _DEFAULT = ("mlp", "flex_ma", "local_swin", "attention")
 
 def lora_targets(*parts: str) -> str:
     """
-    A regular expression for `LoraConfig(target_modules=...)` that leaves the vision tower alone.
+    Returns a regular expression for `LoraConfig(target_modules=...)` that leaves the vision tower alone.
 
     PEFT's own `"all-linear"`, and lists such as `["gate_proj", "up_proj"]`, also reach into the vision tower, whose
     feed-forward layers have the same names.

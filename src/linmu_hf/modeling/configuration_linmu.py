@@ -176,11 +176,11 @@ class LinMUTextConfig(RemoteCode, PreTrainedConfig):
             )
 
     def scan_order(self, layer_idx: int) -> str:
-        """The scan order of a layer (the case distinction over `l mod 4` in Sec. 3.1.1)."""
+        """Returns the scan order of a layer (the case distinction over `l mod 4` in Sec. 3.1.1)."""
         return self.scan_orders[layer_idx % len(self.scan_orders)]
 
     def shifts_windows(self, layer_idx: int) -> bool:
-        """Whether a layer shifts its windows: every other layer does (Sec. 3.1.2)."""
+        """Returns whether a layer shifts its windows: every other layer does (Sec. 3.1.2)."""
         return layer_idx % 2 == 1
 
 
@@ -264,7 +264,7 @@ class LinMUConfig(RemoteCode, PreTrainedConfig):
         **mixer_options,
     ) -> "LinMUConfig":
         """
-        The configuration of the student of a Qwen2.5-VL or NVILA teacher.
+        Builds the configuration of the student of a Qwen2.5-VL or NVILA teacher.
 
         Args:
             teacher_config (`Qwen2_5_VLConfig` or `NVILAConfig`): The teacher's configuration.

@@ -1,5 +1,5 @@
 """
-The remote-code file: a folder loads with `trust_remote_code=True` although nobody imported linmu_hf.
+The remote-code file: a folder loads with `trust_remote_code=True` without importing linmu_hf first.
 
 The file imports the classes from the installed package, so there is one copy of the code. Transformers' own way of
 saving custom code copies module files instead, and follows only imports between files of one folder: of a package it

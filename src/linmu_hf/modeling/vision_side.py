@@ -55,17 +55,17 @@ class VisionSide:
 
     def coordinates(self, kind: str, grids) -> list[torch.Tensor]:
         """
-        For every row of the grids the (T, H, W) coordinate of each of its tokens, `[n, 3]`: -1 for one that takes a
-        feature but is no cell of the grid, such as a learned line break; it is scanned as text is.
+        Returns for every row of the grids the (T, H, W) coordinate of each of its tokens, `[n, 3]`: -1 for one that
+        takes a feature but is no cell of the grid, such as a learned line break; it is scanned as text is.
         """
         raise NotImplementedError
 
     def grids(self, sizes: torch.Tensor) -> torch.Tensor:
-        """The grids of media of so many tokens, frames, rows and columns, `[media, 3]`."""
+        """Returns the grids of media of so many tokens, frames, rows and columns, `[media, 3]`."""
         return sizes
 
     def pixels(self, kind: str, grids) -> tuple[tuple[int, ...], str]:
-        """The shape of the pixels that belong to these grids, and what its axes are."""
+        """Returns the shape of the pixels that belong to these grids, and what its axes are."""
         raise NotImplementedError
 
     def check_pixels(self, kind: str, pixels, grids) -> None:
@@ -79,12 +79,12 @@ class VisionSide:
         check_values(name, pixels)
 
     def positions(self, input_ids, types, attention_mask, grids: dict, second_per_grid_ts=None) -> torch.Tensor:
-        """Rotary positions `[3, b, t]` of a prompt with images or videos; no row is padding alone."""
+        """Returns rotary positions `[3, b, t]` of a prompt with images or videos; no row is padding alone."""
         raise NotImplementedError
 
     def layout(self, types, grids: dict) -> torch.Tensor:
         """
-        Span and coordinate of every token.
+        Returns span and coordinate of every token.
 
         Args:
             types (`torch.Tensor` of shape `[b, t]`): 0 text and padding, 1 image, 2 video.
@@ -101,13 +101,13 @@ VISION_SIDES: dict[str, type[VisionSide]] = {}  # by model type of the vision co
 
 
 def grid_coordinates(frames: int, height: int, width: int, device=None) -> torch.Tensor:
-    """(T, H, W) of every cell of a grid, frame by frame and row by row, `[n, 3]`."""
+    """Returns (T, H, W) of every cell of a grid, frame by frame and row by row, `[n, 3]`."""
     axes = (torch.arange(size, device=device) for size in (frames, height, width))
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
 
 
 def text_positions(tokens, attention_mask=None) -> torch.Tensor:
-    """Number of each token `[b, t]` among the real ones of its row, three times: `[3, b, t]`."""
+    """Returns the number of each token `[b, t]` among the real ones of its row, three times: `[3, b, t]`."""
     if attention_mask is None:
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     else:

@@ -174,7 +174,7 @@ def why_unavailable(package: str, x: torch.Tensor, dtypes=DTYPES, instead: str =
 
 
 def multiplies_in_bfloat16(x: torch.Tensor) -> bool:
-    """Whether x is in bfloat16 on a CPU that multiplies such matrices faster than those in float32."""
+    """Returns whether x is in bfloat16 on a CPU that multiplies such matrices faster than those in float32."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and _cpu_has_bfloat16()
 
 

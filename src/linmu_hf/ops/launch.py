@@ -22,7 +22,7 @@ def launch(kernel, grid, *args, **options) -> None:
 
 
 def on_device_of(x: torch.Tensor):
-    """A context in which kernels run on x's GPU, if it is on one."""
+    """Returns a context in which kernels run on x's GPU, if it is on one."""
     return torch.cuda.device(x.device if x.is_cuda else -1)
 
 
@@ -50,7 +50,7 @@ _found: dict[tuple, Config] = {}
 
 
 def configurations(kernel, p: int, k: int, dtype: torch.dtype) -> list[Config]:
-    """Those of a kernel for heads of p channels and states of k, without tiles that are larger than either."""
+    """Returns those of a kernel for heads of p channels and states of k, without tiles that are larger than either."""
     configs = CONFIGS[kernel.fn.__name__]
     if dtype == torch.float32:  # products are not on tensor cores, and operands take twice the room
         configs = tuple(Config(c.BP // 2, c.BK // 2, 8, c.num_stages) for c in configs[:1])
@@ -58,7 +58,7 @@ def configurations(kernel, p: int, k: int, dtype: torch.dtype) -> list[Config]:
 
 
 def tile(size: int, limit: int) -> int:
-    """Size of a tile: a power of two that covers `size`, from 16 to `limit`."""
+    """Returns the size of a tile: a power of two that covers `size`, from 16 to `limit`."""
     return max(16, min(limit, triton.next_power_of_2(size)))
 
 

@@ -57,7 +57,7 @@ class Segments:
         return cls(lengths, chunk_size, steps, None if in_order else rank, slots)
 
     def to(self, device, **kwargs) -> "Segments":
-        """The same with its tensors on another device; further arguments as for `torch.Tensor.to`."""
+        """Returns the same with its tensors on another device; further arguments as for `torch.Tensor.to`."""
         rank, slots = (t if t is None else t.to(device, **kwargs) for t in (self.rank, self.slots))
         return replace(self, rank=rank, slots=slots)
 

@@ -141,7 +141,7 @@ def train_stage(
 
 @torch.no_grad()
 def accuracy(model, rows: EncodedDataset, batch_size: int = 50) -> float:
-    """Share of rows of which every answer token is the likeliest one: what greedy decoding would get right."""
+    """Returns the share of rows that greedy decoding would get right: every answer token is the likeliest one."""
     collate = DistillCollator(rows.processor.tokenizer.pad_token_id)
     model.eval()
     right = 0
@@ -154,7 +154,7 @@ def accuracy(model, rows: EncodedDataset, batch_size: int = 50) -> float:
 
 
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For every variant the means over its seeds, and the spread of the mean accuracy."""
+    """Returns for every variant the means over its seeds, and the spread of the mean accuracy."""
     table = []
     for variant in dict.fromkeys(row["variant"] for row in rows):
         of = [row for row in rows if row["variant"] == variant]
@@ -165,7 +165,7 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def format_table(table: list[dict[str, Any]]) -> str:
-    """The table in Markdown."""
+    """Returns the table in Markdown."""
     lines = ["| " + " | ".join(table[0]) + " |", "|---" * len(table[0]) + "|"]
     for row in table:
         lines.append("| " + " | ".join(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()) + " |")

@@ -33,7 +33,7 @@ def is_nvila(folder: Path) -> bool:
 
 
 def load(folder: str | Path) -> tuple:
-    """Model and processor of a teacher."""
+    """Loads model and processor of a teacher."""
     if is_nvila(Path(folder)):
         return load_teacher(folder), load_processor(folder)
     return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
@@ -41,7 +41,7 @@ def load(folder: str | Path) -> tuple:
 
 @torch.no_grad()
 def count_right(model, processor, rows: list[dict], batch_size: int = 50) -> int:
-    """How many rows are answered right by greedy `generate`."""
+    """Counts the rows that greedy `generate` answers right."""
     right = 0
     for start in range(0, len(rows), batch_size):
         chosen = rows[start : start + batch_size]
@@ -53,7 +53,7 @@ def count_right(model, processor, rows: list[dict], batch_size: int = 50) -> int
 
 
 def check(model_path: str | Path, samples: int, seed: int = 0) -> dict[str, dict]:
-    """Accuracy and interval of every task: `{task: {"accuracy", "low", "high", "samples"}}`."""
+    """Returns accuracy and interval of every task: `{task: {"accuracy", "low", "high", "samples"}}`."""
     model, processor = load(model_path)
     results = {}
     for task in tqdm(TASKS, desc="tasks", leave=False):

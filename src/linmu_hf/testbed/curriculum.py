@@ -30,7 +30,7 @@ class Curriculum:
 
     @staticmethod
     def draw(rng: np.random.Generator, kind: str, level: int) -> dict:
-        """Draw what `compose` is told of scenes at a level."""
+        """Draws the arguments of `compose` for scenes at a level."""
         full = scene_grid(rng, kind, "train")
         if kind == "clip":
             return {"grid": (min(full[0], level + 1), min(3, level), min(3, level))}
@@ -42,8 +42,8 @@ class Curriculum:
 class CanvasCurriculum(Curriculum):
     """Mosaics have their full size from the start and fill with digits: at level n at most 2^n cells hold one.
 
-    For a model that resizes every image to one canvas, where a cell lies depends on the size of the mosaic: what it
-    learns on a small one says nothing of a large one.
+    For a model that resizes every image to one canvas, the place of a cell depends on the size of the mosaic:
+    small ones teach nothing about large ones.
     """
 
     THRESHOLDS = {"mosaic": 0.45, "large": 0.4, "clip": 0.35}

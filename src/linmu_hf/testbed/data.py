@@ -129,7 +129,7 @@ def compose(
     grid: tuple[int, int, int] | None = None,
     filled: int | None = None,
 ) -> Scene:
-    """Compose one scene: `"mosaic"` (4x4), `"large"` (5x5 to 8x8) or `"clip"` (4 to 8 moments of 3x3 cells).
+    """Composes one scene: `"mosaic"` (4x4), `"large"` (5x5 to 8x8) or `"clip"` (4 to 8 moments of 3x3 cells).
 
     `grid` = (moments, rows, columns) fixes the size; the test split always has the largest. `filled` is how many
     cells of a mosaic hold a digit, by default all of them.
@@ -154,7 +154,7 @@ def compose(
 
 
 def scene_grid(rng: np.random.Generator, kind: str, split: str) -> tuple[int, int, int]:
-    """Draw the (moments, rows, columns) of a scene."""
+    """Draws the (moments, rows, columns) of a scene."""
     if kind == "mosaic" or split == "test" or rng.random() < 0.4:
         return FULL_SIZES[kind]
     if kind == "large":
@@ -163,7 +163,7 @@ def scene_grid(rng: np.random.Generator, kind: str, split: str) -> tuple[int, in
 
 
 def ask(rng: np.random.Generator, scene: Scene, task: str) -> tuple[str, str]:
-    """Draw one question of `task` about `scene`: `(question, answer)`, rows, columns and moments counted from 1."""
+    """Draws one question of `task` about `scene`: `(question, answer)`, rows, columns and moments counted from 1."""
     moments, rows, columns = scene.grid
     if task in ("cell", "large", "below"):
         below = task == "below"
@@ -182,7 +182,7 @@ def ask(rng: np.random.Generator, scene: Scene, task: str) -> tuple[str, str]:
 
 
 def converse(rng: np.random.Generator, scene: Scene, questions: int = QUESTIONS_PER_ROW) -> list[tuple[str, str]]:
-    """Draw a training conversation: different questions of the tasks that suit the scene, fewer if it has too few."""
+    """Draws a training conversation: different questions of the tasks that suit the scene, fewer if it has too few."""
     tasks = [task for task, kind in SCENE_OF_TASK.items() if kind == scene.kind]
     impossible = {"below": (scene.digits[0, 1:] < 0).all(), "first": len(scene.digits) == 1}
     tasks = [task for task in tasks if not impossible.get(task)]
@@ -196,7 +196,7 @@ def converse(rng: np.random.Generator, scene: Scene, questions: int = QUESTIONS_
 
 
 def to_row(scene: Scene, turns: list[tuple[str, str]], task: str) -> dict:
-    """A scene and its questions as a row in TRL's conversational vision format."""
+    """Returns a scene and its questions as a row in TRL's conversational vision format."""
     pictures = [Image.fromarray(frame) for frame in scene.frames]
     messages = []
     for i, (question, answer) in enumerate(turns):
@@ -208,7 +208,7 @@ def to_row(scene: Scene, turns: list[tuple[str, str]], task: str) -> dict:
 
 
 def training_scenes(seed: int, n: int, full_mosaics: bool = False) -> Iterator[tuple[Scene, list[tuple[str, str]]]]:
-    """`n` training scenes with their conversations; scene `i` depends on `(seed, i)` alone.
+    """Composes `n` training scenes with their conversations; scene `i` depends on `(seed, i)` alone.
 
     With `full_mosaics` no mosaic is smaller than those of the test split.
     """
@@ -220,13 +220,13 @@ def training_scenes(seed: int, n: int, full_mosaics: bool = False) -> Iterator[t
 
 
 def training_rows(seed: int, n: int, full_mosaics: bool = False) -> Iterator[dict]:
-    """`n` training rows of eight questions each; `task` names the kind of scene."""
+    """Composes `n` training rows of eight questions each; `task` names the kind of scene."""
     for scene, turns in training_scenes(seed, n, full_mosaics):
         yield to_row(scene, turns, scene.kind)
 
 
 def evaluation_scenes(task: str, n: int, seed: int = 0) -> Iterator[tuple[Scene, tuple[str, str]]]:
-    """`n` scenes of held-out digits at the test size, each with one question of `task`."""
+    """Composes `n` scenes of held-out digits at the test size, each with one question of `task`."""
     if task not in TASKS:
         raise ValueError(f"task={task!r} must be one of {TASKS}")
     for i in range(n):
@@ -236,6 +236,6 @@ def evaluation_scenes(task: str, n: int, seed: int = 0) -> Iterator[tuple[Scene,
 
 
 def evaluation_rows(task: str, n: int, seed: int = 0) -> Iterator[dict]:
-    """`n` rows of held-out digits with exactly one question of `task` each."""
+    """Composes `n` rows of held-out digits with exactly one question of `task` each."""
     for scene, turn in evaluation_scenes(task, n, seed):
         yield to_row(scene, [turn], task)

@@ -18,7 +18,7 @@ Sample = tuple[Scene, Sequence[tuple[str, str | None]]]
 
 
 def encode(processor: Qwen2_5_VLProcessor | NVILAProcessor, samples: Sequence[Sample]) -> dict:
-    """Encode scenes of ONE kind with their turns; `labels` cover every answer and its `<|im_end|>`.
+    """Encodes scenes of ONE kind with their turns; `labels` cover every answer and its `<|im_end|>`.
 
     Sequences are right padded.
     """
@@ -27,7 +27,7 @@ def encode(processor: Qwen2_5_VLProcessor | NVILAProcessor, samples: Sequence[Sa
 
 
 def render(scene: Scene, turns: Sequence[tuple[str, str | None]]) -> str:
-    """The chat template's text with the vision token repeated; an answer of `None` leaves the prompt open."""
+    """Returns the chat template's text with the vision token repeated; an answer of `None` leaves the prompt open."""
     vision_tokens = scene.digits.size
     pad = "<|video_pad|>" if scene.kind == "clip" else "<|image_pad|>"
     text = f"<|vision_start|>{pad * vision_tokens}<|vision_end|>"

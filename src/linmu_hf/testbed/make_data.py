@@ -29,7 +29,7 @@ EXAMPLE_ZOOM = 6
 
 
 def make_data(output: str | Path, train: int, test: int, full_mosaics: bool = False, seed: int = 0) -> DatasetDict:
-    """Compose `train` training rows and `test` rows per task, and save both splits to `output`.
+    """Composes `train` training rows and `test` rows per task, and saves both splits to `output`.
 
     `full_mosaics` is for models that resize every image to one canvas, to which each size is a task of its own.
     """
@@ -49,7 +49,7 @@ def make_data(output: str | Path, train: int, test: int, full_mosaics: bool = Fa
 
 
 def write_examples(output: str | Path, seed: int = 0) -> None:
-    """Save one enlarged picture per task, a clip as one frame per moment; the file name has question and answer."""
+    """Saves one enlarged picture per task, a clip as one frame per moment; the file name has question and answer."""
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     for task in TASKS:

@@ -26,7 +26,7 @@ MAX_MOMENTS = 8
 
 
 def vision_config() -> NVILAVisionConfig:
-    """dynamic_s2 with two scales, TSP that makes two frames one."""
+    """Returns dynamic_s2 with two scales, TSP that makes two frames one."""
     return NVILAVisionConfig(
         tower_config=SiglipVisionConfig(
             hidden_size=96,
@@ -58,7 +58,7 @@ def build_processor() -> NVILAProcessor:
 
 
 def teacher_config(processor: NVILAProcessor) -> LinMUConfig:
-    """The teacher as LinMU with full attention everywhere; added tokens lie outside its vocabulary, as NVILA's."""
+    """Describes the teacher as LinMU with full attention; added tokens are outside its vocabulary, as NVILA's."""
     ids = processor.tokenizer.convert_tokens_to_ids
     teacher = NVILAConfig(
         text_config=Qwen2Config(
@@ -86,7 +86,7 @@ def teacher_config(processor: NVILAProcessor) -> LinMUConfig:
 
 
 def build_model(processor: NVILAProcessor) -> LinMUForConditionalGeneration:
-    """The teacher with random weights."""
+    """Builds the teacher with random weights."""
     model = LinMUForConditionalGeneration(teacher_config(processor))
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
@@ -103,7 +103,7 @@ def train_mode(model: LinMUForConditionalGeneration, training: bool = True) -> N
 
 @torch.no_grad()
 def start_decoder_from_qwen(model: LinMUForConditionalGeneration, processor: NVILAProcessor, folder: Path) -> None:
-    """Start the decoder from that of the testbed's Qwen2.5-VL, as NVILA's starts from a trained Qwen2.
+    """Starts the decoder from that of the testbed's Qwen2.5-VL, as NVILA's starts from a trained Qwen2.
 
     Rotary positions lose their three parts, and tokens of other names keep their random embeddings.
     """
@@ -121,7 +121,7 @@ def start_decoder_from_qwen(model: LinMUForConditionalGeneration, processor: NVI
 
 
 def save_checkpoint(model: LinMUForConditionalGeneration, processor: NVILAProcessor, folder: str | Path) -> None:
-    """Write `config.json` and the sub-folders `llm`, `vision_tower` and `mm_projector`, each with its own weights."""
+    """Writes `config.json` and the sub-folders `llm`, `vision_tower` and `mm_projector`, each with its own weights."""
     folder = Path(folder)
     vision, text = model.config.vision_config, model.config.get_text_config()
     tower = vision.tower_config

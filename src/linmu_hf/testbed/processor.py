@@ -77,7 +77,7 @@ CHAT_TEMPLATE = """\
 def build_tokenizer(
     special_tokens: Sequence[str] = SPECIAL_TOKENS, pad_token: str = "<|endoftext|>"
 ) -> PreTrainedTokenizerFast:
-    """Train the byte-level BPE tokenizer: any text can be encoded, every digit is one token."""
+    """Trains the byte-level BPE tokenizer: any text can be encoded, every digit is one token."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -111,7 +111,7 @@ def build_tokenizer(
 
 
 def build_processor() -> Qwen2_5_VLProcessor:
-    """A `Qwen2_5_VLProcessor` for 8x8 patches merged 2x2: 16x16 pixels are one vision token."""
+    """Builds a `Qwen2_5_VLProcessor` for 8x8 patches merged 2x2: 16x16 pixels are one vision token."""
     size = {"shortest_edge": 16 * 16, "longest_edge": 256 * 256}
     vision = {
         "patch_size": PATCH_SIZE,

@@ -133,7 +133,7 @@ class Way:
 
 
 def command(name: str, main: Callable, *arguments) -> Callable[[], None]:
-    """A command line of this package as a part of the way: shows what one would type, then does it."""
+    """Runs a command line of this package: shows what one would type, then does it."""
     words = [
         str(word) for argument in arguments for word in (argument if isinstance(argument, tuple) else (argument,))
     ]
@@ -147,7 +147,7 @@ def command(name: str, main: Callable, *arguments) -> Callable[[], None]:
 
 
 def flags(options: dict[str, Any]) -> list[str]:
-    """Mixer options as `linmu-convert` takes them."""
+    """Returns mixer options as `linmu-convert` takes them."""
     return [
         word
         for name, value in options.items()
@@ -207,7 +207,7 @@ def walk(output: Path, teacher: str, schedule: Schedule) -> dict[str, Any]:
 
 
 def draw_pictures(output: Path, student: Path, data: Path) -> None:
-    """`curves.png`, `answers.png` with the student's answers about held-out images, `picture.png`: one of these."""
+    """Draws `curves.png`, `answers.png` with the student's answers about held-out images, and one as `picture.png`."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -10,7 +10,7 @@ from .processor import build_processor as build_processor
 
 
 def teacher_config(tokenizer) -> Qwen2_5_VLConfig:
-    """The teacher's shape: every cell is one vision token, every moment two temporal positions."""
+    """Returns the teacher's shape: every cell is one vision token, every moment two temporal positions."""
     ids = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
     config = Qwen2_5_VLConfig(
         text_config={
@@ -54,7 +54,7 @@ def teacher_config(tokenizer) -> Qwen2_5_VLConfig:
 
 
 def equal_windows_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, max_length_q, **kwargs):
-    """The vision tower's attention over equal windows in one call; Transformers' own SDPA path loops over them."""
+    """Attends to equal windows of the vision tower in one call; Transformers' own SDPA path loops over them."""
     _, h, s, d = query.shape
     n = len(cu_seq_lens_q) - 1
     if n * int(max_length_q) != s:
@@ -69,7 +69,7 @@ AttentionInterface.register("flash_equal_windows", equal_windows_attention)
 
 
 def build_model(processor: Qwen2_5_VLProcessor) -> Qwen2_5_VLForConditionalGeneration:
-    """The teacher with random weights."""
+    """Builds the teacher with random weights."""
     model = Qwen2_5_VLForConditionalGeneration(teacher_config(processor.tokenizer))
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
@@ -89,7 +89,7 @@ def save_checkpoint(
 
 
 def train_mode(model: Qwen2_5_VLForConditionalGeneration, training: bool = True) -> None:
-    """Train or evaluation mode; batches in training have scenes of one size, so that windows are equal."""
+    """Sets training or evaluation mode; batches in training have scenes of one size, so that windows are equal."""
     model.train(training)
     model.model.visual.config._attn_implementation = "flash_equal_windows" if training else "sdpa"
 

@@ -54,7 +54,7 @@ def batches(
 
 
 def answer_loss(model: PreTrainedModel, batch: dict) -> torch.Tensor:
-    """Sum of the cross entropy over the answers' tokens; logits are made at those tokens alone."""
+    """Returns the sum of the cross entropy over the answers' tokens; logits are made at those tokens alone."""
     labels = batch["labels"]
     # right padded: the causal mask is enough
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "attention_mask")}
@@ -67,7 +67,7 @@ def answer_loss(model: PreTrainedModel, batch: dict) -> torch.Tensor:
 
 
 def optimizers(model: torch.nn.Module, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for embeddings, biases and norms."""
+    """Returns Muon for the matrices inside the blocks, AdamW for embeddings, biases and norms."""
     matrices: list[torch.nn.Parameter] = []
     others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -81,7 +81,7 @@ def optimizers(model: torch.nn.Module, muon_lr: float, adam_lr: float) -> list[t
 
 @torch.no_grad()
 def answer_questions(model, processor, samples: list, batch_size: int = 64) -> np.ndarray:
-    """Whether each single question is answered right, `[n]` of bool: the answer's tokens are all the likeliest."""
+    """Returns whether each question is answered right, `[n]` of bool: the answer's tokens are all the likeliest."""
     right = []
     for start in range(0, len(samples), batch_size):
         batch = encode(processor, [(scene, [turn]) for scene, turn in samples[start : start + batch_size]])

@@ -2,7 +2,7 @@
 
 python -m linmu_hf.testbed.train_vision --output DIR
 
-Every vision token learns what lies at its centre: the digit, the row and the column. Three linear heads read that from
+Every vision token learns what is at its centre: the digit, the row and the column. Three linear heads read that from
 it and are thrown away. The decoder starts from the testbed's Qwen2.5-VL; `train_teacher --init DIR` goes on from here.
 """
 
@@ -36,7 +36,7 @@ CLIP_MOMENTS = 4
 
 
 def token_targets(scene: Scene, height: int, width: int) -> dict[str, np.ndarray]:
-    """Digit, row and column `[moments, height, width]` of the cell at the centre of every token."""
+    """Returns digit, row and column `[moments, height, width]` of the cell at the centre of every token."""
     _, rows, columns = scene.grid
     row = ((np.arange(height) + 0.5) / height * rows).astype(int)
     column = ((np.arange(width) + 0.5) / width * columns).astype(int)
@@ -73,7 +73,7 @@ def batches(processor, seed: int, batch_size: int, split: str = "train") -> Iter
 
 
 def token_loss(model, heads: nn.ModuleDict, inputs: dict, targets: dict) -> tuple[torch.Tensor, dict[str, float]]:
-    """The weighted cross entropy of the three heads, and how often each is right (where there is a digit)."""
+    """Returns the weighted cross entropy of the three heads, and how often each is right (where there is a digit)."""
     if "pixel_values" in inputs:
         features = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
     else:

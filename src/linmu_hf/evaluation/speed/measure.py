@@ -37,7 +37,7 @@ class Variant:
     failure: str | None = None
 
     def run(self, function):
-        """`function` inside the variant's context, without gradients; `None` once memory was not enough."""
+        """Runs `function` inside the variant's context, without gradients; `None` once memory was not enough."""
         if self.failure:
             return None
         with ExitStack() as stack:
@@ -94,14 +94,14 @@ class Clock:
 
 
 def cache_bytes(cache) -> int:
-    """Bytes that a cache holds, keys and values or states."""
+    """Returns the bytes that a cache holds, keys and values or states."""
     held = [value for layer in cache.layers for value in vars(layer).values()]
     tensors = [t for value in held for t in (value.values() if isinstance(value, dict) else [value])]
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
 
 
 def largest_batch(fits: Callable[[int], bool], limit: int = 1 << 16) -> int:
-    """The largest batch of which `fits` says so, to about 6%; 0 for none."""
+    """Returns the largest batch for which `fits` holds, to about 6%; 0 for none."""
     if not fits(1):
         return 0
     good = 1
@@ -115,14 +115,14 @@ def largest_batch(fits: Callable[[int], bool], limit: int = 1 << 16) -> int:
 
 
 def growth_exponent(lengths: Sequence[float], values: Sequence[float]) -> float | None:
-    """The e of values ~ lengths^e, by least squares in log-log; `None` for fewer than two points."""
+    """Fits e of values ~ lengths^e by least squares in log-log; `None` for fewer than two points."""
     if len(set(lengths)) < 2:
         return None
     return float(np.polyfit(np.log(lengths), np.log(values), 1)[0])
 
 
 def in_turns(variants: dict[str, Variant], call: Callable[[str], tuple], repeats: int) -> dict[str, list]:
-    """What `call` gives for each variant that runs, `repeats` times in turns."""
+    """Returns what `call` gives for each variant that runs, `repeats` times in turns."""
     results: dict[str, list] = {name: [] for name in variants}
     for _ in range(repeats):
         for name, variant in variants.items():
@@ -140,7 +140,7 @@ def measure(
     chunk_size: int | None = None, largest: bool = False, graphs: bool = False, report: Callable[[str], None] = print,
 ) -> list[dict]:  # fmt: skip
     """
-    TTFT, decode throughput and memory of every variant at every length.
+    Measures TTFT, decode throughput and memory of every variant at every length.
 
     Args:
         variants (`dict[str, Variant]`): What to measure; all in turns, so that a busy machine slows all.
@@ -251,7 +251,7 @@ def _decode_compiled(variant, row, caches, batch: int, steps: int, repeats: int,
 
 
 def static_copy(cache, config, batch: int, length: int) -> StaticCache:
-    """A static cache with room for `length` tokens that holds, `batch` times, what a cache of one sequence holds."""
+    """Copies a cache of one sequence, `batch` times, into a static cache with room for `length` tokens."""
     copied = StaticCache(config=config, max_cache_len=length)
     for layer, filled in zip(copied.layers, cache.layers, strict=True):
         if isinstance(layer, MMateCacheLayer):
@@ -314,8 +314,8 @@ def _largest_batch(variant: Variant, cache) -> int:
 
 def summarise(rows: list[dict]) -> dict:
     """
-    Growth exponents of every model, and at every length the ratios to the fastest teacher: models whose names begin
-    with that word.
+    Returns the growth exponents of every model, and at every length the ratios to the fastest teacher: models whose
+    names begin with that word.
     """
     done = [row for row in rows if "ttft_s" in row]
     growth, ratios = {}, []
@@ -343,7 +343,7 @@ def is_teacher(name: str) -> bool:
 
 
 def throughput(rows: list[dict]) -> dict[str, float]:
-    """Tokens per second of every batch, by whichever of the rows is fastest, compiled or not."""
+    """Returns the tokens per second of every batch, by whichever of the rows is fastest, compiled or not."""
     best: dict[str, float] = {}
     ways = [way for row in rows for way in (row["decode"], row.get("decode_graphs", {}))]
     for batch, entry in (item for way in ways for item in way.items()):

@@ -67,7 +67,7 @@ ATTENTIONS = {
 
 def text_config(model: str) -> LinMUTextConfig:
     """
-    The decoder's configuration for the name of a preset, a folder, a `config.json` or a Hub id.
+    Returns the decoder's configuration for the name of a preset, a folder, a `config.json` or a Hub id.
 
     Raises:
         `ValueError`: There is no such model, or it is not one that LinMU can be made of.
@@ -92,7 +92,7 @@ def text_config(model: str) -> LinMUTextConfig:
 
 
 def vision_config(model: str):
-    """The configuration of the vision side, for all that [`text_config`] takes."""
+    """Returns the configuration of the vision side, for all that [`text_config`] takes."""
     if model in PRESETS:
         kind, preset = PRESETS[model]
         return AutoConfig.for_model(kind, **preset.vision, out_hidden_size=text_config(model).hidden_size)
@@ -108,7 +108,7 @@ def prompt_layout(
     separators: bool = False,
 ):
     """
-    A prompt of text around one video, or of images with text between them.
+    Builds a prompt of text around one video, or of images with text between them.
 
     Args:
         tokens (`int`): Length of the prompt.
@@ -155,7 +155,7 @@ def prompt_layout(
 
 def vision_encoder(model: str, layout, media: str, dtype: torch.dtype, device: str):
     """
-    A function without arguments that encodes the images or the video of a prompt, with random weights and pixels.
+    Returns a function without arguments that encodes the media of a prompt, with random weights and pixels.
 
     Args:
         model (`str`): As in [`text_config`].
@@ -220,7 +220,7 @@ class BenchmarkDecoder(nn.Module):
         return self.head(output.last_hidden_state[:, -1:]), cache
 
     def step(self, ids, cache):
-        """The next ids `[b, 1]`, greedily."""
+        """Returns the next ids `[b, 1]`, greedily."""
         output = self.text(input_ids=ids, past_key_values=cache, use_cache=True)
         return self.head(output.last_hidden_state).argmax(-1)
 

@@ -4,8 +4,8 @@
     parts    llm_cfg, vision_tower_cfg, mm_projector_cfg   in llm/, vision_tower/, mm_projector/, as each one's own
     flat     text_config, vision_config                    llm.*, vision_tower.*, mm_projector.*
 
-A tensor of a part goes by its name in the flat layout: the part's, a dot, its own. Every part has a config.json of its
-own. That one counts: the copies inside the top config.json are not always up to date.
+Tensors are named as in the flat layout: the part, a dot, the name within the part. Every part has a config.json of its
+own, which is the one to read: copies inside the top config.json are not always up to date.
 """
 
 import json
@@ -48,13 +48,13 @@ TOWER_FIELDS = (
 
 
 def is_nvila(raw_config: Mapping[str, Any]) -> bool:
-    """Whether a `config.json` is one of VILA's family, supported or not."""
+    """Returns whether a `config.json` is one of VILA's family, supported or not."""
     model_type = str(raw_config.get("model_type"))
     return "vila" in model_type or model_type == "llava_llama" or in_parts(raw_config)
 
 
 def in_parts(raw_config: Mapping[str, Any]) -> bool:
-    """Whether the tensors are in a folder for each part."""
+    """Returns whether the tensors are in a folder for each part."""
     return {f"{part}_cfg" for part in PARTS} <= set(raw_config)
 
 

@@ -147,7 +147,7 @@ class NVILAVisionConfig(PreTrainedConfig):
 
     @property
     def tile_tokens(self) -> int:
-        """Tokens per edge of a tile; the last may cover fewer patches."""
+        """Returns the tokens per edge of a tile; the last may cover fewer patches."""
         return math.ceil(self.tile_patches / self.downsample)
 
     @property
@@ -157,7 +157,7 @@ class NVILAVisionConfig(PreTrainedConfig):
 
     @property
     def mm_hidden_size(self) -> int:
-        """Channels of a patch that the projector reads."""
+        """Returns the channels of a patch that the projector reads."""
         return self.tower_config.hidden_size * self.n_scales
 
     @property
@@ -174,7 +174,7 @@ class NVILAConfig(PreTrainedConfig):
     Args:
         text_config (`Qwen2Config` or `dict`): The decoder.
         vision_config (`NVILAVisionConfig` or `dict`): The vision side.
-        image_token_id, video_token_id (`int`): Placeholders, which may lie outside the vocabulary of the decoder.
+        image_token_id, video_token_id (`int`): Placeholders, which may be outside the vocabulary of the decoder.
         num_video_frames (`int`, *optional*, defaults to 8): Frames that are taken from a video.
     """
 

@@ -27,7 +27,7 @@ POOLED = {"image_aspect_ratio": "resize", "video_encoder": "tsp", "pool_sizes": 
 
 
 def register() -> None:
-    """Without torchvision some of Transformers' Auto classes are mere dummies; NVILAProcessor does not need them."""
+    """Registers NVILA's classes, except with those Auto classes that are mere dummies without torchvision."""
     AutoConfig.register(NVILAVisionConfig.model_type, NVILAVisionConfig)
     AutoProcessor.register(NVILAVisionConfig, NVILAProcessor)
     if not isinstance(AutoImageProcessor, DummyObject):

@@ -46,7 +46,7 @@ class NVILAImageProcessor(RemoteCode, PilBackend):
     """
     Cuts images into tiles as NVILA does.
 
-    A list of images stands for one image per sample; a list of lists gives each sample's images. A sample's only image
+    A list of images means one image per sample; a list of lists gives each sample's images. A sample's only image
     is tiled by `image_aspect_ratio`; the images of a sample that has several are one tile each.
 
     Returns `pixel_values` of shape [tiles, 3, size, size], all images' tiles in order (`"dynamic_s2"`: scale by scale,
@@ -84,16 +84,16 @@ class NVILAImageProcessor(RemoteCode, PilBackend):
         return super().preprocess(images, alone, **kwargs)
 
     def process_image(self, image: Any, input_data_format: Any = None, **kwargs) -> Image.Image:
-        """One image of any kind as an RGB picture of PIL."""
+        """Returns one image of any kind as an RGB picture of PIL."""
         return as_rgb(image, input_data_format)
 
     def settings(self, **kwargs) -> dict[str, Any]:
-        """What each option is: as passed, or else as the processor has it."""
+        """Returns what each option is: as passed, or else as the processor has it."""
         return {name: kwargs.get(name, getattr(self, name, None)) for name in self.valid_kwargs.__annotations__}
 
     def plan(self, width: int, height: int, *, alone: bool = True, **kwargs) -> tuple[list[Mosaic], list[int]]:
         """
-        Into which mosaics (columns, rows) of tiles an image is cut, and the grid of its tokens.
+        Returns into which mosaics (columns, rows) of tiles an image is cut, and the grid of its tokens.
 
         Args:
             width, height (`int`): Pixels of the image.
@@ -129,7 +129,7 @@ class NVILAImageProcessor(RemoteCode, PilBackend):
 
 
 def as_rgb(image: Any, input_data_format: Any = None) -> Image.Image:
-    """An image, or an array or tensor [h, w, c] or [c, h, w], as an RGB picture, transparency dropped."""
+    """Returns an image, or an array or tensor [h, w, c] or [c, h, w], as an RGB picture, transparency dropped."""
     if not isinstance(image, Image.Image):
         image = np.asarray(image)
         layout = input_data_format or infer_channel_dimension_format(image, num_channels=(1, 3, 4))
@@ -147,7 +147,7 @@ def to_pixels(
     image_std: Any,
     **kwargs,
 ) -> np.ndarray:
-    """RGB tiles of one size to float32 pixels of shape [tiles, 3, size, size], rescaled and normalized."""
+    """Turns RGB tiles of one size into float32 pixels of shape [tiles, 3, size, size], rescaled and normalized."""
     width, height = tiles[0].size
     pixels = np.empty((len(tiles), 3, height, width), dtype=np.float32)
     for i, tile in enumerate(tiles):

@@ -155,7 +155,7 @@ class NVILAProcessor(RemoteCode, ProcessorMixin):
     # The next two go around Transformers' Auto classes, which know no video processor where torchvision is missing.
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-        """The class that a part of the processor must have; a `TypeError` if it has another."""
+        """Returns the class that a part of the processor must have; a `TypeError` if it has another."""
         if argument_name != "video_processor":
             return super().check_argument_for_proper_class(argument_name, argument)
         if not isinstance(argument, NVILAVideoProcessor):
@@ -329,7 +329,7 @@ def build_processor(
     chat_template: str | None = None,
 ) -> NVILAProcessor:
     """
-    The processor of a model with this vision side.
+    Builds the processor of a model with this vision side.
 
     Args:
         vision_config (`NVILAVisionConfig`):

@@ -16,7 +16,7 @@ Run = tuple[int, int]  # placeholders, and the separators after them
 
 
 def mosaics(min_tiles: int, max_tiles: int) -> list[Mosaic]:
-    """All mosaics of `min_tiles` to `max_tiles` tiles, the fewest tiles first."""
+    """Returns all mosaics of `min_tiles` to `max_tiles` tiles, the fewest tiles first."""
     shapes = [(columns, rows) for columns in range(1, max_tiles + 1) for rows in range(1, max_tiles // columns + 1)]
     return sorted(
         (shape for shape in shapes if shape[0] * shape[1] >= min_tiles), key=lambda shape: shape[0] * shape[1]
@@ -25,7 +25,7 @@ def mosaics(min_tiles: int, max_tiles: int) -> list[Mosaic]:
 
 def closest_mosaic(width: int, height: int, candidates: Sequence[Mosaic], tile_size: int) -> Mosaic:
     """
-    The mosaic whose ratio of width to height is closest to the image's.
+    Returns the mosaic whose ratio of width to height is closest to the image's.
 
     Among equally close ones, each with more tiles is taken only if the image has more than half of its pixels.
 
@@ -44,14 +44,14 @@ def closest_mosaic(width: int, height: int, candidates: Sequence[Mosaic], tile_s
 
 
 def dynamic_mosaics(width: int, height: int, *, tile_size: int, min_tiles: int, max_tiles: int) -> list[Mosaic]:
-    """The mosaics of a `dynamic` image: the one closest in shape and, if it has several tiles, a thumbnail."""
+    """Returns the mosaics of a `dynamic` image: the one closest in shape and, if it has several tiles, a thumbnail."""
     mosaic = closest_mosaic(width, height, mosaics(min_tiles, max_tiles), tile_size)
     return [mosaic] if mosaic == (1, 1) else [mosaic, (1, 1)]
 
 
 def s2_mosaics(width: int, height: int, *, tile_size: int, scales: Sequence[int], max_tiles: int) -> list[Mosaic]:
     """
-    The mosaics of a `dynamic_s2` image, one per scale from small to large.
+    Returns the mosaics of a `dynamic_s2` image, one per scale from small to large.
 
     All but the last are squares of their scale's size; the last has the shape closest to the image's, and at least as
     many tiles as the square of its scale.
@@ -73,7 +73,7 @@ def cut(image: Image.Image, mosaic: Mosaic, *, tile_size: int, resample: int) ->
 
 
 def image_runs(grid: Sequence[int], tiling: str, tile_tokens: int) -> list[Run]:
-    """The block of an image with this grid of tokens (1, height, width)."""
+    """Returns the block of an image with this grid of tokens (1, height, width)."""
     tokens = grid[1] * grid[2]
     if tiling != "dynamic":
         return [(tokens, 1)]
@@ -84,13 +84,13 @@ def image_runs(grid: Sequence[int], tiling: str, tile_tokens: int) -> list[Run]:
 
 
 def video_runs(grids: Sequence[Sequence[int]]) -> list[Run]:
-    """The block of a video with these grids of tokens (frames, height, width), one for each pool size."""
+    """Returns the block of a video with these grids of tokens (frames, height, width), one for each pool size."""
     return [(h * w, 1) for t, h, w in grids for _ in range(t)]
 
 
 def pooled_grids(frames: int, tile_tokens: int, pool_sizes: Sequence[Sequence[int]]) -> list[list[int]]:
     """
-    The grid (frames, height, width) of a video's tokens for each pool size.
+    Returns the grid (frames, height, width) of a video's tokens for each pool size.
 
     Raises:
         `ValueError`: if a pool size does not divide the frames, or the tokens of a frame.

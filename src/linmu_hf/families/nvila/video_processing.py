@@ -62,7 +62,7 @@ class NVILAVideoProcessor(RemoteCode, BaseVideoProcessor):
     fetch_images = BaseImageProcessor.fetch_images
 
     def process_image(self, image: Any, input_data_format: Any = None, **kwargs) -> torch.Tensor:
-        """One frame of any kind as a tensor [3, h, w]."""
+        """Returns one frame of any kind as a tensor [3, h, w]."""
         return torch.from_numpy(np.array(as_rgb(image, input_data_format))).permute(2, 0, 1)
 
     def sample_frames(self, metadata: Any, num_frames: int | None = None, **kwargs) -> np.ndarray:
@@ -71,7 +71,7 @@ class NVILAVideoProcessor(RemoteCode, BaseVideoProcessor):
         return np.round(np.linspace(0, metadata.total_num_frames - 1, count)).astype(int)
 
     def settings(self, **kwargs) -> dict[str, Any]:
-        """What each option is: as passed, or else as the processor has it."""
+        """Returns what each option is: as passed, or else as the processor has it."""
         return {name: kwargs.get(name, getattr(self, name, None)) for name in self.valid_kwargs.__annotations__}
 
     def _preprocess(self, videos: list[Any], **kwargs) -> BatchFeature:

@@ -106,7 +106,7 @@ class NVILAVisionModel(InstalledCode, PreTrainedModel):
         return torch.cat(features).unflatten(1, (self.config.tile_patches,) * 2)
 
     def image_tokens(self, features, grids) -> tuple[torch.Tensor, ...]:
-        """Tokens `[n, d]` of every image from the patches of its tiles `[tiles, s, s, c]`."""
+        """Returns tokens `[n, d]` of every image from the patches of its tiles `[tiles, s, s, c]`."""
         config = self.config
         blocks = [(height // config.tile_tokens, width // config.tile_tokens) for _, height, width in grids]
         if config.image_aspect_ratio != "dynamic_s2":
@@ -119,7 +119,7 @@ class NVILAVisionModel(InstalledCode, PreTrainedModel):
         return tuple(merge_tiles(own, *size).flatten(0, 1) for own, size in zip(images, blocks))
 
     def video_tokens(self, features, grids) -> tuple[torch.Tensor, ...]:
-        """Tokens `[n, d]` of every video and pooling from the patches of its frames `[frames, s, s, c]`."""
+        """Returns tokens `[n, d]` of every video and pooling from the patches of its frames `[frames, s, s, c]`."""
         config, pools = self.config, self.config.pool_sizes
         frames = self.mm_projector(features.repeat(1, 1, 1, config.n_scales))
         frames = frames.unflatten(1, (config.tile_tokens, config.tile_tokens))
@@ -128,17 +128,17 @@ class NVILAVisionModel(InstalledCode, PreTrainedModel):
 
 
 def merge_tiles(tiles, rows: int, columns: int):
-    """Row-major tiles `[rows * columns, h, w, c]` as one map `[rows * h, columns * w, c]`."""
+    """Joins row-major tiles `[rows * columns, h, w, c]` as one map `[rows * h, columns * w, c]`."""
     return tiles.unflatten(0, (rows, columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
 def split_tiles(image, rows: int, columns: int):
-    """The inverse of [`merge_tiles`]."""
+    """Undoes [`merge_tiles`]."""
     return image.unflatten(1, (columns, -1)).unflatten(0, (rows, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def resize_area(image, size: tuple[int, int]):
-    """A map `[h, w, c]` in another size, every cell the mean of the cells that it covers; in fp32 at least."""
+    """Returns a map `[h, w, c]` in another size, every cell the mean of the cells that it covers; in fp32 at least."""
     if image.shape[:2] == size:
         return image
     exact = image.to(torch.promote_types(image.dtype, torch.float32))

@@ -11,7 +11,7 @@ from .weights import WEIGHTS
 
 
 def register() -> None:
-    """A saved folder names its processor; LinMUConfig's own is that of a folder which names none."""
+    """Registers the processor of folders that name none."""
     AutoProcessor.register(LinMUConfig, Qwen2_5_VLProcessor)
 
 

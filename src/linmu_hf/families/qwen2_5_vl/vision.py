@@ -18,7 +18,7 @@ class Qwen2_5_VLVision(VisionSide):
 
     @property
     def upstream(self) -> Qwen2_5_VLModel:
-        """Transformers' own model around our tower and configuration, without a decoder."""
+        """Returns Transformers' own model around our tower and configuration, without a decoder."""
         model = Qwen2_5_VLModel.__new__(Qwen2_5_VLModel)
         nn.Module.__init__(model)
         model.config, model.visual = self.config, self.visual

@@ -18,7 +18,7 @@ def varlen_attention_forward(
     **kwargs,
 ):  # fmt: skip
     """
-    Transformers' contract: query `[b, h, t, p]`, key and value `[b, g, t, p]`.
+    Attends by Transformers' contract: query `[b, h, t, p]`, key and value `[b, g, t, p]`.
 
     Returns:
         `tuple[torch.Tensor, None]`: `[b, t, h, p]`, and no attention weights.

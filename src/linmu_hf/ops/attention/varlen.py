@@ -19,7 +19,7 @@ def varlen_attention(
     q, k, v, cu_seqlens, longest: int, backend: str, causal: bool = False, scale: float | None = None
 ):  # fmt: skip
     """
-    Attention of every token to the tokens of its own sequence.
+    Computes the attention of every token to the tokens of its own sequence.
 
     Args:
         q (`torch.Tensor` of shape `[n, h, d]`): Queries, sequence by sequence.

@@ -16,7 +16,7 @@ SCORES = 2**20
 
 def window_attention(q, k, v, sizes, cu_seqlens):
     """
-    Attention of every token to the tokens of its own window (Sec. 3.1.2).
+    Computes the attention of every token to the tokens of its own window (Sec. 3.1.2).
 
     Args:
         q (`torch.Tensor` of shape `[n, h, d]`): Queries, window by window.
@@ -47,7 +47,7 @@ def choose_window_backend(q: torch.Tensor) -> str:
 
 
 def by_size(q, k, v, sizes):
-    """The same by PyTorch's attention, windows of one size as a batch."""
+    """Does the same by PyTorch's attention, windows of one size as a batch."""
     lengths = [windows * size for windows, size in sizes]
     parts = zip(*(t.split(lengths) for t in (q, k, v)), strict=True)
     return torch.cat([_attend(*part, *size) for part, size in zip(parts, sizes, strict=True)])

@@ -9,7 +9,7 @@ from ..ssd.scan import use_triton_kernels
 
 def causal_conv(xbc, weight, segments, tail=None):
     """
-    Depthwise causal convolution of packed sequences, on a GPU by our Triton kernel.
+    Computes the depthwise causal convolution of packed sequences, on a GPU by our Triton kernel.
 
     Args:
         xbc (`torch.Tensor` of shape `[n, c]`): Packed tokens.

@@ -120,7 +120,7 @@ def conv_backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, tail: torch.Tensor | None,
     lengths: list[int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Gradients of x, of the taps and of the tail; the last is empty without a tail."""
+    """Returns the gradients of x, of the taps and of the tail; the last is empty without a tail."""
     dy, dx = dy.contiguous(), x.new_empty(x.shape)
     blocks, *_ = _tables(tuple(lengths), x.device)
     dweight = x.new_empty(len(blocks), *weight.shape, dtype=torch.float32)
@@ -173,7 +173,7 @@ conv_forward.register_autograd(_backward, setup_context=_save)
 
 def causal_conv_triton(x, weight, segments, tail=None):
     """
-    Depthwise causal convolution of packed sequences.
+    Computes the depthwise causal convolution of packed sequences.
 
     Args:
         x (`torch.Tensor` of shape `[n, c]`): Tokens; only the last dimension has to be contiguous.

@@ -37,7 +37,7 @@ def _compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def ssd_recurrence(x, dt, A, B, C, segments, initial_states=None):
-    """Token by token, as Eq. 1 is written."""
+    """Scans token by token, as Eq. 1 is written."""
     dtype = _compute_dtype(x)
     (n, g, p), s, k = x.shape, dt.shape[-1], B.shape[-1]
     per_group = s // g
@@ -62,8 +62,8 @@ def ssd_chunked(
     divided: bool = False,
 ):  # fmt: skip
     """
-    The chunked form as batched matrix products. PyTorch's deterministic mode has no cumulative sum on CUDA and refuses
-    it there.
+    Computes the chunked form as batched matrix products. PyTorch's deterministic mode has no cumulative sum on CUDA
+    and refuses it there.
 
     Args:
         superchunk (`int`, *optional*, defaults to `SUPERCHUNK`): Tokens between states that the backward pass keeps.
@@ -316,8 +316,8 @@ def _backward_piece(x, decays, B, C, d_out, before, d_states, piece):
     """
     Gradients of one piece: of x, dt [c, s, l], B, C and the log decays dt A [c, s, l]; `d_states` goes on.
 
-    The decay of token j stands between every pair r < j <= l. Its gradient is summed over just these pairs: through
-    the running sum, what token r adds to y_r would be added and taken off again, and its rounding would be left.
+    The decay of token j applies to every pair r < j <= l, and its gradient is summed over just these pairs. Through
+    the running sum, the term of token r in y_r would be added and subtracted again, leaving its rounding error.
     """
     (c, size, g, _), (s, p, k) = x.shape, before.shape[1:]
     x, B, C, d_out = (_by_head(tensor, c * g) for tensor in (x, B, C, d_out))

@@ -33,7 +33,7 @@ def ssd(
     x, dt, A, B, C, segments: Segments, *, initial_states=None, normalized: bool = False, backend: str = "auto"
 ):  # fmt: skip
     """
-    Selective scan over packed segments, Eq. 1 of the paper; shapes in the table at the top of this file.
+    Runs the selective scan over packed segments, Eq. 1 of the paper; shapes in the table at the top of this file.
 
     Args:
         x, dt, A, B, C (`torch.Tensor`): See the table. Decays and states are computed in fp32 (fp64 for fp64 input).
@@ -43,8 +43,8 @@ def ssd(
             Divides y by what the scan gives for a channel of ones; initial and final states are `[m, s, p + 1, k]`.
         backend (`str`, *optional*, defaults to `"auto"`):
             `"triton"` (our kernels, for GPUs), `"mamba_ssm"` (those of that package), `"chunked"` (batched matrix
-            products) or `"recurrence"` (token by token). `"auto"` stands for what
-            [`~linmu_hf.ops.backends.use_kernels`] names, else for `"triton"` where it runs and `"chunked"` elsewhere.
+            products) or `"recurrence"` (token by token). `"auto"` takes what
+            [`~linmu_hf.ops.backends.use_kernels`] names, else `"triton"` where it runs and `"chunked"` elsewhere.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: y of shape `[n, h, p]` in x's dtype, and the states after each segment.
@@ -64,7 +64,7 @@ def ssd(
 
 def ssd_pair(first: Scan, second: Scan, *, normalized: bool = False, final_states: bool = True, backend: str = "auto"):
     """
-    Two scans of the same heads and sizes, as the two directions of a block are.
+    Runs two scans of the same heads and sizes, as the two directions of a block are.
 
     Args:
         first, second (`Scan`): Their arguments.
@@ -73,8 +73,8 @@ def ssd_pair(first: Scan, second: Scan, *, normalized: bool = False, final_state
 
     Returns:
         `tuple[tuple[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]`: y and states of
-        each; our kernels, which take both scans in one launch, do not write states that nobody wants, nor those of the
-        second.
+        each; our kernels, which take both scans in one launch, do not write states that are not wanted, nor those of
+        the second.
     """
     if choose_backend(first.x, backend) == "triton":
         from .triton import ssd_triton_pair
@@ -100,13 +100,13 @@ def _why_unfit(backend: str, x: torch.Tensor) -> str | None:
 
 
 def use_triton_kernels(x) -> bool:
-    """Whether what is around a scan runs in our kernels too: on a GPU where the scan does."""
+    """Returns whether the steps around a scan run in our kernels too: on a GPU, where the scan does."""
     return x.is_cuda and choose_backend(x) == "triton"
 
 
 def ssd_step(x, dt, A, B, C, states, *, normalized: bool = False):
     """
-    One token per sequence: x [b, g, p], dt [b, s], A [s], B [b, g, k], C [b, h, k], states [b, s, p, k].
+    Scans one token per sequence: x [b, g, p], dt [b, s], A [s], B [b, g, k], C [b, h, k], states [b, s, p, k].
 
     With `normalized`, states are `[b, s, p + 1, k]` as in [`ssd`]. On a GPU with Triton, and without gradients, one
     kernel does it all.

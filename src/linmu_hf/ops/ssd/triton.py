@@ -1,6 +1,6 @@
-"""The selective scan on a GPU: our Triton kernels behind the contract of `scan.py`, with their backward pass.
+"""The selective scan on a GPU: our Triton kernels for the contract of `scan.py`, with their backward pass.
 
-The kernels are in `triton_forward.py` and `triton_backward.py`. A launch serves one scan or a pair of them,
+The kernels are in `triton_forward.py` and `triton_backward.py`. A launch runs one scan or a pair of them,
 such as both directions of a layer. Chunks of 64 tokens are worked on in windows that bound the memory of their
 states, whatever the length; a state enters each window from the one before, and the backward pass computes the states
 of a window again from there. Only x, B, C, dt, y, the entering states and the normalisers are kept for it.
@@ -212,7 +212,7 @@ def ssd_forward(
     lengths: list[int], counts: list[int], starts: list[bool], ends: list[bool], normalized: bool, half_states: bool,
 ) -> list[torch.Tensor]:  # fmt: skip
     """
-    One or two scans: lists have an entry for each, but for `initial_states`, which only those in `starts` have.
+    Runs one or two scans: lists have an entry for each, but for `initial_states`, which only those in `starts` have.
 
     Returns:
         `list[torch.Tensor]`: y of each scan, the final states that are wanted, the states that enter the windows, and
@@ -272,7 +272,7 @@ def ssd_backward(
     y: list[torch.Tensor], entries: torch.Tensor, sums: list[torch.Tensor],
     lengths: list[int], counts: list[int], starts: list[bool], ends: list[bool], normalized: bool, half_states: bool,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """Gradients of x, dt, A, B and C of each scan, in this order, and of all initial states."""
+    """Returns the gradients of x, dt, A, B and C of each scan, in this order, and of all initial states."""
     plan = _plan(lengths, counts, starts, ends, normalized, half_states)
     scan = _Launches(x, dt, A, B, C, plan)
     table, scans = scan.table, len(x)
@@ -368,8 +368,8 @@ ssd_forward.register_autograd(_backward, setup_context=_save)
 
 def ssd_triton(x, dt, A, B, C, segments, initial_states=None, *, normalized=False):
     """
-    The scan by our kernels; arguments and results as in [`~linmu_hf.ops.ssd.scan.ssd`]. x, B and C are read in place
-    (only their last dimension has to be contiguous), and multiplied in x's dtype with sums in fp32.
+    Runs the scan by our kernels; arguments and results as in [`~linmu_hf.ops.ssd.scan.ssd`]. x, B and C are read in
+    place (only their last dimension has to be contiguous), and multiplied in x's dtype with sums in fp32.
 
     Raises:
         `ValueError`: Shapes that do not fit together, which a kernel would not notice.
@@ -380,12 +380,12 @@ def ssd_triton(x, dt, A, B, C, segments, initial_states=None, *, normalized=Fals
 
 def ssd_triton_pair(first: Scan, second: Scan, normalized: bool = False, final_states: bool = True):
     """
-    Two scans with the same head sizes in one launch of each kernel, such as the two directions of a layer. They may
-    differ in tokens and segments, and share tensors.
+    Runs two scans with the same head sizes in one launch of each kernel, such as the two directions of a layer. They
+    may differ in tokens and segments, and share tensors.
 
     Returns:
         `tuple[tuple[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, None]]`: y and final states of each scan:
-        `None` with `final_states=False`, and always of the second, whose final states nobody needs.
+        `None` with `final_states=False`, and always of the second, whose final states are not needed.
 
     Raises:
         `ValueError`: As in [`ssd_triton`], and head sizes or data types that differ.

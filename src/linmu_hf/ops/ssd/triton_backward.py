@@ -7,7 +7,7 @@ the chunk and dh the gradient of the state after it:
     dx_r = sum_l G W dt_r dy_l + exp(a_end - a_r) dt_r B_r dh
     da_l = sum_r (M G W dt)_lr - sum_r (M G W dt)_rl + ...    d(dt A)_t = sum of da over the chunk's tokens from t on
 
-A normalised scan divides by n_l: with y the quotient, dy_l stands for dy_l / n_l in all of this, and the channel of
+A normalised scan divides by n_l: with y the quotient, dy_l means dy_l / n_l in all of this, and the channel of
 ones has the gradient `slope`_l = -(dy_l . y_l) / n_l, which enters M as one more channel of x that is 1.
 """
 

@@ -10,7 +10,7 @@
     S, R, Q         state heads, state heads per key/value head, query heads per state head
     P, K            head dim and state size; BP, BK their tiles
 
-One launch serves one scan or a pair of them (`PAIR`) with tokens and A of their own and the same head sizes, such as
+One launch runs one scan or a pair of them (`PAIR`) with tokens and A of their own and the same head sizes, such as
 the two directions of a layer; a chunk says which is its scan.
 
 A normalised scan is one over x with a channel of ones: z is its state and C z what the others are divided by. The
