@@ -1,6 +1,6 @@
 """Peak memory of `linmu-convert` on a synthetic checkpoint that is far larger than the memory it may use.
 
-    python benchmarks/convert_memory.py [--gigabytes 4] [--dtype bfloat16] [--convert-dtype float32] [--json FILE]
+    python benchmarks/convert_memory.py [--gigabytes 4] [--dtype bfloat16] [--convert_dtype float32] [--json FILE]
 
 Writes a Qwen2.5-VL checkpoint of that size in 500 MB shards to a temporary folder, converts it in a process of its
 own, prints the most memory that process held, and fails if it is more than the limit.
@@ -115,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=4)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--convert-dtype", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--convert_dtype", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--folder", help="where to put the checkpoints, removed afterwards (default: the system's)")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()

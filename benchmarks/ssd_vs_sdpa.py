@@ -58,7 +58,7 @@ def best_seconds(functions, budget: float) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    parser.add_argument("--state-heads", type=int, default=HEADS, choices=[KV_HEADS, HEADS])
+    parser.add_argument("--state_heads", type=int, default=HEADS, choices=[KV_HEADS, HEADS])
     parser.add_argument("--seconds", type=float, default=2.0, help="time spent on each length")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()

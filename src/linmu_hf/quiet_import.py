@@ -15,7 +15,7 @@ COMPLAINTS = {
 
 
 def keep(record: logging.LogRecord) -> bool:
-    """Tells whether a record is none of torchao's complaints."""
+    """Returns whether to keep a log record: all but torchao's complaints."""
     return COMPLAINTS[record.name] not in record.getMessage()
 
 

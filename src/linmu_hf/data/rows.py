@@ -94,7 +94,7 @@ def encode_prompts(processor, rows: Sequence[Row], numbers: Sequence[int] | None
 
 
 def answer_text(row: Row) -> str:
-    """Returns the text of the row's last assistant turn: what a model has to say after [`encode_prompts`]."""
+    """Returns the text of the row's last assistant turn: the right answer to [`encode_prompts`]."""
     messages = [message for message in read_row(row)["messages"] if message["role"] == "assistant"]
     return "".join(texts_of({"messages": messages[-1:]}))
 

@@ -129,7 +129,7 @@ def _read_file(file: Any, processor, fps: float | None) -> Video:
 
 
 def _measure(av, file: Any) -> VideoMetadata:
-    """Number of frames and rate: what the file says of itself, or, where it does not, what its packets say."""
+    """Number of frames and rate, from the file's header, or from its packets where that has none."""
     with _opened(av, file) as container:
         stream = container.streams.video[0]
         fps, total = float(stream.average_rate or stream.guessed_rate or 0), stream.frames

@@ -163,7 +163,7 @@ class DistillConfig(TrainingArguments):
         self.stages()
 
     def teacher_options(self) -> dict[str, Any]:
-        """Returns `dtype`, `revision` and `attn_implementation` of the teacher, as far as they are given."""
+        """Returns those of `dtype`, `revision` and `attn_implementation` that are given for the teacher."""
         kwargs = self.teacher_model_init_kwargs or {}
         if not isinstance(kwargs, dict):
             raise ValueError(f"teacher_model_init_kwargs={kwargs!r} must be a JSON object")

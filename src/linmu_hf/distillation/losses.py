@@ -28,7 +28,7 @@ Head = Callable[[Tensor], Tensor]
 
 
 def next_token_targets(labels: Tensor) -> Tensor:
-    """Moves `labels` [b, t] one step left: entry i is what the model has to say after token i, -100 if uncounted."""
+    """Moves `labels` [b, t] one step left: entry i is the token to predict after token i, -100 if uncounted."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 

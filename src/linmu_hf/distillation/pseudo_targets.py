@@ -105,7 +105,7 @@ def encode_answers(processor, row: Row, answers: Sequence[Answer], number: int =
 
 
 def _encode_skeleton(processor, row: Row, number: int) -> Features:
-    """The row with the same short text in every assistant turn: where answers belong, whatever they are."""
+    """Encodes the row with the same short text in every assistant turn, which shows where answers belong."""
     row, messages = read_row(row, number), []
     for message in row["messages"]:
         if message["role"] == "assistant":

@@ -180,7 +180,7 @@ def _train_in_fp32(student: nn.Module) -> dict[str, torch.dtype]:
 
 
 def _pseudo_encoder(config: DistillConfig, teacher, features: EncodedDataset, out: Path) -> EncodePseudo:
-    """What encodes a row with the teacher's answers: those of a column, else such as are decoded now."""
+    """Returns what encodes a row with the teacher's answers, which a column holds or which are decoded now."""
     processor = features.processor
     if PSEUDO_COLUMN in features.rows[0]:
         return partial(_encode_column, processor)

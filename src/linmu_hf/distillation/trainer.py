@@ -66,7 +66,7 @@ class DistillTrainer(Trainer):
         self.shares_vision = _equal_weights(model.model.visual, teacher.model.visual)
         if args.gradient_checkpointing:  # the name in every Transformers of the range
             # Nothing in front of the first mixer trains: a reentrant checkpoint would find no input to differentiate
-            # and drop all gradients in silence.
+            # and silently drop all gradients.
             model.enable_input_require_grads()
         self._sums: dict[str, Tensor] = {}
         self._first_unlogged_step = 0

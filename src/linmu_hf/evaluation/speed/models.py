@@ -92,7 +92,7 @@ def text_config(model: str) -> LinMUTextConfig:
 
 
 def vision_config(model: str):
-    """Returns the configuration of the vision side, for all that [`text_config`] takes."""
+    """Returns the configuration of the vision side; takes what [`text_config`] takes."""
     if model in PRESETS:
         kind, preset = PRESETS[model]
         return AutoConfig.for_model(kind, **preset.vision, out_hidden_size=text_config(model).hidden_size)

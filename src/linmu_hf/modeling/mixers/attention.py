@@ -1,6 +1,6 @@
 """
 `attn_implementation="torch_varlen"`: layers with full attention read packed rows by PyTorch's kernel for sequences of
-any lengths, which needs neither the flash-attn package nor a mask of t x t. Everything else goes as with `"sdpa"`.
+any lengths, which needs neither the flash-attn package nor a mask of t x t. Everything else is as with `"sdpa"`.
 """
 
 from transformers import AttentionInterface, AttentionMaskInterface

@@ -60,7 +60,7 @@ def _attend(q, k, v, windows: int, size: int):
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     if not learns and multiplies_in_bfloat16(q):
         return _two_products(q, k, v).transpose(1, 2).flatten(0, 1)
-    # a CPU reads grouped heads as they lie; on a GPU repeating a few hundred keys costs less than the slower kernel
+    # a CPU reads grouped heads in place; on a GPU repeating a few hundred keys costs less than the slower kernel
     grouped = h != g and q.device.type == "cpu"
     if h != g and not grouped:
         k, v = (t.repeat_interleave(h // g, dim=1) for t in (k, v))

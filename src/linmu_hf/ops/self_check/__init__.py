@@ -31,7 +31,7 @@ _RESULTS: dict[tuple[str, torch.device], str | None] = {}
 @torch.compiler.assume_constant_result
 def failed_self_check(kernels: str, device: torch.device) -> str | None:
     """
-    Returns why kernels are not to be relied on there, `None` if values and gradients are as those of plain PyTorch;
+    Returns why kernels cannot be relied on there, `None` if values and gradients are those of plain PyTorch;
     compared once on each device. An untried driver, GPU or package must not give wrong answers.
 
     Args:
