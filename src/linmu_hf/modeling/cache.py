@@ -152,7 +152,7 @@ class MMateCacheLayer(LinearAttentionLayer, RopeDeltas):
 
 
 def _keep_address(tensor):
-    """A compiled decode step writes this tensor where it lies, which a CUDA graph has to know to be captured."""
+    """A compiled decode step writes this tensor in place, which a CUDA graph has to know to be captured."""
     if not torch.compiler.is_compiling():
         torch._dynamo.mark_static_address(tensor)
 

@@ -72,7 +72,7 @@ def is_checked(vision_layout) -> bool:
 
 def check_prompt(model, input_ids, attention_mask=None, past_key_values=None):
     """
-    Ids `[b, t]` and mask of a prompt that `generate` is given: all tokens, or those behind the cache.
+    Checks ids `[b, t]` and mask of a prompt that `generate` is given: all tokens, or those after the cached ones.
 
     Raises:
         `ValueError`, `TypeError`: As in [`check_forward`].
@@ -90,7 +90,7 @@ def check_prompt(model, input_ids, attention_mask=None, past_key_values=None):
 def check_tokens(model, input_ids, inputs_embeds=None, past_key_values=None):
     """
     Args:
-        model (`LinMUModel`): Whose placeholders may lie outside the vocabulary.
+        model (`LinMUModel`): Whose placeholders may be outside the vocabulary.
         input_ids (`torch.LongTensor` of shape `[b, t]`) or inputs_embeds (`torch.Tensor` of shape `[b, t, d]`).
         past_key_values (`Cache`, *optional*): With one, the values of single tokens are not looked at.
 
@@ -189,7 +189,7 @@ def check_media(types, attention_mask, vision, image_grid_thw=None, video_grid_t
         for number, medium in enumerate(media):
             if len({next(places) for _ in medium}) > 1:
                 raise ValueError(
-                    f"{name}_grid_thw has the entry {grids[number].tolist()}, whose tokens would lie in several rows "
+                    f"{name}_grid_thw has the entry {grids[number].tolist()}, whose tokens would be in several rows "
                     "of the batch; pass the grids in the order in which the processor returned them"
                 )
     videos = 0 if video_grid_thw is None else len(video_grid_thw)
@@ -249,7 +249,7 @@ def check_head_inputs(input_ids, inputs_embeds, vocabulary: int, labels=None, lo
     if isinstance(logits_to_keep, torch.Tensor):
         expect("logits_to_keep", logits_to_keep, (None,), "[positions]")
         if logits_to_keep.numel() and not -t <= int(logits_to_keep.min()) <= int(logits_to_keep.max()) < t:
-            raise ValueError(f"logits_to_keep={logits_to_keep.tolist()} must lie within the {t} tokens")
+            raise ValueError(f"logits_to_keep={logits_to_keep.tolist()} must be within the {t} tokens")
         everything = len(logits_to_keep) == t
     elif isinstance(logits_to_keep, bool) or not isinstance(logits_to_keep, int) or logits_to_keep < 0:
         raise ValueError(

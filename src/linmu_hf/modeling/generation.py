@@ -1,4 +1,4 @@
-"""What generation adds to Transformers' own: the vision layout of the prompt, chunks, positions behind a cache."""
+"""What generation adds to Transformers' own: the layout of the prompt, chunks, positions after cached tokens."""
 
 import bisect
 import functools

@@ -55,7 +55,7 @@ class LinMUModel(LinMUPreTrainedModel):
 
     @property
     def placeholders(self) -> dict[str, int]:
-        """The placeholder of an image and of a video; it may lie outside the vocabulary."""
+        """The placeholder of an image and of a video; it may be outside the vocabulary."""
         return {"image": self.config.image_token_id, "video": self.config.video_token_id}
 
     def embeddable(self, ids, instead: int = 0):
@@ -95,7 +95,7 @@ class LinMUModel(LinMUPreTrainedModel):
         **kwargs,
     ):
         """
-        Where every token lies, in rotary positions and in its image or video.
+        Returns where every token is, in rotary positions and in its image or video.
 
         Args:
             input_ids (`torch.LongTensor` of shape `[b, t]`): With placeholders for vision tokens.
@@ -187,7 +187,7 @@ class LinMUModel(LinMUPreTrainedModel):
         The embedding `[d]` of a placeholder.
 
         Raises:
-            `ValueError`: It lies outside the vocabulary, so that embeddings do not tell where placeholders are.
+            `ValueError`: It is outside the vocabulary, so that embeddings do not tell where placeholders are.
         """
         if token >= self.n_embeddings:
             raise ValueError(

@@ -281,5 +281,5 @@ def test_the_media_of_a_row_stay_in_it():
     inputs = tiny.batch(tiny_nvila.LiteSample(1, ("image", 2, 1)), tiny_nvila.LiteSample(2, ("image", 1, 1)))
     inputs["image_grid_thw"] = inputs["image_grid_thw"].flip(0)
     where = {name: value for name, value in inputs.items() if "pixel" not in name}
-    with pytest.raises(ValueError, match=r"\[1, 4, 2\], whose tokens would lie in several rows of the batch"):
+    with pytest.raises(ValueError, match=r"\[1, 4, 2\], whose tokens would be in several rows of the batch"):
         model.model.get_positions(**where)

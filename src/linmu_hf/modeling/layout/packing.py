@@ -1,4 +1,4 @@
-"""Packed batches: several sequences behind one another in one row, which must not see each other."""
+"""Packed batches: several sequences one after another in one row, which must not see each other."""
 
 from itertools import pairwise
 

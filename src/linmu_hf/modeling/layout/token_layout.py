@@ -1,4 +1,4 @@
-"""Where every token lies: sequences packed without padding, scan orders, reverse scans, windows.
+"""Where every token is: sequences packed without padding, scan orders, reverse scans, windows.
 
 A *span* is the set of positions of one image or video of a sequence. Rotary Major-Scan moves the vision tokens of a
 span among the span's own positions; text and separators stay. The layout is built once per forward pass from
@@ -81,7 +81,7 @@ class TokenLayout:
 
     def to(self, device, **kwargs) -> "TokenLayout":
         """
-        The same on another device, for models whose layers lie on several; further arguments as for `torch.Tensor.to`.
+        The same on another device, for models whose layers are on several; further arguments as for `torch.Tensor.to`.
         """
         if next(iter(self.orders.values())).device == torch.device(device):
             return self
@@ -189,7 +189,7 @@ def span_layout(types, media: dict[int, list[torch.Tensor]], max_span_frames: in
 
 
 def _moved(value, device, kwargs):
-    """What lies in a layout, on another device."""
+    """Returns a part of a layout on another device."""
     if isinstance(value, dict):
         return {key: _moved(item, device, kwargs) for key, item in value.items()}
     if isinstance(value, tuple):
