@@ -26,7 +26,7 @@ bench-cpu: $(READY)
 
 # One thread per worker: two workers on two cores beat one worker with two threads.
 test: $(READY)
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 # Transformers' own test mixins on our classes; a whole run writes the report.
 conformance: $(READY)

@@ -11,6 +11,8 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
+    # the longest first, so that one worker does not end minutes after the other
+    items.sort(key=lambda item: "test_interpreted" not in item.nodeid)
     if torch.cuda.is_available():
         return
     for item in items:
