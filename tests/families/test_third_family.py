@@ -29,6 +29,8 @@ from linmu_hf.modeling.vision_side import VISION_SIDES, VisionSide, grid_coordin
 from linmu_hf.safetensors_io import read_checkpoint
 
 
+pytestmark = pytest.mark.extras  # Transformers builds the processor beside its checkpoint only with torchvision
+
 WIDTH, PIXELS = 32, 5
 
 

@@ -91,6 +91,7 @@ def test_a_further_mixer_runs_decodes_and_trains(running_mean, layer_types):
     assert len(gains) == layer_types.count("running_mean") and all(grad.abs() > 0 for grad in gains)
 
 
+@pytest.mark.extras
 def test_a_further_mixer_converts(running_mean, tmp_path):
     teacher = make_teacher(tmp_path / "teacher")
     text = LinMUTextConfig.__post_init__
