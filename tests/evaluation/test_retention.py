@@ -61,7 +61,7 @@ def test_any_value_names_a_task():
 
 
 class Oracle:
-    """Says what it is told to, token for token, as far as `max_new_tokens` goes."""
+    """Generates the given tokens one by one, up to `max_new_tokens`."""
 
     device = "cpu"
 
