@@ -15,6 +15,7 @@ Sums are taken in float32 over chunks of positions, so that the logits of a whol
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def evaluate(student, teacher, rows: Sequence[Tensor], kinds: Sequence[str] | No
             for label in sorted(set(labels)):
                 chosen = torch.tensor([each == label for each in labels])
                 sums.setdefault(label, Sums()).add(values[:, chosen])
-    ordered = [label for label in (*labels_in_order(), "new")]
+    ordered = [*labels_in_order(), "new"]
     return {
         **total.figures(),
         "tokens": total.count,
@@ -147,4 +148,4 @@ def bins(values: Tensor) -> list[str]:
 
 
 def labels_in_order() -> list[str]:
-    return [f"{low}-{high - 1}" for low, high in zip(EDGES[:-1], EDGES[1:], strict=True)] + [f"{EDGES[-1]}-"]
+    return [f"{low}-{high - 1}" for low, high in pairwise(EDGES)] + [f"{EDGES[-1]}-"]

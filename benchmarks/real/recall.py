@@ -1,10 +1,10 @@
 """
 Recall of a key and its value over a distance.
 
-A row is real text with statements in it, "The secret word of Robert is apple.", and later the same statement again. At
-the word before the value, a model that remembers the first statement knows the value of the second. The distance is the
-number of tokens from the value in the first statement to the same value in the second. Every key and every value
-occurs in one pair only, so no model can guess: the share of right values is 0 without memory.
+A row is real text with statements in it, "Name and secret word: Robert apple.", and later the same statement again.
+At the word before the value, a model that remembers the first statement knows the value of the second. The distance
+is the number of tokens from the value in the first statement to the same value in the second. Every key and every
+value occurs in one pair only, so no model can guess: without memory the share of right values is 0.
 """
 
 import re
@@ -21,9 +21,9 @@ from .text import BEGINNINGS, TextRows
 
 
 DISTANCES = (32, 64, 128, 256, 512, 1024)
-FORM = "\n\nThe secret word of{key} is{value}.\n\n"
-PER_ROW = 4  # questions for each distance in a row
-LENGTH = 1536  # tokens of a row: room for the longest distance and for all statements
+FORM = "\n\nName and secret word:{key}{value}.\n\n"
+PER_ROW = 2  # questions for each distance in a row: with more, the teacher itself mixes them up
+LENGTH = 1280  # tokens of a row: room for the longest distance and for all statements
 KEYS = (
     "Robert Mary John David Susan Thomas Sarah Peter Paul George Anna Martin Alice Henry Laura Frank Helen Simon "
     "Emma Daniel Maria Jack Kate Oliver Lucy Adam Edward Julia Michael Ruth William Grace James Jane Charles Rose "
