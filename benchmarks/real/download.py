@@ -22,7 +22,7 @@ def download(package: str, version: str, folder: Path, *, source: bool = False) 
         print(f"downloading {package} {version}", flush=True)
         with whole_folder(place) as target:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-            kind = ["--no-binary", ":all:"] if source else ["--only-binary", ":all:"]
+            kind = ["--no-binary", package] if source else ["--only-binary", ":all:"]
             result = subprocess.run(
                 [*command, *kind, "--dest", str(target), f"{package}=={version}"], capture_output=True, text=True
             )
