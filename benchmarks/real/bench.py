@@ -74,6 +74,8 @@ class Bench:
 
     def take(self, step: Step) -> None:
         """Takes a step from the model of the one before, and leaves its own."""
+        if (self.output / step.name).is_dir():  # killed between the folder and the note that it is finished
+            return
         names = ["conversion", *(each.name for each in self.settings.steps)]
         student = self.load(names[names.index(step.name) - 1])
         rows = TextRows(self.base / "text", "train", self.tokenizer, step.length, seed=names.index(step.name))

@@ -57,6 +57,7 @@ def evaluate(student, teacher, rows: Sequence[Tensor], kinds: Sequence[str] | No
             answer = known
         else:
             answer = student.model(input_ids=ids, use_cache=False, output_mixer_states=True)
+        if student is not teacher and replaced:
             errors = layer_errors(student, known, answer, replaced)
             fed, own, energy = fed + errors[0], own + errors[1], energy + errors[2]
         values = token_values(student, teacher, answer.last_hidden_state[0], known.last_hidden_state[0], row)

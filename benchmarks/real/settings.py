@@ -49,7 +49,7 @@ class Train:
     steps: int
     batch_size: int = 2
     length: int = 512
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-4  # at 5e-4 the first steps destroy what the teacher's maps know
     warmup: float = 0.1
     fed: Literal["student", "teacher"] = "student"
     kl: float = 1.0
@@ -111,8 +111,8 @@ class Settings:
 DEFAULT = Settings(
     steps=(
         Calibrate("calibration", batches=9),
-        Train("alignment", steps=60, learning_rate=1e-3, fed="teacher", hidden=1.0),
-        Train("final", steps=160, learning_rate=5e-4, hidden=0.1),
+        Train("alignment", steps=60, learning_rate=3e-4, fed="teacher", hidden=1.0),
+        Train("final", steps=160),
     ),
     rows=12,
     length=1024,
@@ -120,8 +120,8 @@ DEFAULT = Settings(
 )
 QUICK = Settings(
     steps=(
-        Calibrate("calibration", batches=3),
-        Train("final", steps=40, length=256, learning_rate=5e-4, hidden=0.1),
+        Calibrate("calibration", batches=7),
+        Train("final", steps=40, length=256),
     ),
     rows=3,
     length=1024,

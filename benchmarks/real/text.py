@@ -45,7 +45,7 @@ SOURCES = (
     Source("Django", "5.2.8", "BSD-3-Clause", "docs"),
     Source("pytest", "9.2.0", "MIT", "doc/en"),
     Source("salt", "3008.5", "Apache-2.0", "doc"),
-    Source("docutils", "0.23", "public domain", "docs"),
+    Source("docutils", "0.23", "public domain, parts BSD-2-Clause", "docs"),
     Source("Sphinx", "9.0.4", "BSD-2-Clause", "doc"),
     Source("Scrapy", "2.19.0", "BSD-3-Clause", "docs"),
     Source("roundup", "2.6.0", "MIT", "doc"),
