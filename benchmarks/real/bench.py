@@ -1,6 +1,7 @@
 """The parts of a run, each of which leaves a folder or a file when it is complete and not before."""
 
 import json
+import os
 import platform
 from functools import cached_property
 from importlib.metadata import version
@@ -120,7 +121,11 @@ class Bench:
             "text": json.loads((self.base / "text" / "text.json").read_text()),
             "seconds": seconds | {"total": round(sum(seconds.values()), 1)},
             "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
-            "machine": {"torch_threads": torch.get_num_threads(), "cuda": torch.cuda.is_available()},
+            "machine": {
+                "cores": os.cpu_count(),
+                "torch_threads": torch.get_num_threads(),
+                "cuda": torch.cuda.is_available(),
+            },
         }
 
 

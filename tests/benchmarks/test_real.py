@@ -97,6 +97,15 @@ def test_the_teacher_agrees_with_itself():
     assert figures["perplexity"] == figures["perplexity_teacher"]
 
 
+def test_layers_that_keep_attention_have_no_error():
+    teacher = tiny.plain(layer_types=["full_attention"] * 4)
+    row = torch.randint(1, 60, (20,))
+    hybrid = tiny.plain(seed=1, layer_types=["m_mate", "full_attention", "m_mate", "full_attention"])
+    assert set(measure.evaluate(hybrid, teacher, [row])["layers"]) == {0, 2}
+    copy = tiny.plain(layer_types=["full_attention"] * 4)
+    assert measure.evaluate(copy, teacher, [row])["layers"] == {}
+
+
 def test_distance_of_the_last_same_pair():
     assert measure.pair_distances(torch.tensor([5, 6, 7, 5, 6, 5, 6])).tolist() == [-1, -1, -1, 3, -1, 2]
     assert measure.bins(torch.tensor([-1, 0, 31, 32, 9000])) == ["new", "0-31", "0-31", "32-63", "8192-"]
