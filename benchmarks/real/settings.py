@@ -111,8 +111,8 @@ class Settings:
 DEFAULT = Settings(
     steps=(
         Calibrate("calibration", batches=9),
-        Train("alignment", steps=60, learning_rate=3e-4, fed="teacher", hidden=1.0),
-        Train("final", steps=160),
+        Train("alignment", steps=40, learning_rate=3e-4, fed="teacher", hidden=1.0),
+        Train("final", steps=120),
     ),
     rows=12,
     length=1024,
