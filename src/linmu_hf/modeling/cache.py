@@ -46,8 +46,9 @@ def _with_rope_deltas(kind: type) -> type:
 
 class MMateCacheLayer(LinearAttentionLayer, RopeDeltas):
     """
-    State of the forward scan of one layer for a batch: `[b, s, p, k]` in fp32, and the last inputs of the convolution
-    `[b, w - 1, c]`. [`register_mixer`] enters it into Transformers' dynamic, static and offloaded caches.
+    State of the forward scan of one layer for a batch: `[b, s, p, k]` in fp32, the last inputs of the convolution
+    `[b, w - 1, c]`, and `slots` for the text tokens in exact attention, each `[b, sinks + window, ...]`.
+    [`register_mixer`] enters it into Transformers' dynamic, static and offloaded caches.
 
     Args:
         max_cache_len (`int`, *optional*):
@@ -62,6 +63,8 @@ class MMateCacheLayer(LinearAttentionLayer, RopeDeltas):
         self.keys = self.values = None
         self.is_initialized = False
         self.seen: int | torch.Tensor = 0 if max_cache_len is None else torch.tensor(0)
+        self.slots: dict[str, torch.Tensor] = {}
+        self.counts: torch.Tensor | None = None  # text and vision tokens of every row, [b, 2]
 
     def load(self, rows=None):
         """Convolution tail and SSM state of the given batch rows (all by default); `(None, None)` at the beginning."""
@@ -99,6 +102,63 @@ class MMateCacheLayer(LinearAttentionLayer, RopeDeltas):
         self.is_conv_states_initialized[0] = tail is not None
         self.is_recurrent_states_initialized[0] = True
 
+    def load_slots(self, names, places) -> list[torch.Tensor | None]:
+        """Returns what the slots of `names` hold at `places`, counted over the batch; `None` at the beginning."""
+        if places is None:
+            return [None] * len(names)
+        return [self.slots[name].flatten(0, 1).index_select(0, places) for name in names]
+
+    def store_slots(self, places, width: int, batch: int, **values) -> None:
+        """Puts `values` `[k, ...]` into slots, of which each of the `batch` rows has `width`."""
+        for name, new in values.items():
+            slots = self.slots.get(name)
+            if slots is None or len(slots) != batch:
+                slots = new.new_zeros(batch, width, *new.shape[1:])
+            flat = slots.flatten(0, 1)
+            if new.requires_grad or flat.requires_grad:
+                self.slots[name] = flat.index_copy(0, places, new.to(flat.dtype)).view_as(slots)
+                continue
+            flat.index_copy_(0, places, new.to(flat.dtype))
+            if slots is not self.slots.get(name):
+                _keep_address(slots)
+                self.slots[name] = slots
+
+    def exchange(self, slot, real, width: int, **values) -> list[torch.Tensor]:
+        """
+        Puts one token of every row into its slot, in a decode step.
+
+        Args:
+            slot (`torch.LongTensor` of shape `[b]`): The slot of each row.
+            real (`torch.BoolTensor` of shape `[b]` or `None`): Rows whose token counts.
+            width (`int`): Slots of a row.
+            values (`torch.Tensor` of shape `[b, ...]`): What to keep, by name.
+
+        Returns:
+            `list[torch.Tensor]`: What the slots held before, each `[b, ...]`.
+        """
+        held = []
+        for name, new in values.items():
+            slots = self.slots.get(name)
+            if slots is None or len(slots) != len(new):
+                slots = new.new_zeros(len(new), width, *new.shape[1:])
+                _keep_address(slots)
+            at = slot.view(-1, *[1] * new.ndim).expand(-1, 1, *new.shape[1:])
+            old = slots.gather(1, at)
+            new = new[:, None].to(old.dtype)
+            if real is not None:
+                new = torch.where(real.view(-1, *[1] * (new.ndim - 1)), new, old)
+            self.slots[name] = slots.scatter(1, at, new) if new.requires_grad else slots.scatter_(1, at, new)
+            held.append(old[:, 0])
+        return held
+
+    def count(self, counts) -> None:
+        """Replaces the numbers of text and vision tokens `[b, 2]` after a forward pass."""
+        if self.counts is not None and self.counts.shape == counts.shape:
+            self.counts.copy_(counts)
+        else:
+            self.counts = counts.clone()
+            _keep_address(self.counts)
+
     def advance(self, n_tokens: int) -> None:
         """Counts the tokens of a forward pass, padding included."""
         self.seen += n_tokens
@@ -121,6 +181,8 @@ class MMateCacheLayer(LinearAttentionLayer, RopeDeltas):
     def reset(self) -> None:
         super().reset()
         self.rope_deltas = None
+        if self.counts is not None:
+            self.counts.zero_()
         self.seen = self.seen.zero_() if isinstance(self.seen, torch.Tensor) else 0
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -138,17 +200,34 @@ class MMateCacheLayer(LinearAttentionLayer, RopeDeltas):
             "methods that crop the cache need a model with full attention"
         )
 
+    def offload(self) -> None:
+        super().offload()
+        self.slots = {name: slots.to("cpu", non_blocking=True) for name, slots in self.slots.items()}
+
+    def prefetch(self) -> None:
+        super().prefetch()
+        self.slots = {name: slots.to(self.device, non_blocking=True) for name, slots in self.slots.items()}
+
     def _map(self, function):
         self._map_deltas(function)
-        for holder in (self.conv_states, self.recurrent_states):
-            if holder[0] is None:
+        kept: list = [(self.conv_states, 0), (self.recurrent_states, 0), *((self.slots, name) for name in self.slots)]
+        if self.counts is not None:
+            kept.append((vars(self), "counts"))
+        for holder, name in kept:
+            old = holder[name]
+            if old is None:
                 continue
-            new = function(holder[0])
-            if new.shape == holder[0].shape and not new.requires_grad:
-                holder[0].copy_(new)
+            new = function(old)
+            if new.shape == old.shape and not new.requires_grad:
+                old.copy_(new)
             else:
-                holder[0] = new
+                holder[name] = new
                 _keep_address(new)
+
+
+def counting_layer(cache: Cache) -> MMateCacheLayer:
+    """Returns the first recurrent layer of a cache, whose counts of tokens are those of all."""
+    return next(layer for layer in cache.layers if isinstance(layer, MMateCacheLayer))
 
 
 def _keep_address(tensor):

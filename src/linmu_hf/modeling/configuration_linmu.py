@@ -56,6 +56,11 @@ class LinMUTextConfig(RemoteCode, PreTrainedConfig):
             The same for an image.
         window_wrap (`bool`, *optional*, defaults to `False`):
             Whether shifted windows join opposite edges (Fig. 4); `False` gives smaller windows there instead.
+        text_window (`int`, *optional*, defaults to 256):
+            How many of the last text tokens a text token attends to exactly; what leaves the window is scanned. 0
+            leaves text to the scan alone, as the paper does.
+        sink_tokens (`int`, *optional*, defaults to 4):
+            How many of the first text tokens of a sequence every token attends to exactly (attention sinks).
         max_span_frames (`int`, *optional*):
             Longest span of a video in merged frames: a longer one is read as several spans, so that a prefill in
             chunks is bounded by it. `None`: every video is one span.
@@ -102,6 +107,8 @@ class LinMUTextConfig(RemoteCode, PreTrainedConfig):
     window_size: list[int] | tuple[int, ...] = (16, 4, 4)
     image_window_size: list[int] | tuple[int, ...] = (1, 16, 16)
     window_wrap: bool = False
+    text_window: int = 256
+    sink_tokens: int = 4
     max_span_frames: int | None = None
     output_norm: str | None = None
 
@@ -157,6 +164,12 @@ class LinMUTextConfig(RemoteCode, PreTrainedConfig):
             raise ValueError(f"state_size={self.state_size} must be even and at least 2 (features of z and of -z)")
         if self.max_span_frames is not None and self.max_span_frames < 1:
             raise ValueError(f"max_span_frames={self.max_span_frames} must be at least 1, or None for no limit")
+        if self.text_window < 0 or self.sink_tokens < 0:
+            raise ValueError(
+                f"text_window={self.text_window} and sink_tokens={self.sink_tokens} are numbers of tokens, at least 0"
+            )
+        if self.sink_tokens and not self.text_window:
+            raise ValueError(f"sink_tokens={self.sink_tokens} need a text_window: set it, or sink_tokens=0")
         if self.conv_kernel < 1:
             raise ValueError(f"conv_kernel={self.conv_kernel} must be at least 1 (1 leaves the convolution out)")
         if len(self.timescale_range) != 2 or not 0 < self.timescale_range[0] <= self.timescale_range[1]:
@@ -194,6 +207,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "bc_feature_map": None,
         "timescale_init": "mamba2",
         "window_wrap": True,
+        "text_window": 0,
+        "sink_tokens": 0,
         "output_norm": "layer_norm",
     },
 }
@@ -306,6 +321,6 @@ class LinMUConfig(RemoteCode, PreTrainedConfig):
 # The M-MATE options: what `linmu-convert` offers as flags.
 MIXER_FIELDS = (
     "scan_orders", "reverse_scope", "gate", "scan_rope", "bc_feature_map", "state_size", "conv_kernel",
-    "timescale_init", "timescale_range", "window_size", "image_window_size", "window_wrap", "max_span_frames",
-    "output_norm",
+    "timescale_init", "timescale_range", "window_size", "image_window_size", "window_wrap", "text_window",
+    "sink_tokens", "max_span_frames", "output_norm",
 )  # fmt: skip

@@ -18,9 +18,10 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache import MMateCacheLayer, open_cache
+from .cache import MMateCacheLayer, counting_layer, open_cache
 from .compat import CACHE, takes_aliases
 from .configuration_linmu import LinMUConfig, LinMUTextConfig
+from .layout.near import NearStep
 from .layout.packing import lengths_to_bounds, positions_within
 from .layout.prompt import Prompt, text_prompt
 from .layout.token_layout import TextStep, TokenLayout
@@ -188,6 +189,8 @@ class LinMUTextModel(LinMUPreTrainedModel):
             for cache_layer in cache.layers:
                 if isinstance(cache_layer, MMateCacheLayer):
                     cache_layer.advance(inputs_embeds.shape[1])
+            if layout is not None and layout.near is not None:
+                counting_layer(cache).count(layout.near.counts)
         return LinMUModelOutput(
             last_hidden_state=hidden_states,
             mixer_inputs=tuple(inputs) if output_mixer_states else None,
@@ -245,10 +248,13 @@ class LinMUTextModel(LinMUPreTrainedModel):
                         "padding only, not arbitrary attention patterns"
                     )
                 mask = mask[:, -t:].to(embeds.device)
+            past = None if past_key_values is None else counting_layer(past_key_values).counts
             if t == 1 and vision_layout is None and past_key_values is not None:
-                layout = TextStep(None if mask is None else mask[:, 0])
+                mask = None if mask is None else mask[:, 0]
+                near = NearStep.build(self.config, b, embeds.device, past, mask) if self.config.text_window else None
+                layout = TextStep(mask, near)
             else:
-                layout = TokenLayout.build(self.config, b, t, embeds.device, mask, vision_layout, packed)
+                layout = TokenLayout.build(self.config, b, t, embeds.device, mask, vision_layout, packed, past)
         return rope, layout, attention
 
     def _attention(self, embeds, causal_mask, text_positions, past_key_values, packed):

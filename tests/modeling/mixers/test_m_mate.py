@@ -15,16 +15,19 @@ from linmu_hf.ops.conv.causal_conv import causal_conv
 from linmu_hf.ops.segments import Segments
 
 
-PARTS = (3, ("image", 3, 5), 2, ("video", 3, 3, 2), 2)
+PARTS = (3, ("image", 3, 5), 6, ("video", 3, 3, 2), 4)
 OPTIONS = {
     "default": {},
     "paper": {
         "scan_rope": False, "bc_feature_map": None, "output_norm": "layer_norm",
-        "timescale_init": "mamba2",
+        "timescale_init": "mamba2", "text_window": 0, "sink_tokens": 0,
     },
     "wrap, channel gate, normed": {"window_wrap": True, "gate": "channel", "output_norm": "layer_norm"},
     "reverse over the sequence": {"reverse_scope": "sequence"},
     "no convolution": {"conv_kernel": 1, "bc_feature_map": None},
+    "a wide window": {"text_window": 50},
+    "no sinks": {"text_window": 2, "sink_tokens": 0},
+    "text left to the scan": {"text_window": 0, "sink_tokens": 0},
 }  # fmt: skip
 
 
@@ -39,11 +42,12 @@ def setup(layer_idx, **options):
     return model.language_model.layers[layer_idx].mixer, u, rope, tokens, layout[0]
 
 
-def scan(direction, config, x_proj, tokens, cos, sin, keep):
+def scan(direction, config, x_proj, tokens, cos, sin, keep, source=None):
     """
     Eq. 1 over a list of tokens [t, d], in their order: y [t, h, p]. Every head has its own loop. Only the tokens to
-    `keep` (M_V of Eq. 2) bring an input of their own.
+    `keep` (M_V of Eq. 2) bring an input of their own. `source` says which token is read at each place, if any is.
     """
+    source = range(len(tokens)) if source is None else source
     t, p = len(tokens), config.head_dim
     h, g = config.num_attention_heads, config.num_key_value_heads
     features = [proj(tokens) * keep[:, None] for proj in (x_proj, direction.b_proj, direction.c_proj)]
@@ -68,14 +72,16 @@ def scan(direction, config, x_proj, tokens, cos, sin, keep):
     for head in range(h):
         group = head // (h // g)
         numerator, denominator = 0, 0
-        for i in range(t):
-            decay = torch.exp(-dt[i, head] * direction.A_log[head].exp())
-            write = dt[i, head] * B[i, group] * keep[i]
-            numerator = decay * numerator + torch.outer(x[i, group], write)
-            denominator = decay * denominator + write
-            y[i, head] = numerator @ C[i, head]
-            if config.bc_feature_map == "softmax":
-                y[i, head] /= denominator @ C[i, head]
+        for i, j in enumerate(source):
+            if j is not None:
+                decay = torch.exp(-dt[j, head] * direction.A_log[head].exp())
+                write = dt[j, head] * B[j, group] * keep[j]
+                numerator = decay * numerator + torch.outer(x[j, group], write)
+                denominator = decay * denominator + write
+            if torch.is_tensor(numerator):
+                y[i, head] = numerator @ C[i, head]
+                if config.bc_feature_map == "softmax":
+                    y[i, head] /= denominator @ C[i, head]
             y[i, head] += direction.D[head] * x[i, group]
     return y
 
@@ -104,15 +110,45 @@ def window_mask(layout, config, layer_idx):
     return mask
 
 
+def near_mask(layout, config, layer_idx):
+    """[t, t]: the window of vision tokens, the last text tokens and the first, of those before a token or its span."""
+    mask = window_mask(layout, config, layer_idx)
+    text = (layout[:, 0] < 0).nonzero()[:, 0].tolist()
+    for i in range(len(layout)):
+        end = i + 1 if layout[i, 0] < 0 else (layout[:, 0] == layout[i, 0]).nonzero()[0, 0]
+        before = [j for j in text if j < end]
+        mask[i, before[: config.sink_tokens] + before[max(len(before) - config.text_window, 0) :]] = True
+    return mask
+
+
+def scanned_text(layout, config):
+    """The token that the forward scan reads at each place: text when it leaves the window, and no sinks."""
+    text = (layout[:, 0] < 0).nonzero()[:, 0].tolist()
+    source = list(range(len(layout)))
+    for rank, place in enumerate(text):
+        left = rank - config.text_window
+        source[place] = text[left] if left >= config.sink_tokens else None
+    return source
+
+
 def attention(swin, z, rope, mask):
-    """Softmax attention over the tokens that the mask allows, as the teacher computes it; [t, d] with W_O."""
+    """
+    Softmax attention over the tokens that the mask allows, as the teacher computes it, before W_O [t, h, p], and the
+    sum of exp(scores) [t, h].
+    """
     t, p = len(z), swin.head_dim
     q, k, v = (proj(z).view(t, -1, p) for proj in (swin.q_proj, swin.k_proj, swin.v_proj))
     q, k = (m * rope[0][0, :, None] + rotate_half(m) * rope[1][0, :, None] for m in (q, k))
     k, v = (m.repeat_interleave(q.shape[1] // k.shape[1], 1) for m in (k, v))
-    scores = torch.einsum("ihp,jhp->hij", q, k) / p**0.5
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0)
-    return swin.o_proj(torch.einsum("hij,jhp->ihp", weights, v).flatten(1))
+    weights = torch.exp(torch.einsum("ihp,jhp->hij", q, k) / p**0.5) * mask
+    total = weights.sum(-1)
+    return torch.einsum("hij,jhp->ihp", weights / total.clamp_min(1e-30)[..., None], v), total.t()
+
+
+def far_tokens(i, layout, source):
+    """How many tokens the scans have read for a token: all before it, and for a vision token all of its span."""
+    end = i if layout[i, 0] < 0 else (layout[:, 0] == layout[i, 0]).nonzero()[-1, 0]
+    return sum(j is not None for j in source[: end + 1])
 
 
 def algorithm_1(mixer, u, rope, layout):
@@ -128,7 +164,10 @@ def algorithm_1(mixer, u, rope, layout):
     y = torch.zeros(len(u), config.num_attention_heads, config.head_dim, dtype=u.dtype)
     run = partial(scan, config=config, x_proj=flex.x_proj)
     everything = torch.ones(len(u))
-    y[permuted] = run(flex.forward_scan, tokens=u[permuted], cos=cos[permuted], sin=sin[permuted], keep=everything)
+    source = scanned_text(layout, config) if config.text_window else None  # text stays where it is in any order
+    y[permuted] = run(
+        flex.forward_scan, tokens=u[permuted], cos=cos[permuted], sin=sin[permuted], keep=everything, source=source
+    )
     backwards = [permuted[layout[:, 0] == span].flip(0) for span in range(int(layout[:, 0].max()) + 1)]
     if config.reverse_scope == "sequence":
         backwards = [permuted.flip(0)]
@@ -138,10 +177,16 @@ def algorithm_1(mixer, u, rope, layout):
         reverse = run(flex.reverse_scan, tokens=u[back], cos=cos[back], sin=sin[back], keep=keep)
         gate = flex.gate_proj(u[back]).sigmoid().view(len(back), config.num_attention_heads, -1)
         gated[back[keep]] = (gate * y[back] + (1 - gate) * reverse)[keep]
-    out = flex.o_proj(gated.flatten(1))
-    swin = attention(mixer.local_swin, u, rope, window_mask(layout, config, mixer.layer_idx))
-    fusion = mixer.fusion_proj(u).sigmoid()  # lambda_t
-    out = torch.where(vision[:, None], fusion * out + (1 - fusion) * swin, out)
+    mask = (near_mask if config.text_window else window_mask)(layout, config, mixer.layer_idx)
+    near, total = attention(mixer.local_swin, u, rope, mask)
+    score = mixer.fusion_proj(u)
+    if config.text_window:  # lambda_t: far tokens all have the score that fusion_proj says
+        read = torch.tensor([far_tokens(i, layout, source) for i in range(len(u))])
+        share = read[:, None] * score.exp() / (read[:, None] * score.exp() + total)
+    else:
+        share = torch.where(vision[:, None], score.sigmoid(), 1.0)
+    share = share[..., None]
+    out = flex.o_proj((share * gated).flatten(1)) + mixer.local_swin.o_proj(((1 - share) * near).flatten(1))
     norm = mixer.output_norm
     return layer_norm(out, out.shape[-1:], norm.weight, norm.bias, norm.eps) if config.output_norm else out
 
@@ -158,27 +203,29 @@ def test_block_is_algorithm_1(layer_idx, options, monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("windows", ["small", "whole"])
 @pytest.mark.parametrize("layer_idx", [0, 1], ids=["unshifted", "shifted"])
-def test_local_swin_with_the_teachers_weights_is_its_attention_in_windows(layer_idx, windows):
+@pytest.mark.parametrize("near", [False, True], ids=["vision alone", "text too"])
+def test_local_swin_with_the_teachers_weights_is_its_attention_in_windows(layer_idx, windows, near):
     sizes = {} if windows == "small" else {"window_size": [9, 9, 9], "image_window_size": [1, 9, 9]}
+    sizes |= {} if near else {"text_window": 0, "sink_tokens": 0}
     mixer, u, rope, tokens, layout = setup(layer_idx, **sizes)
     config = mixer.config
     config._attn_implementation = "eager"
     teacher = tiny.randomise(Qwen2_5_VLAttention(config, 0), seed=5).double().eval()
     mixer.local_swin.load_state_dict(teacher.state_dict())
-    allowed = window_mask(layout, config, layer_idx)
-    if windows == "whole":
+    allowed = (near_mask if near else window_mask)(layout, config, layer_idx)
+    if windows == "whole" and not near:
         assert torch.equal(allowed, (layout[:, None, 0] == layout[None, :, 0]) & (layout[:, 0] >= 0))
     mask = torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(~allowed, torch.finfo(torch.float64).min)
     expected, _ = teacher(u, attention_mask=mask[None, None], position_embeddings=rope)
-    _, swin = mixer.branches(u, rope, tokens)
-    vision = layout[:, 0] >= 0
+    y, _ = mixer.local_swin(u[0], [table[0] for table in rope], tokens)
+    rows = slice(None) if near else layout[:, 0] >= 0
     # Transformers' eager attention takes its softmax in float32
-    torch.testing.assert_close(mixer.local_swin.o_proj(swin), expected[0, vision], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(mixer.local_swin.o_proj(y.flatten(1)), expected[0, rows], atol=1e-6, rtol=1e-6)
 
 
 @torch.no_grad()
-def test_text_rows_are_the_forward_scan_alone():
-    mixer, u, rope, tokens, layout = setup(1)
+def test_without_a_text_window_text_rows_are_the_forward_scan_alone():
+    mixer, u, rope, tokens, layout = setup(1, text_window=0, sink_tokens=0)
     text = layout[:, 0] < 0
     before = mixer(u, rope, tokens)[0, text]
     for module in (mixer.flex_ma.reverse_scan, mixer.flex_ma.gate_proj, mixer.local_swin, mixer.fusion_proj):

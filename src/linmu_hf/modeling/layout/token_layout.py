@@ -5,12 +5,14 @@ span among the span's own positions; text and separators stay. The layout is bui
 per-token coordinates and handed to every layer.
 """
 
+import functools
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
 
 from ...ops.segments import Segments
+from .near import NearStep, NearText
 
 
 _AXES = {"t": 1, "h": 2, "w": 3}  # columns of vision_layout
@@ -22,9 +24,11 @@ class TextStep(NamedTuple):
 
     Args:
         mask (`torch.Tensor` of shape `[b]` or `None`): 0 where a row has padding, and its state stays as it is.
+        near (`NearStep` or `None`): With `text_window`, where the token goes among those in exact attention.
     """
 
     mask: torch.Tensor | None = None
+    near: NearStep | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class TokenLayout:
         reverse_segments (`Segments` or `None`): Its segments.
         reverse_slots (`torch.LongTensor` of shape `[v]` or `None`): Place within `reverse` of each of `scan_vision`.
         windows (`dict[bool, Windows]`): Local-Swin windows, unshifted (`False`) and shifted (`True`).
+        near (`NearText` or `None`): What is exact for text tokens, with `text_window`.
     """
 
     batch: int
@@ -78,6 +83,7 @@ class TokenLayout:
     reverse_segments: Segments | None = None
     reverse_slots: torch.Tensor | None = None
     windows: dict[bool, Windows] | None = None
+    near: NearText | None = None
 
     def to(self, device, **kwargs) -> "TokenLayout":
         """
@@ -91,7 +97,7 @@ class TokenLayout:
 
     @classmethod
     def build(
-        cls, config, batch: int, length: int, device, attention_mask=None, vision_layout=None, packed=None
+        cls, config, batch: int, length: int, device, attention_mask=None, vision_layout=None, packed=None, past=None
     ) -> "TokenLayout":
         """
         Args:
@@ -101,6 +107,7 @@ class TokenLayout:
             vision_layout (`torch.LongTensor` of shape `[b, t, 4]`, *optional*): Span and (T, H, W) coordinate of every
                 token, -1 for text and padding.
             packed (`Sequence[int]`, *optional*): Lengths of the sequences that share the one row of a packed batch.
+            past (`torch.LongTensor` of shape `[b, 2]`, *optional*): Text and vision tokens in the cache.
         """
         if attention_mask is not None and bool(attention_mask.bool().all()):
             attention_mask = None
@@ -118,14 +125,18 @@ class TokenLayout:
         lengths = [count for count in lengths if count]
         segments = Segments.build(lengths, device)
         is_vision = None if vision_layout is None else (vision_layout[..., 0].reshape(-1)[real] >= 0)
+        sequence = torch.arange(len(lengths), device=device)
+        sequence = sequence.repeat_interleave(torch.tensor(lengths, device=device), output_size=sum(lengths))
+        near = functools.partial(NearText.build, config, batch, real, sequence, lengths, rows, past=past)
         if is_vision is None or not bool(is_vision.any()):
-            return cls(batch, segments, dict.fromkeys(config.scan_orders, real), rows)
+            return cls(
+                batch, segments, dict.fromkeys(config.scan_orders, real), rows,
+                near=near() if config.text_window else None,
+            )  # fmt: skip
 
         scan_vision = is_vision.nonzero().squeeze(1)
         vision = real[scan_vision]
         coordinates = vision_layout.reshape(-1, 4)[vision].long()
-        sequence = torch.arange(len(lengths), device=device)
-        sequence = sequence.repeat_interleave(torch.tensor(lengths, device=device), output_size=sum(lengths))
         span = _relabel(sequence[scan_vision], coordinates[:, 0])
         grid, cells = _split_uneven(span, coordinates[:, 1:])
         extent = _extents(grid, cells)
@@ -152,7 +163,7 @@ class TokenLayout:
         }
         return cls(
             batch, segments, orders, rows, vision, scan_vision, reverse, Segments.build(reverse_lengths, device),
-            place[scan_vision], windows,
+            place[scan_vision], windows, near(is_vision, span) if config.text_window else None,
         )  # fmt: skip
 
 

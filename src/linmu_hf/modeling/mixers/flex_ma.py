@@ -8,6 +8,7 @@ dt, A                 A_t = exp(dt A)           decay of a token (Eq. 1)
 gate                  g_t                       forward against reverse (Eq. 3)
 """
 
+import functools
 import math
 
 import torch
@@ -149,7 +150,7 @@ class ScanDirection(nn.Module):
             identity[-1] = 1.0
             init.copy_(self.conv_weight, identity)
 
-    def forward(self, u, x, rope, segments, *, bc=None, tail=None, states=None, keep=None):
+    def forward(self, u, x, rope, segments, *, bc=None, tail=None, states=None, keep=None, exchange=None):
         """
         Returns the arguments of the scan (Eq. 1 or 2), its skip D and the tail of its convolution.
 
@@ -167,12 +168,14 @@ class ScanDirection(nn.Module):
             states (`torch.Tensor`, *optional*): States before each sequence, `[m, *state_shape]`.
             keep (`torch.Tensor` of shape `[n, 1]`, *optional*): 0 at tokens that bring no input (M_V of Eq. 2), and in
                 a decode step at rows whose state stays as it is.
+            exchange (`Callable`, *optional*): In a decode step takes x, B and dt of the token, and returns those of the
+                one to scan, with 0 where there is none.
 
         Returns:
             `tuple[Scan, torch.Tensor, torch.Tensor | None]`
         """
         if segments is None:
-            return self._step(u, x, rope, tail, states, keep)
+            return self._step(u, x, rope, tail, states, keep, exchange)
         if bc is None:
             bc = joint_linear(u, self.b_proj, self.c_proj)
         if keep is not None:
@@ -190,7 +193,7 @@ class ScanDirection(nn.Module):
             x, B = x * keep[..., None], B * keep[..., None]  # without B, text does not reach the normaliser either
         return Scan(x, dt, A, B, C, segments, states), self.D.clone(), tail
 
-    def _step(self, u, x, rope, tail, states, keep):
+    def _step(self, u, x, rope, tail, states, keep, exchange):
         """One token per row, without a shape that depends on the values: y, tail and states."""
         b, taps = len(u), self.config.conv_kernel
         tokens = x, self.b_proj(u), self.c_proj(u)
@@ -198,7 +201,7 @@ class ScanDirection(nn.Module):
             states = u.new_zeros(b, *self.state_shape, dtype=torch.promote_types(u.dtype, torch.float32))
         if tail is None and taps > 1:
             tail = x.new_zeros(b, taps - 1, self.conv_weight.shape[1])
-        if taps > 1 and not torch.is_grad_enabled() and use_triton_kernels(u):
+        if taps > 1 and exchange is None and not torch.is_grad_enabled() and use_triton_kernels(u):
             from ...ops.decode_triton import decode_triton
 
             y, tail = decode_triton(
@@ -216,7 +219,8 @@ class ScanDirection(nn.Module):
             tail = tail if real is None else torch.where(real, tail, before)
         own, bc = xbc.tensor_split([x.shape[-1]], dim=-1)
         own, dt, A, B, C = self.scan_inputs(u, own, bc, rope)
-        y, new_states = ssd_step(own, dt, A, B, C, states, normalized=self.normalized)
+        scanned, B, dt = (own, B, dt) if exchange is None else exchange(x=own, B=B, dt=dt)
+        y, new_states = ssd_step(scanned, dt, A, B, C, states, normalized=self.normalized)
         if real is not None:
             new_states = torch.where(real[..., None], new_states, states)
         return add_skip(y, own, self.D), tail, new_states
@@ -278,7 +282,9 @@ class FlexMA(nn.Module):
         """
         tail, states = (None, None) if cache_layer is None else cache_layer.load(layout.rows)
         x, scan, skip, tail = self._forward_scan(u, rope, layout, tail, states)
-        normalized = self.forward_scan.normalized
+        own, normalized = scan.x, self.forward_scan.normalized
+        if layout.near is not None:
+            scan = self._delayed(scan, layout, cache_layer)
         if layout.reverse is None:
             y, states = ssd(**scan._asdict(), normalized=normalized)  # Eq. 1
         else:
@@ -288,7 +294,7 @@ class FlexMA(nn.Module):
             )
         if cache_layer is not None:
             cache_layer.store(tail, states, layout.batch, layout.rows)
-        y = add_skip(y, scan.x, skip).to(u.dtype)
+        y = add_skip(y, own, skip).to(u.dtype)
         if layout.reverse is not None:
             y_reverse = add_skip(y_reverse, reverse.x, reverse_skip).to(u.dtype).index_select(0, layout.reverse_slots)
             # Eq. 3; text rows have the forward direction alone
@@ -296,6 +302,23 @@ class FlexMA(nn.Module):
             gate = torch.sigmoid(self._gate(u, vision)).to(u.dtype).unflatten(-1, (self.heads, -1))
             y.index_copy_(0, vision, torch.lerp(y_reverse, y.index_select(0, vision), gate))
         return y.flatten(1)
+
+    def _delayed(self, scan, layout, cache_layer):
+        """The scan that reads a text token when it has left the window of exact attention."""
+        near, new = layout.near, {"x": scan.x, "B": scan.B, "dt": scan.dt}
+        before = [None] * len(new)
+        if cache_layer is not None:
+            before = cache_layer.load_slots(new, near.cached)
+            stay = near.waiting.index_select(0, near.stay)
+            kept = {name: tokens.index_select(0, stay) for name, tokens in new.items()}
+            cache_layer.store_slots(
+                near.slots, self.config.sink_tokens + self.config.text_window, layout.batch, **kept
+            )
+        for (name, tokens), old in zip(new.items(), before):
+            tokens = tokens if old is None else torch.cat([old.to(tokens.dtype), tokens])
+            live = near.live.view(-1, *[1] * (tokens.ndim - 1))
+            new[name] = tokens.index_select(0, near.source) * live
+        return scan._replace(**new)
 
     def _forward_scan(self, u, rope, layout, tail=None, states=None):
         """x before its convolution, and scan, skip and tail of all tokens."""
@@ -318,7 +341,7 @@ class FlexMA(nn.Module):
             return self.gate_proj(u).index_select(0, vision)
         return self.gate_proj(u.index_select(0, vision))
 
-    def step(self, u, rope, mask, cache_layer):
+    def step(self, u, rope, mask, cache_layer, near=None):
         """
         Returns the branch before its output projection `[b, h * p]` for one text token of every row of a batch.
 
@@ -327,9 +350,13 @@ class FlexMA(nn.Module):
             rope (`tuple[torch.Tensor, torch.Tensor]`): Their cos and sin, each `[b, p]`.
             mask (`torch.Tensor` of shape `[b]` or `None`): 0 at rows whose state stays as it is.
             cache_layer (`MMateCacheLayer`): State before these tokens; updated.
+            near (`NearStep`, *optional*): With `text_window`, where the token goes and what leaves for it.
         """
         tail, states = cache_layer.load()
-        y, tail, states = self.forward_scan(u, self.x_proj(u), rope, None, tail=tail, states=states, keep=mask)
+        exchange = None if near is None else functools.partial(near.exchange, cache_layer)
+        y, tail, states = self.forward_scan(
+            u, self.x_proj(u), rope, None, tail=tail, states=states, keep=mask, exchange=exchange
+        )
         cache_layer.store(tail, states, len(u))
         return y.to(u.dtype).flatten(1)
 

@@ -1,15 +1,22 @@
-"""Local-Swin: attention of the vision tokens inside small 3D windows, shifted in every other layer (Sec. 3.1.2)."""
+"""Local-Swin: exact attention to what is near, by the teacher's own q, k and v (Eq. 5).
+
+A vision token sees its 3D window, shifted in every other layer (Sec. 3.1.2). With `text_window`, text tokens see the
+last text tokens, and both see the first ones, the attention sinks; vision tokens also see the text just before them.
+"""
+
+import math
 
 import torch
 from torch import nn
 
+from ...ops.attention.banded import banded_attention, join, masked_softmax
 from ...ops.attention.window import window_attention
 from .projection import joint_linear, rotate
 
 
 class LocalSwin(nn.Module):
     """
-    The Local-Swin branch. With the teacher's weights (Eq. 5) it is the teacher's attention restricted to the windows.
+    The Local-Swin branch. With the teacher's weights it is the teacher's attention restricted to what is near.
     """
 
     def __init__(self, config, layer_idx: int):
@@ -17,27 +24,96 @@ class LocalSwin(nn.Module):
         h, g, p, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
         self.heads, self.groups, self.head_dim = h, g, p
         self.shift = config.shifts_windows(layer_idx)
+        self.text_window, self.sinks = config.text_window, config.sink_tokens
         self.q_proj = nn.Linear(d, h * p)
         self.k_proj = nn.Linear(d, g * p)
         self.v_proj = nn.Linear(d, g * p)
         self.o_proj = nn.Linear(h * p, d, bias=False)
 
-    def forward(self, tokens, rope, layout):
+    def forward(self, tokens, rope, layout, cache_layer=None):
         """
         Args:
             tokens (`torch.Tensor` of shape `[b * t, d]`): The flattened batch.
             rope (`tuple[torch.Tensor, torch.Tensor]`): cos and sin of the same tokens, each `[b * t, p]`.
-            layout (`TokenLayout`): Its vision tokens and their windows.
+            layout (`TokenLayout`): Its vision tokens and their windows, and with `text_window` its `near`.
+            cache_layer (`MMateCacheLayer`, *optional*): Keys and values of the text before; updated.
 
         Returns:
-            `torch.Tensor` of shape `[v, h * p]`: the branch before its output projection, for `layout.vision`.
+            `tuple[torch.Tensor, torch.Tensor | None]`: The branch before its output projection. Without `text_window`
+            `[v, h, p]` for `layout.vision`, and `None`; with it `[b * t, h, p]`, and lse `[b * t, h]`.
         """
-        windows = layout.windows[self.shift]
-        # taken window by window, nothing has to be moved for the attention
-        places = layout.vision.index_select(0, torch.cat([group.flatten() for group in windows.groups]))
-        qkv = joint_linear(tokens.index_select(0, places), self.q_proj, self.k_proj, self.v_proj)
+        windows = None if layout.vision is None else layout.windows[self.shift]
+        if layout.near is None:
+            # taken window by window, nothing has to be moved for the attention
+            places = layout.vision.index_select(0, _in_windows(windows))
+            q, k, v = self._project(tokens.index_select(0, places), tuple(t.index_select(0, places) for t in rope))
+            y = window_attention(q, k, v, [group.shape for group in windows.groups], windows.offsets)
+            return y.index_select(0, windows.slots), None
+
+        q, k, v = self._project(tokens, rope)
+        near = layout.near
+        keys, values = (t.index_select(0, near.text) for t in (k, v))
+        if cache_layer is not None:
+            before = cache_layer.load_slots(("keys", "values"), near.cached)
+            stay = (t.index_select(0, near.stay) for t in (keys, values))
+            cache_layer.store_slots(
+                near.slots, self.sinks + self.text_window, layout.batch, **dict(zip(("keys", "values"), stay))
+            )
+            if near.cached is not None:
+                keys, values = (torch.cat([old.to(new.dtype), new]) for old, new in zip(before, (keys, values)))
+        y, lse = torch.zeros_like(q), q.new_zeros(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+        for rows, attention in (
+            (near.text, self._text(q, keys, values, near)),
+            (layout.vision, self._vision(q, k, v, keys, values, layout, windows)),
+        ):
+            if attention is not None:
+                y, lse = (t.index_copy(0, rows, new) for t, new in zip((y, lse), attention))
+        return y, lse
+
+    def _project(self, tokens, rope):
+        """Queries [n, h, p], keys and values [n, g, p] of tokens [n, d]."""
+        qkv = joint_linear(tokens, self.q_proj, self.k_proj, self.v_proj)
         qk, v = qkv.unflatten(-1, (-1, self.head_dim)).split([self.heads + self.groups, self.groups], dim=1)
-        qk = rotate(qk, tuple(t.index_select(0, places) for t in rope))
-        q, k = qk.split([self.heads, self.groups], dim=1)
-        y = window_attention(q, k, v, [group.shape for group in windows.groups], windows.offsets)
-        return y.flatten(1).index_select(0, windows.slots)
+        return *rotate(qk, rope).split([self.heads, self.groups], dim=1), v
+
+    def _text(self, q, keys, values, near):
+        if near.text_blocks is None:
+            return None
+        return banded_attention(
+            q.index_select(0, near.text), keys, values, near.text_blocks, self.text_window, self.sinks
+        )
+
+    def _vision(self, q, k, v, keys, values, layout, windows):
+        """Vision tokens see their window, and of the text before them as much as a text token would."""
+        if windows is None:
+            return None
+        places = layout.vision.index_select(0, _in_windows(windows))
+        qkv = (t.index_select(0, places) for t in (q, k, v))
+        y, lse = window_attention(*qkv, [group.shape for group in windows.groups], windows.offsets, with_lse=True)
+        y, lse = (t.index_select(0, windows.slots) for t in (y, lse))
+        context = banded_attention(
+            q.index_select(0, layout.vision), keys, values, layout.near.vision_blocks, self.text_window, self.sinks
+        )
+        return join(y, lse, *context)
+
+    def step(self, token, rope, cache_layer, near):
+        """
+        Returns the branch before its output projection `[b, h, p]` and lse `[b, h]`, for one text token of every row.
+
+        Args:
+            token (`torch.Tensor` of shape `[b, d]`): The tokens.
+            rope (`tuple[torch.Tensor, torch.Tensor]`): Their cos and sin, each `[b, p]`.
+            cache_layer (`MMateCacheLayer`): Keys and values before; updated.
+            near (`NearStep`): Where the tokens go.
+        """
+        q, k, v = self._project(token, rope)
+        cache_layer.exchange(near.slot, near.real, near.filled.shape[1], keys=k, values=v)
+        keys, values = (cache_layer.slots[name].to(q.dtype).transpose(1, 2) for name in ("keys", "values"))
+        q = q.unflatten(1, (self.groups, -1))  # [b, g, r, p]
+        scores = q @ keys.transpose(-1, -2) / math.sqrt(self.head_dim)
+        y, lse = masked_softmax(scores, near.filled[:, None, None], values)
+        return y.flatten(1, 2), lse.flatten(1, 2)
+
+
+def _in_windows(windows):
+    return torch.cat([group.flatten() for group in windows.groups])

@@ -1,4 +1,10 @@
-"""The M-MATE block (Algorithm 1): two branches side by side in place of self-attention."""
+"""The M-MATE block (Algorithm 1): two branches side by side in place of self-attention.
+
+code       paper        meaning
+flex       y^Flex       Flex-MA: what is far, in a state
+near       y^LS         Local-Swin: what is near, exact
+share      lambda_t     weight of the far branch, per head
+"""
 
 import math
 
@@ -25,7 +31,7 @@ class MMate(nn.Module):
         self.config, self.layer_idx = config, layer_idx
         self.flex_ma = FlexMA(config, layer_idx)
         self.local_swin = LocalSwin(config, layer_idx)
-        self.fusion_proj = ZeroLinear(config.hidden_size, 1)
+        self.fusion_proj = ZeroLinear(config.hidden_size, config.num_attention_heads if config.text_window else 1)
         self.output_norm = nn.Identity()
         if config.output_norm == "layer_norm":
             self.output_norm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -49,7 +55,7 @@ class MMate(nn.Module):
 
     def branches(self, hidden_states, rope, layout, cache_layer=None):
         """
-        Returns both branches before their output projections.
+        Returns what the output projections of both branches read: the branches, weighted by lambda and 1 - lambda.
 
         Args:
             hidden_states (`torch.Tensor` of shape `[b, t, d]`): Block input.
@@ -58,21 +64,40 @@ class MMate(nn.Module):
             cache_layer (`MMateCacheLayer`, *optional*): Recurrent state; updated.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor | None]`: Flex-MA `[n, h * p]` in scan order, Local-Swin `[v, h * p]`
-            (`None` without vision tokens).
+            `tuple[torch.Tensor, torch.Tensor | None]`: Flex-MA and Local-Swin `[b * t, h p]`, 0 where a token has no
+            such branch; `None` if no token has the second.
         """
         tokens, rope = hidden_states.flatten(0, 1), [table.flatten(0, 1) for table in rope]
-        flex = self.flex_ma(*self._in_scan_order(layout, tokens, rope), layout, cache_layer)
-        return flex, None if layout.vision is None else self.local_swin(tokens, rope, layout)
-
-    def _in_scan_order(self, layout, tokens, rope):
         order = layout.orders[self.config.scan_order(self.layer_idx)]
-        return tokens.index_select(0, order), [table.index_select(0, order) for table in rope]
+        u, *in_order = (tensor.index_select(0, order) for tensor in (tokens, *rope))
+        flex = self.flex_ma(u, in_order, layout, cache_layer)
+        flex = flex.new_zeros(len(tokens), flex.shape[1]).index_copy(0, order, flex)
+        if layout.near is not None:
+            near, lse = self.local_swin(tokens, rope, layout, cache_layer)
+            scanned = layout.near.scanned.new_zeros(len(tokens)).index_copy(0, order, layout.near.scanned)
+            return self._weighted(tokens, flex, near, lse, scanned)
+        if layout.vision is None:
+            return flex, None
+        vision = layout.vision
+        share = torch.sigmoid(self.fusion_proj(tokens.index_select(0, vision)))  # lambda_t, which is 1 on text
+        near = self.local_swin(tokens, rope, layout)[0].flatten(1).to(flex.dtype)
+        near = torch.zeros_like(flex).index_copy(0, vision, near * (1 - share))
+        return flex.index_copy(0, vision, flex.index_select(0, vision) * share), near
+
+    def _weighted(self, tokens, flex, near, lse, scanned):
+        """
+        Both branches [n, h p] by the share of the far one: as if all scanned tokens had the score that fusion_proj says
+        and the sum of exp(scores) were that of all tokens.
+        """
+        score = self.fusion_proj(tokens).to(lse.dtype)
+        share = torch.sigmoid(score + scanned.to(lse.dtype).log()[:, None] - lse)[..., None].to(flex.dtype)
+        flex = flex.unflatten(1, (-1, self.config.head_dim)) * share
+        return flex.flatten(1), (near * (1 - share).to(near.dtype)).flatten(1)
 
     def smallest_normalizer(self, hidden_states, rope, layout) -> float:
         """Returns [`FlexMA.smallest_normalizer`] of the same tokens; arguments as in `branches`."""
-        tokens, rope = hidden_states.flatten(0, 1), [table.flatten(0, 1) for table in rope]
-        u, in_order = self._in_scan_order(layout, tokens, rope)
+        order = layout.orders[self.config.scan_order(self.layer_idx)]
+        u, *in_order = (tensor.flatten(0, 1).index_select(0, order) for tensor in (hidden_states, *rope))
         return self.flex_ma.smallest_normalizer(u, in_order, layout)
 
     def forward(self, hidden_states, rope, layout, cache_layer=None):
@@ -82,15 +107,13 @@ class MMate(nn.Module):
         """
         if isinstance(layout, TextStep):
             token, rope = hidden_states[:, 0], tuple(t[:, 0] for t in rope)
-            flex = self.flex_ma.step(token, rope, layout.mask, cache_layer)
-            return self.output_norm(self.flex_ma.o_proj(flex))[:, None]
-        flex, swin = self.branches(hidden_states, rope, layout, cache_layer)
-        tokens = hidden_states.flatten(0, 1)
-        order = layout.orders[self.config.scan_order(self.layer_idx)]
-        y = torch.zeros_like(tokens).index_copy_(0, order, self.flex_ma.o_proj(flex).to(tokens.dtype))
-        if swin is not None:
-            vision = layout.vision
-            fusion = torch.sigmoid(self.fusion_proj(tokens).index_select(0, vision))  # lambda_t, which is 1 on text
-            swin = self.local_swin.o_proj(swin).to(tokens.dtype)
-            y.index_copy_(0, vision, torch.lerp(swin, y.index_select(0, vision), fusion))
-        return self.output_norm(y).view_as(hidden_states)
+            flex, near = self.flex_ma.step(token, rope, layout.mask, cache_layer, layout.near), None
+            if layout.near is not None:
+                local = self.local_swin.step(token, rope, cache_layer, layout.near)
+                flex, near = self._weighted(token, flex, *local, layout.near.scanned)
+        else:
+            flex, near = self.branches(hidden_states, rope, layout, cache_layer)
+        y = self.flex_ma.o_proj(flex)
+        if near is not None:
+            y = y + self.local_swin.o_proj(near)
+        return self.output_norm(y.to(hidden_states.dtype)).view_as(hidden_states)

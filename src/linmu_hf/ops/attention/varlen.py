@@ -16,7 +16,8 @@ LARGEST_HEAD = 256
 
 
 def varlen_attention(
-    q, k, v, cu_seqlens, longest: int, backend: str, causal: bool = False, scale: float | None = None
+    q, k, v, cu_seqlens, longest: int, backend: str, causal: bool = False, scale: float | None = None,
+    with_lse: bool = False,
 ):  # fmt: skip
     """
     Computes the attention of every token to the tokens of its own sequence.
@@ -29,18 +30,22 @@ def varlen_attention(
         backend (`str`): `"flash_attn"` or `"torch_varlen"`.
         causal (`bool`, *optional*, defaults to `False`): To no later tokens.
         scale (`float`, *optional*): Factor of the scores, by default `d ** -0.5`.
+        with_lse (`bool`, *optional*, defaults to `False`): Whether the log of the sum of exp(scores) is wanted too, of
+            which the kernels give no gradient.
 
     Returns:
-        `torch.Tensor` of shape `[n, h, d]`.
+        `torch.Tensor` of shape `[n, h, d]`, or a tuple of it and lse `[n, h]` in fp32.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     if backend == "flash_attn":
         from flash_attn import flash_attn_varlen_func
 
-        return flash_attn_varlen_func(
+        result = flash_attn_varlen_func(
             q, k, v, cu_seqlens, cu_seqlens, longest, longest,
             softmax_scale=scale, causal=causal, deterministic=torch.are_deterministic_algorithms_enabled(),
+            return_attn_probs=with_lse,
         )  # fmt: skip
+        return (result[0], result[1].t()) if with_lse else result
     from torch.nn.attention.varlen import varlen_attn
 
     options = {"scale": scale, "window_size": (-1, 0 if causal else -1)}
@@ -49,6 +54,13 @@ def varlen_attention(
             options["enable_gqa"] = True
         else:  # of torch 2.11 and older
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    if with_lse:
+        from torch.nn.attention.varlen import AuxRequest
+
+        y, lse = varlen_attn(
+            q, k, v, cu_seqlens, cu_seqlens, longest, longest, return_aux=AuxRequest(lse=True), **options
+        )
+        return y, lse.t()
     return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
 
 

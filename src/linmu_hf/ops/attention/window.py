@@ -14,7 +14,7 @@ from .varlen import PACKAGES, varlen_attention, why_unfit
 SCORES = 2**20
 
 
-def window_attention(q, k, v, sizes, cu_seqlens):
+def window_attention(q, k, v, sizes, cu_seqlens, with_lse: bool = False):
     """
     Computes the attention of every token to the tokens of its own window (Sec. 3.1.2).
 
@@ -23,16 +23,18 @@ def window_attention(q, k, v, sizes, cu_seqlens):
         k, v (`torch.Tensor` of shape `[n, g, d]`): Keys and values; h is a multiple of g.
         sizes (`Sequence[tuple[int, int]]`): How many windows of how many tokens, in their order.
         cu_seqlens (`torch.IntTensor` of shape `[windows + 1]`): Where each window begins, and the end.
+        with_lse (`bool`, *optional*, defaults to `False`): Whether the log of the sum of exp(scores) is wanted too.
 
     Returns:
-        `torch.Tensor` of shape `[n, h, d]`.
+        `torch.Tensor` of shape `[n, h, d]`, or a tuple of it and lse `[n, h]` in fp32.
     """
     if q.is_cuda and torch.is_autocast_enabled("cuda"):  # PyTorch's attention follows autocast by itself
         q, k, v = (t.to(torch.get_autocast_dtype("cuda")) for t in (q, k, v))
     backend = choose_window_backend(q)
-    if backend != "sdpa":
-        return varlen_attention(q, k, v, cu_seqlens, max(size for _, size in sizes), backend)
-    return by_size(q, k, v, sizes)
+    # the kernels give no gradient of lse
+    if backend != "sdpa" and not (with_lse and _learns(q, k, v)):
+        return varlen_attention(q, k, v, cu_seqlens, max(size for _, size in sizes), backend, with_lse=with_lse)
+    return by_size(q, k, v, sizes, with_lse)
 
 
 def choose_window_backend(q: torch.Tensor) -> str:
@@ -46,20 +48,26 @@ def choose_window_backend(q: torch.Tensor) -> str:
     return choose("window", q, "auto", why_unfit, failed_self_check, tuple(PACKAGES), "sdpa")
 
 
-def by_size(q, k, v, sizes):
-    """Does the same by PyTorch's attention, windows of one size as a batch."""
+def by_size(q, k, v, sizes, with_lse: bool = False):
+    """Does the same by PyTorch's own operations, windows of one size as a batch."""
     lengths = [windows * size for windows, size in sizes]
     parts = zip(*(t.split(lengths) for t in (q, k, v)), strict=True)
+    if with_lse:
+        outputs, sums = zip(*(_attend_with_lse(*part, *size) for part, size in zip(parts, sizes, strict=True)))
+        return torch.cat(outputs), torch.cat(sums)
     return torch.cat([_attend(*part, *size) for part, size in zip(parts, sizes, strict=True)])
+
+
+def _learns(*tensors) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _attend(q, k, v, windows: int, size: int):
     """Windows of one size, [windows * size, h, d]."""
+    if not _learns(q, k, v) and multiplies_in_bfloat16(q):
+        return _attend_with_lse(q, k, v, windows, size)[0]
     h, g = q.shape[1], k.shape[1]
     q, k, v = (t.unflatten(0, (windows, size)).transpose(1, 2) for t in (q, k, v))
-    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    if not learns and multiplies_in_bfloat16(q):
-        return _two_products(q, k, v).transpose(1, 2).flatten(0, 1)
     # a CPU reads grouped heads in place; on a GPU repeating a few hundred keys costs less than the slower kernel
     grouped = h != g and q.device.type == "cpu"
     if h != g and not grouped:
@@ -67,18 +75,22 @@ def _attend(q, k, v, windows: int, size: int):
     return scaled_dot_product_attention(q, k, v, enable_gqa=grouped).transpose(1, 2).flatten(0, 1)
 
 
-def _two_products(q, k, v):
+def _attend_with_lse(q, k, v, windows: int, size: int):
     """
-    The same in bfloat16 without gradients. PyTorch's attention multiplies in float32 on CPUs without AMX; these
-    products run in bfloat16, at twice the speed.
+    The same as two products, with lse. PyTorch's attention gives none, and multiplies in float32 on CPUs without AMX,
+    where these products run in bfloat16 at twice the speed.
     """
-    (windows, h, size, d), g = q.shape, k.shape[1]
-    y = q.new_empty(windows, size, h, d).transpose(1, 2)
-    step = max(SCORES // (h * size * size), 1)
-    for first in range(0, windows, step):
-        now = slice(first, first + step)
-        rows = (q[now] / math.sqrt(d)).reshape(-1, h // g * size, d)  # the heads of a group are further rows
-        keys, values = (t[now].reshape(-1, size, d) for t in (k, v))
-        weights = torch.bmm(rows, keys.transpose(1, 2)).softmax(-1)
-        y[now] = torch.bmm(weights, values).view(-1, h, size, d)
-    return y
+    (n, h, d), g = q.shape, k.shape[1]
+    step = max(SCORES // (h * size * size), 1) * size
+    outputs, sums = [], []
+    for first in range(0, n, step):
+        rows, keys, values = (
+            t[first : first + step].unflatten(0, (-1, size)).transpose(1, 2) for t in (q / math.sqrt(d), k, v)
+        )
+        # the heads of a group are further rows
+        rows, keys, values = rows.reshape(-1, h // g * size, d), keys.flatten(0, 1), values.flatten(0, 1)
+        scores = torch.bmm(rows, keys.transpose(1, 2))
+        sums.append(scores.float().logsumexp(-1) if scores.itemsize < 4 else scores.logsumexp(-1))
+        outputs.append(torch.bmm(scores.softmax(-1), values))
+    y = torch.cat(outputs).view(windows, h, size, d).transpose(1, 2).flatten(0, 1)
+    return y, torch.cat(sums).view(windows, h, size).transpose(1, 2).flatten(0, 1)

@@ -1,0 +1,110 @@
+"""Softmax attention of blocks of queries to lists of keys, by rank: a sliding window with attention sinks.
+
+code        meaning
+rank        number of a text token in its sequence, from 0; a vision token has that of the text before its span
+window      a query of rank i sees the keys of ranks i - window + 1 to i ...
+sinks       ... and those of ranks 0 to sinks - 1
+lse         log of the sum of exp(scores): what a result weighs when it is joined with others
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+
+# Scores that are held at once.
+SCORES = 2**22
+
+
+class Blocks(NamedTuple):
+    """
+    Queries in blocks, each with its list of keys.
+
+    Args:
+        queries (`torch.LongTensor` of shape `[m, a]`): Places of the queries among those given; -1 fills up.
+        query_ranks (`torch.LongTensor` of shape `[m, a]`): Their ranks.
+        keys (`torch.LongTensor` of shape `[m, c]`): Places of the keys; -1 where there is none.
+        key_ranks (`torch.LongTensor` of shape `[m, c]`): Their ranks.
+    """
+
+    queries: torch.Tensor
+    query_ranks: torch.Tensor
+    keys: torch.Tensor
+    key_ranks: torch.Tensor
+
+    def to(self, device, **kwargs) -> "Blocks":
+        """The same on another device; further arguments as for `torch.Tensor.to`."""
+        return Blocks(*(tensor.to(device, **kwargs) for tensor in self))
+
+
+def banded_attention(q, k, v, blocks: Blocks, window: int, sinks: int):
+    """
+    Computes the attention of every query to the keys of its block that its window or the sinks hold.
+
+    Args:
+        q (`torch.Tensor` of shape `[n, h, p]`): Queries.
+        k, v (`torch.Tensor` of shape `[l, g, p]`): Keys and values; h is a multiple of g.
+        blocks (`Blocks`): Which keys may meet which queries.
+        window, sinks (`int`): See the table above.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Output `[n, h, p]` and lse `[n, h]` in fp32; zeros and -inf at queries that
+        are in no block or see no key.
+    """
+    n, h, p = q.shape
+    if not len(k):
+        return torch.zeros_like(q), q.new_full((n, h), -math.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+    m, a = blocks.queries.shape
+    per_block = h * a * blocks.keys.shape[1]
+    step = max(SCORES // per_block, 1)
+    outputs, sums = zip(
+        *(_attend(q, k, v, Blocks(*(t[i : i + step] for t in blocks)), window, sinks) for i in range(0, m, step)),
+        strict=True,
+    )
+    real = (blocks.queries >= 0).flatten().nonzero().squeeze(1)
+    places = blocks.queries.flatten()[real]
+    y = q.new_zeros(n, h, p).index_copy(0, places, torch.cat(outputs).flatten(0, 1)[real].to(q.dtype))
+    lse = q.new_full((n, h), -math.inf, dtype=sums[0].dtype)
+    return y, lse.index_copy(0, places, torch.cat(sums).flatten(0, 1)[real])
+
+
+def _attend(q, k, v, blocks, window, sinks):
+    """Some of the blocks: output [m, a, h, p] and lse [m, a, h]."""
+    h, g, p = q.shape[1], k.shape[1], q.shape[2]
+    m, a = blocks.queries.shape
+    behind = blocks.query_ranks[:, :, None] - blocks.key_ranks[:, None]  # [m, a, c]
+    seen = (behind >= 0) & ((behind < window) | (blocks.key_ranks < sinks)[:, None]) & (blocks.keys >= 0)[:, None]
+    q = q[blocks.queries.clamp_min(0)].view(m, a, g, h // g, p).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [m, g, r a, p]
+    k, v = (t[blocks.keys.clamp_min(0)].transpose(1, 2) for t in (k, v))  # [m, g, c, p]
+    scores = (q @ k.transpose(-1, -2)).unflatten(2, (h // g, a)) / math.sqrt(p)  # [m, g, r, a, c]
+    y, lse = masked_softmax(scores, seen[:, None, None], v[:, :, None])
+    return y.permute(0, 3, 1, 2, 4).flatten(2, 3), lse.permute(0, 3, 1, 2).flatten(2, 3)
+
+
+def masked_softmax(scores, seen, v):
+    """
+    Returns the softmax of scores `[..., a, c]` where `seen`, times v `[..., c, p]`, and its lse `[..., a]`; zeros and
+    -inf in rows without any.
+    """
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    scores = scores.to(dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    lse = scores.logsumexp(-1)
+    weights = torch.exp(scores - lse[..., None]) * seen
+    return weights.to(v.dtype) @ v, lse.masked_fill(~seen.any(-1), -math.inf)
+
+
+def join(first, first_lse, second, second_lse):
+    """
+    Joins two attentions of the same queries to different keys into that to all of them.
+
+    Args:
+        first, second (`torch.Tensor` of shape `[n, h, p]`): Outputs.
+        first_lse, second_lse (`torch.Tensor` of shape `[n, h]`): Their lse.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Output and lse of all keys.
+    """
+    lse = torch.logaddexp(first_lse, second_lse)
+    share = torch.exp(second_lse - lse.nan_to_num(neginf=0.0))
+    return torch.lerp(first, second, share[..., None].to(first.dtype)), lse
