@@ -55,7 +55,7 @@ def running_mean():
             module=RunningMean,
             from_teacher={"q_proj": (), "k_proj": (), "v_proj": ("values",), "o_proj": ("out",)},
             recurrent=True,
-            state_shape=lambda config: (config.num_key_value_heads * config.head_dim + 1,),
+            state_shapes=lambda config: {"state": (config.num_key_value_heads * config.head_dim + 1,)},
             flops_per_token=lambda config, past=0: 2 * config.hidden_size * (2 + 4) * config.head_dim,
         ),
     )
@@ -116,7 +116,7 @@ def test_a_further_mixer_converts(running_mean, tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{}, {"bc_feature_map": None}], ids=str)
 def test_the_contract_is_what_a_layer_does(options):
-    """State in the cache and matrix products of a decode step, per layer; a gate or window has no part in it."""
+    """State in the cache and matrix products of a decode step, per layer; a gate or a window of vision tokens has no part in it."""
     for layer_type, mixer in MIXERS.items():
         model = tiny.model(layer_types=[layer_type] * 4, **options).model.language_model
         model.config._attn_implementation = "eager"  # the counter does not see into others
@@ -125,8 +125,12 @@ def test_the_contract_is_what_a_layer_does(options):
             with FlopCounterMode(display=False) as counter:
                 model(input_ids=torch.tensor([[7 + past]]), past_key_values=cache, use_cache=True)
         layer = cache.layers[0]
-        shape = layer.recurrent_states[0][0].shape if mixer.recurrent else (2, *layer.keys[0][:, 0].shape)
-        assert tuple(shape) == tuple(mixer.state_shape(model.config))
+        if mixer.recurrent:
+            held = {"state": layer.recurrent_states[0], **layer.slots}
+            shapes = {name: tuple(tensor[0].shape) for name, tensor in held.items()}
+        else:
+            shapes = {name: tuple(getattr(layer, name)[0, :, 0].shape) for name in ("keys", "values")}
+        assert shapes == mixer.state_shapes(model.config)
         counted = sum(sum(ops.values()) for name, ops in counter.get_flop_counts().items() if name.endswith(".mixer"))
         assert counted == 4 * mixer.flops_per_token(model.config, past=3), layer_type
 

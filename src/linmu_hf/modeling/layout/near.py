@@ -87,11 +87,11 @@ class NearText:
             """Place of a text token among [cached slots, new text tokens]."""
             return torch.where(rank >= before[of], offset + first[of] + rank - before[of], of * (s + w) + slot(rank))
 
-        counts, starts, ends = count.tolist(), before.tolist(), total.tolist()
+        starts, ends = torch.stack([before, total]).tolist()
         text_blocks = vision_blocks = None
         if len(places):
-            size = min(w, max(counts))
-            of_block = torch.tensor([i for i in range(m) for _ in range(0, counts[i], size)], device=device)
+            size = min(w, max(end - start for start, end in zip(starts, ends)))
+            of_block = torch.tensor([i for i in range(m) for _ in range(starts[i], ends[i], size)], device=device)
             begin = [start for i in range(m) for start in range(starts[i], ends[i], size)]
             begins = torch.tensor(begin, device=device)[:, None]
             ranks = begins + torch.arange(size, device=device)
@@ -105,18 +105,22 @@ class NearText:
             # text tokens before each packed place, of its own sequence
             preceding = (~is_vision).long().cumsum(0) - first[sequence] + before[sequence]
             scan_vision = is_vision.nonzero().squeeze(1)
-            size, spans = torch.bincount(span), int(span.max()) + 1
-            begins = torch.full((spans,), n, device=device).scatter_reduce(0, span, scan_vision, "amin")
+            size = torch.bincount(span)
+            begins = torch.full_like(size, n).scatter_reduce(0, span, scan_vision, "amin")
             context, of_span = preceding[begins], sequence[begins]
-            sizes = size.tolist()
-            of_block = torch.tensor([i for i in range(spans) for _ in range(0, sizes[i], VISION_BLOCK)], device=device)
-            start = torch.tensor([j for i in range(spans) for j in range(0, sizes[i], VISION_BLOCK)], device=device)
+            sizes, contexts = torch.stack([size, context]).tolist()
+            of_block = torch.tensor(
+                [i for i in range(len(sizes)) for _ in range(0, sizes[i], VISION_BLOCK)], device=device
+            )
+            start = torch.tensor(
+                [j for i in range(len(sizes)) for j in range(0, sizes[i], VISION_BLOCK)], device=device
+            )
             inside = start[:, None] + torch.arange(min(VISION_BLOCK, max(sizes)), device=device)
             member = (size.cumsum(0) - size)[of_block, None] + inside
             by_span = torch.argsort(span, stable=True)
             queries = torch.where(inside < size[of_block, None], by_span[member.clamp_max(len(span) - 1)], -1)
             end = context[of_block]
-            keys = end[:, None] + torch.arange(min(max(s - int(context.max()), -w), 0), 0, device=device)
+            keys = end[:, None] + torch.arange(min(max(s - max(contexts), -w), 0), 0, device=device)
             ranks = (end - 1)[:, None].expand_as(queries)
             vision_blocks = cls._blocks(queries, ranks, keys, end, s, of_span[of_block], key)
 

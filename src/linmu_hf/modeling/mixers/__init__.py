@@ -25,14 +25,15 @@ class Mixer:
             parameters in `reset_new_parameters`; another is called as Transformers calls attention.
         from_teacher (`dict[str, tuple[str, ...]]`): The teacher's self-attention projections, onto the module's own.
         recurrent (`bool`): Whether its cache is a state of one size ([`MMateCacheLayer`]) instead of keys and values.
-        state_shape (`Callable`): Shape of what the cache holds per sequence, or per token of it, from a configuration.
+        state_shapes (`Callable`): Shapes by name of what the cache holds per sequence, or per token of it, from a
+            configuration.
         flops_per_token (`Callable`): Multiplications and additions of a decode step at a context length.
     """
 
     module: type[nn.Module]
     from_teacher: dict[str, tuple[str, ...]]
     recurrent: bool
-    state_shape: Callable
+    state_shapes: Callable
     flops_per_token: Callable
 
 
@@ -75,7 +76,7 @@ register_mixer(
             "o_proj": ("flex_ma.o_proj", "local_swin.o_proj"),
         },
         recurrent=True,
-        state_shape=MMate.state_shape,
+        state_shapes=MMate.state_shapes,
         flops_per_token=MMate.flops_per_token,
     ),
 )
@@ -85,7 +86,7 @@ register_mixer(
         module=Qwen2_5_VLAttention,
         from_teacher={name: (name,) for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
         recurrent=False,
-        state_shape=lambda config: (2, config.num_key_value_heads, config.head_dim),
+        state_shapes=lambda config: dict.fromkeys(("keys", "values"), (config.num_key_value_heads, config.head_dim)),
         flops_per_token=_attention_flops,
     ),
 )

@@ -17,6 +17,11 @@ from .flex_ma import FlexMA, ScanDirection, ZeroLinear, state_shape
 from .local_swin import LocalSwin
 
 
+def slot_count(config) -> int:
+    """Returns how many text tokens of a sequence the cache keeps."""
+    return config.sink_tokens + config.text_window
+
+
 class MMate(nn.Module):
     """
     Sums Flex-MA (global context) and Local-Swin (neighbours) with a learned weight per token.
@@ -36,14 +41,29 @@ class MMate(nn.Module):
         if config.output_norm == "layer_norm":
             self.output_norm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    state_shape = staticmethod(state_shape)
+    @staticmethod
+    def state_shapes(config) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of what the cache holds of a sequence: the scan's state, and the slots of text tokens."""
+        shapes = {"state": state_shape(config)}
+        if config.text_window:
+            h, g, p, slots = (
+                config.num_attention_heads,
+                config.num_key_value_heads,
+                config.head_dim,
+                slot_count(config),
+            )
+            shapes |= dict.fromkeys(("keys", "values", "x"), (slots, g, p))
+            shapes |= {"B": (slots, g, shapes["state"][-1]), "dt": (slots, h)}
+        return shapes
 
     @staticmethod
     def flops_per_token(config, past: int = 0) -> int:
         """Returns the multiplications and additions of the matrix products of a decode step, whatever the `past`."""
         h, g, p, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
         features = 2 * (h + g) * p * config.state_size if config.bc_feature_map == "softmax" else 0
-        return 2 * d * (2 * (h + g) * p + h) + features + 2 * math.prod(state_shape(config))
+        far = 2 * d * (2 * (h + g) * p + h) + features + 2 * math.prod(state_shape(config))
+        near = 2 * d * (2 * (h + g) * p + h) + 4 * h * p * slot_count(config)
+        return far + near if config.text_window else far
 
     def reset_new_parameters(self):
         """Sets every parameter that does not come from the teacher (Eq. 4 and 5), in place and deterministically."""

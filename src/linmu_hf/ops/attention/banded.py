@@ -107,4 +107,4 @@ def join(first, first_lse, second, second_lse):
     """
     lse = torch.logaddexp(first_lse, second_lse)
     share = torch.exp(second_lse - lse.nan_to_num(neginf=0.0))
-    return torch.lerp(first, second, share[..., None].to(first.dtype)), lse
+    return torch.lerp(first, second.to(first.dtype), share[..., None].to(first.dtype)), lse
