@@ -1,8 +1,7 @@
 """A closed-form start: output projections and output norm fitted to the teacher's attention on a few samples.
 
     code      meaning
-    z         what the output projections of both branches see, side by side: [(1 - phi) flex, phi swin], [n, 2 h p]
-    phi       1 - lambda_t at vision tokens, 0 at text (Algorithm 1)
+    z         what the output projections of both branches see: [lambda flex, (1 - lambda) near], [n, 2 h p]
     target    the teacher's attention output, [n, d]
     W         [W_O,Flex, W_O,Swin], [d, 2 h p]; W_0 is the teacher's W_O twice (Eq. 4 and 5)
 
@@ -154,16 +153,10 @@ def _states(student, teacher, batches) -> Iterator[list[tuple]]:
 
 def _features(mixer, mixer_input, target, rope, layout) -> tuple[torch.Tensor, torch.Tensor]:
     """z and target at the real tokens."""
-    flex, swin = mixer.branches(mixer_input, rope, layout)
+    flex, near = mixer.branches(mixer_input, rope, layout)
+    near = torch.zeros_like(flex) if near is None else near.to(flex.dtype)
     order = layout.orders[mixer.config.scan_order(mixer.layer_idx)]
-    tokens = mixer_input.flatten(0, 1)
-    z_flex = flex.new_zeros(len(tokens), flex.shape[-1]).index_copy(0, order, flex)
-    z_swin = torch.zeros_like(z_flex)
-    if swin is not None:
-        fusion = 1 - torch.sigmoid(mixer.fusion_proj(tokens[layout.vision]))
-        z_flex[layout.vision] *= 1 - fusion
-        z_swin[layout.vision] = (fusion * swin).to(z_swin.dtype)
-    return torch.cat([z_flex, z_swin], dim=-1)[order], target.flatten(0, 1)[order]
+    return torch.cat([flex, near], dim=-1)[order], target.flatten(0, 1)[order]
 
 
 def _fit_projections(mixer, moments: _Moments, strength: float, max_growth: float) -> float:

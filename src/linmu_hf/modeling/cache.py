@@ -159,6 +159,21 @@ class MMateCacheLayer(LinearAttentionLayer, RopeDeltas):
             self.counts = counts.clone()
             _keep_address(self.counts)
 
+    def copy(self, other: "MMateCacheLayer", batch: int) -> None:
+        """Becomes `batch` copies of another layer of one sequence, which stays as it is."""
+
+        def copies(tensor):
+            return None if tensor is None else tensor.expand(batch, *tensor.shape[1:]).clone()
+
+        tail, states = map(copies, other.load())
+        self.store(tail, states, batch)
+        self.slots = {name: copies(slots) for name, slots in other.slots.items()}
+        self.counts = copies(other.counts)
+        for tensor in (*self.slots.values(), self.counts):
+            if tensor is not None:
+                _keep_address(tensor)
+        self.advance(other.get_seq_length())
+
     def advance(self, n_tokens: int) -> None:
         """Counts the tokens of a forward pass, padding included."""
         self.seen += n_tokens

@@ -56,10 +56,10 @@ class LinMUTextConfig(RemoteCode, PreTrainedConfig):
             The same for an image.
         window_wrap (`bool`, *optional*, defaults to `False`):
             Whether shifted windows join opposite edges (Fig. 4); `False` gives smaller windows there instead.
-        text_window (`int`, *optional*, defaults to 256):
+        text_window (`int`, *optional*, defaults to 0; 256 in the preset `default`):
             How many of the last text tokens a text token attends to exactly; what leaves the window is scanned. 0
             leaves text to the scan alone, as the paper does.
-        sink_tokens (`int`, *optional*, defaults to 4):
+        sink_tokens (`int`, *optional*, defaults to 0; 4 in the preset `default`):
             How many of the first text tokens of a sequence every token attends to exactly (attention sinks).
         max_span_frames (`int`, *optional*):
             Longest span of a video in merged frames: a longer one is read as several spans, so that a prefill in
@@ -107,8 +107,8 @@ class LinMUTextConfig(RemoteCode, PreTrainedConfig):
     window_size: list[int] | tuple[int, ...] = (16, 4, 4)
     image_window_size: list[int] | tuple[int, ...] = (1, 16, 16)
     window_wrap: bool = False
-    text_window: int = 256
-    sink_tokens: int = 4
+    text_window: int = 0
+    sink_tokens: int = 0
     max_span_frames: int | None = None
     output_norm: str | None = None
 
@@ -199,7 +199,7 @@ class LinMUTextConfig(RemoteCode, PreTrainedConfig):
 
 # Whole columns of choices. `paper`: the paper to the letter. `default`: the best measured (docs/decisions.md).
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
+    "default": {"text_window": 256, "sink_tokens": 4},
     "paper": {
         "reverse_scope": "sequence",
         "gate": "channel",
@@ -207,8 +207,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "bc_feature_map": None,
         "timescale_init": "mamba2",
         "window_wrap": True,
-        "text_window": 0,
-        "sink_tokens": 0,
         "output_norm": "layer_norm",
     },
 }

@@ -116,7 +116,7 @@ def test_a_further_mixer_converts(running_mean, tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{}, {"bc_feature_map": None}], ids=str)
 def test_the_contract_is_what_a_layer_does(options):
-    """State in the cache and matrix products of a decode step, per layer; a gate or a window of vision tokens has no part in it."""
+    """State in the cache and matrix products of a decode step, per layer; gates and vision have no part in it."""
     for layer_type, mixer in MIXERS.items():
         model = tiny.model(layer_types=[layer_type] * 4, **options).model.language_model
         model.config._attn_implementation = "eager"  # the counter does not see into others

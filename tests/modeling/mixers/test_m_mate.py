@@ -132,23 +132,14 @@ def scanned_text(layout, config):
 
 
 def attention(swin, z, rope, mask):
-    """
-    Softmax attention over the tokens that the mask allows, as the teacher computes it, before W_O [t, h, p], and the
-    sum of exp(scores) [t, h].
-    """
+    """Softmax attention over the tokens that the mask allows, as the teacher computes it, before W_O [t, h, p]."""
     t, p = len(z), swin.head_dim
     q, k, v = (proj(z).view(t, -1, p) for proj in (swin.q_proj, swin.k_proj, swin.v_proj))
     q, k = (m * rope[0][0, :, None] + rotate_half(m) * rope[1][0, :, None] for m in (q, k))
     k, v = (m.repeat_interleave(q.shape[1] // k.shape[1], 1) for m in (k, v))
-    weights = torch.exp(torch.einsum("ihp,jhp->hij", q, k) / p**0.5) * mask
-    total = weights.sum(-1)
-    return torch.einsum("hij,jhp->ihp", weights / total.clamp_min(1e-30)[..., None], v), total.t()
-
-
-def far_tokens(i, layout, source):
-    """How many tokens the scans have read for a token: all before it, and for a vision token all of its span."""
-    end = i if layout[i, 0] < 0 else (layout[:, 0] == layout[i, 0]).nonzero()[-1, 0]
-    return sum(j is not None for j in source[: end + 1])
+    scores = torch.einsum("ihp,jhp->hij", q, k) / p**0.5
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0)
+    return torch.einsum("hij,jhp->ihp", weights, v)
 
 
 def algorithm_1(mixer, u, rope, layout):
@@ -178,11 +169,11 @@ def algorithm_1(mixer, u, rope, layout):
         gate = flex.gate_proj(u[back]).sigmoid().view(len(back), config.num_attention_heads, -1)
         gated[back[keep]] = (gate * y[back] + (1 - gate) * reverse)[keep]
     mask = (near_mask if config.text_window else window_mask)(layout, config, mixer.layer_idx)
-    near, total = attention(mixer.local_swin, u, rope, mask)
+    near = attention(mixer.local_swin, u, rope, mask)
     score = mixer.fusion_proj(u)
-    if config.text_window:  # lambda_t: far tokens all have the score that fusion_proj says
-        read = torch.tensor([far_tokens(i, layout, source) for i in range(len(u))])
-        share = read[:, None] * score.exp() / (read[:, None] * score.exp() + total)
+    if config.text_window:  # lambda_t of every head, 0 before anything is scanned
+        scanned = torch.tensor([any(j is not None for j in source[: i + 1]) for i in range(len(u))])
+        share = torch.where(scanned[:, None], score.sigmoid(), 0.0)
     else:
         share = torch.where(vision[:, None], score.sigmoid(), 1.0)
     share = share[..., None]
@@ -217,7 +208,7 @@ def test_local_swin_with_the_teachers_weights_is_its_attention_in_windows(layer_
         assert torch.equal(allowed, (layout[:, None, 0] == layout[None, :, 0]) & (layout[:, 0] >= 0))
     mask = torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(~allowed, torch.finfo(torch.float64).min)
     expected, _ = teacher(u, attention_mask=mask[None, None], position_embeddings=rope)
-    y, _ = mixer.local_swin(u[0], [table[0] for table in rope], tokens)
+    y = mixer.local_swin(u[0], [table[0] for table in rope], tokens)
     rows = slice(None) if near else layout[:, 0] >= 0
     # Transformers' eager attention takes its softmax in float32
     torch.testing.assert_close(mixer.local_swin.o_proj(y.flatten(1)), expected[0, rows], atol=1e-6, rtol=1e-6)

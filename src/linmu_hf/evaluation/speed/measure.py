@@ -255,9 +255,7 @@ def static_copy(cache, config, batch: int, length: int) -> StaticCache:
     copied = StaticCache(config=config, max_cache_len=length)
     for layer, filled in zip(copied.layers, cache.layers, strict=True):
         if isinstance(layer, MMateCacheLayer):
-            tail, states = (t if t is None else t.expand(batch, *t.shape[1:]) for t in filled.load())
-            layer.store(tail, states, batch)
-            layer.advance(filled.get_seq_length())
+            layer.copy(filled, batch)
         else:
             layer.update(*(t.expand(batch, *t.shape[1:]) for t in (filled.keys, filled.values)))
     return copied

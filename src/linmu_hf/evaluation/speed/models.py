@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from ...families import FAMILIES, QWEN2_5_VL, find_family
 from ...families.family import Preset
 from ...modeling.compat import CACHE
+from ...modeling.configuration_linmu import PRESETS as MIXER_PRESETS
 from ...modeling.configuration_linmu import LinMUConfig, LinMUTextConfig
 from ...modeling.decoder import LinMUTextModel
 from ...modeling.generation import chunk_sizes
@@ -73,7 +74,7 @@ def text_config(model: str) -> LinMUTextConfig:
         `ValueError`: There is no such model, or it is not one that LinMU can be made of.
     """
     if model in PRESETS:
-        return LinMUTextConfig(**PRESETS[model][1].text)
+        return LinMUTextConfig(**MIXER_PRESETS["default"] | PRESETS[model][1].text)
     if not Path(model).exists() and model.count("/") != 1:
         raise ValueError(f"{model} is neither a file, a folder nor one of the presets {', '.join(PRESETS)}")
     try:
@@ -233,17 +234,24 @@ class FlexMAOnly(nn.Module):
         self.block = block
 
     def forward(self, hidden_states, rope, layout, cache_layer=None):
-        layout = layout if isinstance(layout, TextStep) else replace(layout, vision=None)
+        layout = TextStep(layout.mask) if isinstance(layout, TextStep) else replace(layout, vision=None, near=None)
         return self.block(hidden_states, rope, layout, cache_layer)
 
 
 class LocalSwinOnly(FlexMAOnly):
-    """An M-MATE block without Flex-MA (Table 4): text tokens are not mixed at all."""
+    """An M-MATE block without Flex-MA (Table 4): text tokens are mixed by `text_window` or not at all."""
 
     def forward(self, hidden_states, rope, layout, cache_layer=None):
         y, swin = torch.zeros_like(hidden_states), self.block.local_swin
-        if not isinstance(layout, TextStep) and layout.vision is not None:
-            mixed = swin(hidden_states.flatten(0, 1), tuple(t.flatten(0, 1) for t in rope), layout)
+        tokens, rope = hidden_states.flatten(0, 1), tuple(t.flatten(0, 1) for t in rope)
+        if layout.near is not None:
+            step = isinstance(layout, TextStep)
+            mixed = (
+                swin.step(tokens, rope, cache_layer, layout.near) if step else swin(tokens, rope, layout, cache_layer)
+            )
+            y = swin.o_proj(mixed.flatten(1)).view_as(y)
+        elif not isinstance(layout, TextStep) and layout.vision is not None:
+            mixed = swin(tokens, rope, layout).flatten(1)
             y.view(-1, y.shape[-1]).index_copy_(0, layout.vision, swin.o_proj(mixed))
         return self.block.output_norm(y)
 

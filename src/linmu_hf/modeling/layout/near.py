@@ -32,8 +32,7 @@ class NearText:
         waiting (`torch.LongTensor` of shape `[l]`): Packed places of the new text tokens.
         source (`torch.LongTensor` of shape `[n]`): Which of [cached slots, packed tokens] is scanned at each place.
         live (`torch.BoolTensor` of shape `[n]`): Whether there is one.
-        scanned (`torch.LongTensor` of shape `[n]`): How many tokens the scans have read for each place: all before, and
-            for a vision token all of its span.
+        scanned (`torch.BoolTensor` of shape `[n]`): Whether the scan has read a token yet.
         stay (`torch.LongTensor` of shape `[k]`): Which of the new text tokens the cache keeps.
         slots (`torch.LongTensor` of shape `[k]`): Their slots, counted over the batch.
         counts (`torch.LongTensor` of shape `[b, 2]`): Text and vision tokens of every row so far.
@@ -132,18 +131,13 @@ class NearText:
         live = torch.ones(n, dtype=torch.bool, device=device).index_copy(0, places, leaving >= s)
         source = (offset + torch.arange(n, device=device)).index_copy(0, places, torch.where(leaving >= s, scan, 0))
         stay = ((rank < s) | (rank >= total[of] - w)).nonzero().squeeze(1)
-        # running count over all sequences, less what was counted before each, plus what the cache has seen
+        # whether anything was scanned: in this pass up to the place, or before it
+        length = torch.tensor(lengths, device=device)
         scanned = torch.nn.functional.pad(live.long().cumsum(0), (1, 0))
-        lengths_ = torch.tensor(lengths, device=device)
-        earlier = torch.zeros_like(total)
+        scanned = scanned[1:] > scanned[length.cumsum(0) - length][sequence]
         if past is not None:
-            earlier = past[batch_rows, 1] + (before - w - s).clamp_min(0)
-        scanned = scanned[1:] - (scanned[lengths_.cumsum(0) - lengths_] - earlier)[sequence]
-        if span is not None:
-            of_span = torch.zeros(len(size), dtype=torch.long, device=device)
-            of_span = of_span.scatter_reduce(0, span, scanned[scan_vision], "amax")
-            scanned = scanned.index_copy(0, scan_vision, of_span[span])
-        new = torch.stack([total, lengths_ - count], dim=1)
+            scanned |= ((past[batch_rows, 1] > 0) | (before > w + s))[sequence]
+        new = torch.stack([total, length - count], dim=1)
         if past is not None:
             new[:, 1] += past[batch_rows, 1]
         return cls(
@@ -183,7 +177,7 @@ class NearStep(NamedTuple):
         slot (`torch.LongTensor` of shape `[b]`): Where the token goes.
         leaves (`torch.BoolTensor` of shape `[b]`): Whether one leaves the window for it, to be scanned.
         filled (`torch.BoolTensor` of shape `[b, s + w]`): Slots that then hold a token.
-        scanned (`torch.LongTensor` of shape `[b]`): Tokens that the scan then has read.
+        scanned (`torch.BoolTensor` of shape `[b]`): Whether the scan then has read a token.
         real (`torch.BoolTensor` of shape `[b]` or `None`): Rows that have a token; the others stay as they are.
         counts (`torch.LongTensor` of shape `[b, 2]`): Text and vision tokens of every row after it.
     """
@@ -207,7 +201,7 @@ class NearStep(NamedTuple):
         filled = torch.arange(s + w, device=device) < (rank + 1)[:, None]
         new = torch.ones_like(rank) if real is None else real.long()
         counts = torch.stack([rank + new, vision], dim=1)
-        return cls(slot, leaves, filled, vision + (rank + 1 - w - s).clamp_min(0), real, counts)
+        return cls(slot, leaves, filled, (vision > 0) | (rank >= w + s), real, counts)
 
     def exchange(self, cache_layer, **values) -> list[torch.Tensor]:
         """Puts `values` of the token `[b, ...]` into its slot; returns those of the one that leaves, or zeros."""

@@ -39,8 +39,8 @@ class LocalSwin(nn.Module):
             cache_layer (`MMateCacheLayer`, *optional*): Keys and values of the text before; updated.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor | None]`: The branch before its output projection. Without `text_window`
-            `[v, h, p]` for `layout.vision`, and `None`; with it `[b * t, h, p]`, and lse `[b * t, h]`.
+            `torch.Tensor`: The branch before its output projection, `[b * t, h, p]`; without `text_window` of shape
+            `[v, h, p]`, for `layout.vision`.
         """
         windows = None if layout.vision is None else layout.windows[self.shift]
         if layout.near is None:
@@ -48,7 +48,7 @@ class LocalSwin(nn.Module):
             places = layout.vision.index_select(0, _in_windows(windows))
             q, k, v = self._project(tokens.index_select(0, places), tuple(t.index_select(0, places) for t in rope))
             y = window_attention(q, k, v, [group.shape for group in windows.groups], windows.offsets)
-            return y.index_select(0, windows.slots), None
+            return y.index_select(0, windows.slots)
 
         q, k, v = self._project(tokens, rope)
         near = layout.near
@@ -61,14 +61,14 @@ class LocalSwin(nn.Module):
             )
             if near.cached is not None:
                 keys, values = (torch.cat([old.to(new.dtype), new]) for old, new in zip(before, (keys, values)))
-        y, lse = torch.zeros_like(q), q.new_zeros(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
-        for rows, attention in (
-            (near.text, self._text(q, keys, values, near)),
-            (layout.vision, self._vision(q, k, v, keys, values, layout, windows)),
-        ):
-            if attention is not None:
-                y, lse = (t.index_copy(0, rows, new) for t, new in zip((y, lse), attention))
-        return y, lse
+        y = torch.zeros_like(q)
+        if near.text_blocks is not None:
+            text = q.index_select(0, near.text)
+            text, _ = banded_attention(text, keys, values, near.text_blocks, self.text_window, self.sinks)
+            y = y.index_copy(0, near.text, text)
+        if windows is not None:
+            y = y.index_copy(0, layout.vision, self._vision(q, k, v, keys, values, layout, windows))
+        return y
 
     def _project(self, tokens, rope):
         """Queries [n, h, p], keys and values [n, g, p] of tokens [n, d]."""
@@ -76,17 +76,8 @@ class LocalSwin(nn.Module):
         qk, v = qkv.unflatten(-1, (-1, self.head_dim)).split([self.heads + self.groups, self.groups], dim=1)
         return *rotate(qk, rope).split([self.heads, self.groups], dim=1), v
 
-    def _text(self, q, keys, values, near):
-        if near.text_blocks is None:
-            return None
-        return banded_attention(
-            q.index_select(0, near.text), keys, values, near.text_blocks, self.text_window, self.sinks
-        )
-
     def _vision(self, q, k, v, keys, values, layout, windows):
-        """Vision tokens see their window, and of the text before them as much as a text token would."""
-        if windows is None:
-            return None
+        """Vision tokens see their window, and of the text before their span as much as a text token would."""
         places = layout.vision.index_select(0, _in_windows(windows))
         qkv = (t.index_select(0, places) for t in (q, k, v))
         y, lse = window_attention(*qkv, [group.shape for group in windows.groups], windows.offsets, with_lse=True)
@@ -94,11 +85,11 @@ class LocalSwin(nn.Module):
         context = banded_attention(
             q.index_select(0, layout.vision), keys, values, layout.near.vision_blocks, self.text_window, self.sinks
         )
-        return join(y, lse, *context)
+        return join(y, lse, *context)[0]
 
     def step(self, token, rope, cache_layer, near):
         """
-        Returns the branch before its output projection `[b, h, p]` and lse `[b, h]`, for one text token of every row.
+        Returns the branch before its output projection `[b, h, p]`, for one text token of every row.
 
         Args:
             token (`torch.Tensor` of shape `[b, d]`): The tokens.
@@ -111,8 +102,7 @@ class LocalSwin(nn.Module):
         keys, values = (cache_layer.slots[name].to(q.dtype).transpose(1, 2) for name in ("keys", "values"))
         q = q.unflatten(1, (self.groups, -1))  # [b, g, r, p]
         scores = q @ keys.transpose(-1, -2) / math.sqrt(self.head_dim)
-        y, lse = masked_softmax(scores, near.filled[:, None, None], values)
-        return y.flatten(1, 2), lse.flatten(1, 2)
+        return masked_softmax(scores, near.filled[:, None, None], values)[0].flatten(1, 2)
 
 
 def _in_windows(windows):

@@ -17,6 +17,10 @@ from .flex_ma import FlexMA, ScanDirection, ZeroLinear, state_shape
 from .local_swin import LocalSwin
 
 
+# lambda is 0.05 at the start: near is exact then, far has to be learned.
+FUSION_START = -3.0
+
+
 def slot_count(config) -> int:
     """Returns how many text tokens of a sequence the cache keeps."""
     return config.sink_tokens + config.text_window
@@ -70,6 +74,8 @@ class MMate(nn.Module):
         for module in self.modules():
             if isinstance(module, (ScanDirection, ZeroLinear)):
                 module.reset_new_parameters()
+        if self.config.text_window:
+            init.constant_(self.fusion_proj.bias, FUSION_START)
         for name, parameter in self.output_norm.named_parameters():
             init.constant_(parameter, 1.0 if name == "weight" else 0.0)
 
@@ -93,25 +99,21 @@ class MMate(nn.Module):
         flex = self.flex_ma(u, in_order, layout, cache_layer)
         flex = flex.new_zeros(len(tokens), flex.shape[1]).index_copy(0, order, flex)
         if layout.near is not None:
-            near, lse = self.local_swin(tokens, rope, layout, cache_layer)
+            near = self.local_swin(tokens, rope, layout, cache_layer)
             scanned = layout.near.scanned.new_zeros(len(tokens)).index_copy(0, order, layout.near.scanned)
-            return self._weighted(tokens, flex, near, lse, scanned)
+            return self._weighted(tokens, flex, near, scanned)
         if layout.vision is None:
             return flex, None
         vision = layout.vision
         share = torch.sigmoid(self.fusion_proj(tokens.index_select(0, vision)))  # lambda_t, which is 1 on text
-        near = self.local_swin(tokens, rope, layout)[0].flatten(1).to(flex.dtype)
+        near = self.local_swin(tokens, rope, layout).flatten(1).to(flex.dtype)
         near = torch.zeros_like(flex).index_copy(0, vision, near * (1 - share))
         return flex.index_copy(0, vision, flex.index_select(0, vision) * share), near
 
-    def _weighted(self, tokens, flex, near, lse, scanned):
-        """
-        Both branches [n, h p] by the share of the far one: as if all scanned tokens had the score that fusion_proj says
-        and the sum of exp(scores) were that of all tokens.
-        """
-        score = self.fusion_proj(tokens).to(lse.dtype)
-        share = torch.sigmoid(score + scanned.to(lse.dtype).log()[:, None] - lse)[..., None].to(flex.dtype)
-        flex = flex.unflatten(1, (-1, self.config.head_dim)) * share
+    def _weighted(self, tokens, flex, near, scanned):
+        """Both branches [n, h p] times lambda and 1 - lambda of every head; lambda is 0 before anything is scanned."""
+        share = (torch.sigmoid(self.fusion_proj(tokens)) * scanned[:, None])[..., None]
+        flex = flex.unflatten(1, (-1, self.config.head_dim)) * share.to(flex.dtype)
         return flex.flatten(1), (near * (1 - share).to(near.dtype)).flatten(1)
 
     def smallest_normalizer(self, hidden_states, rope, layout) -> float:
@@ -129,8 +131,8 @@ class MMate(nn.Module):
             token, rope = hidden_states[:, 0], tuple(t[:, 0] for t in rope)
             flex, near = self.flex_ma.step(token, rope, layout.mask, cache_layer, layout.near), None
             if layout.near is not None:
-                local = self.local_swin.step(token, rope, cache_layer, layout.near)
-                flex, near = self._weighted(token, flex, *local, layout.near.scanned)
+                near = self.local_swin.step(token, rope, cache_layer, layout.near)
+                flex, near = self._weighted(token, flex, near, layout.near.scanned)
         else:
             flex, near = self.branches(hidden_states, rope, layout, cache_layer)
         y = self.flex_ma.o_proj(flex)

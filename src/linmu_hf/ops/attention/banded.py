@@ -49,8 +49,8 @@ def banded_attention(q, k, v, blocks: Blocks, window: int, sinks: int):
         window, sinks (`int`): See the table above.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: Output `[n, h, p]` and lse `[n, h]` in fp32; zeros and -inf at queries that
-        are in no block or see no key.
+        `tuple[torch.Tensor, torch.Tensor]`: Output `[n, h, p]` and lse `[n, h]` in fp32; zeros and -inf at queries
+        that are in no block or see no key.
     """
     n, h, p = q.shape
     if not len(k):
