@@ -168,8 +168,8 @@ class ScanDirection(nn.Module):
             states (`torch.Tensor`, *optional*): States before each sequence, `[m, *state_shape]`.
             keep (`torch.Tensor` of shape `[n, 1]`, *optional*): 0 at tokens that bring no input (M_V of Eq. 2), and in
                 a decode step at rows whose state stays as it is.
-            exchange (`Callable`, *optional*): In a decode step takes x, B and dt of the token, and returns those of the
-                one to scan, with 0 where there is none.
+            exchange (`Callable`, *optional*): In a decode step takes x, B and dt of the token, and returns those of
+                the one to scan, with 0 where there is none.
 
         Returns:
             `tuple[Scan, torch.Tensor, torch.Tensor | None]`

@@ -79,8 +79,10 @@ class LocalSwin(nn.Module):
     def _vision(self, q, k, v, keys, values, layout, windows):
         """Vision tokens see their window, and of the text before their span as much as a text token would."""
         places = layout.vision.index_select(0, _in_windows(windows))
-        qkv = (t.index_select(0, places) for t in (q, k, v))
-        y, lse = window_attention(*qkv, [group.shape for group in windows.groups], windows.offsets, with_lse=True)
+        qw, kw, vw = (t.index_select(0, places) for t in (q, k, v))
+        y, lse = window_attention(
+            qw, kw, vw, [group.shape for group in windows.groups], windows.offsets, with_lse=True
+        )
         y, lse = (t.index_select(0, windows.slots) for t in (y, lse))
         context = banded_attention(
             q.index_select(0, layout.vision), keys, values, layout.near.vision_blocks, self.text_window, self.sinks

@@ -48,7 +48,7 @@ class MMate(nn.Module):
     @staticmethod
     def state_shapes(config) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of what the cache holds of a sequence: the scan's state, and the slots of text tokens."""
-        shapes = {"state": state_shape(config)}
+        shapes: dict[str, tuple[int, ...]] = {"state": state_shape(config)}
         if config.text_window:
             h, g, p, slots = (
                 config.num_attention_heads,
