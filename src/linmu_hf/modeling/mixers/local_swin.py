@@ -64,7 +64,7 @@ class LocalSwin(nn.Module):
         y = torch.zeros_like(q)
         if near.text_blocks is not None:
             text = q.index_select(0, near.text)
-            text, _ = banded_attention(text, keys, values, near.text_blocks, self.text_window, self.sinks)
+            text = banded_attention(text, keys, values, near.text_blocks, self.text_window, self.sinks)
             y = y.index_copy(0, near.text, text)
         if windows is not None:
             y = y.index_copy(0, layout.vision, self._vision(q, k, v, keys, values, layout, windows))
@@ -85,8 +85,9 @@ class LocalSwin(nn.Module):
         )
         y, lse = (t.index_select(0, windows.slots) for t in (y, lse))
         context = banded_attention(
-            q.index_select(0, layout.vision), keys, values, layout.near.vision_blocks, self.text_window, self.sinks
-        )
+            q.index_select(0, layout.vision), keys, values, layout.near.vision_blocks, self.text_window, self.sinks,
+            with_lse=True,
+        )  # fmt: skip
         return join(y, lse, *context)[0]
 
     def step(self, token, rope, cache_layer, near):

@@ -11,6 +11,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 
 # Scores that are held at once.
@@ -38,47 +39,65 @@ class Blocks(NamedTuple):
         return Blocks(*(tensor.to(device, **kwargs) for tensor in self))
 
 
-def banded_attention(q, k, v, blocks: Blocks, window: int, sinks: int):
+def banded_attention(q, k, v, blocks: Blocks, window: int, sinks: int, with_lse: bool = False):
     """
     Computes the attention of every query to the keys of its block that its window or the sinks hold.
 
     Args:
         q (`torch.Tensor` of shape `[n, h, p]`): Queries.
         k, v (`torch.Tensor` of shape `[l, g, p]`): Keys and values; h is a multiple of g.
-        blocks (`Blocks`): Which keys may meet which queries.
+        blocks (`Blocks`): Which keys may meet which queries. Without `with_lse` every query must see a key.
         window, sinks (`int`): See the table above.
+        with_lse (`bool`, *optional*, defaults to `False`): Whether lse is wanted too.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: Output `[n, h, p]` and lse `[n, h]` in fp32; zeros and -inf at queries
-        that are in no block or see no key.
+        `torch.Tensor` of shape `[n, h, p]`, zeros at queries that are in no block or see no key; with lse a tuple of
+        it and lse `[n, h]` in fp32, where they have -inf.
     """
     n, h, p = q.shape
     if not len(k):
-        return torch.zeros_like(q), q.new_full((n, h), -math.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+        y, lse = torch.zeros_like(q), q.new_full((n, h), -math.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+        return (y, lse) if with_lse else y
     m, a = blocks.queries.shape
-    per_block = h * a * blocks.keys.shape[1]
-    step = max(SCORES // per_block, 1)
-    outputs, sums = zip(
-        *(_attend(q, k, v, Blocks(*(t[i : i + step] for t in blocks)), window, sinks) for i in range(0, m, step)),
-        strict=True,
-    )
+    attend, step = (_attend_with_lse, SCORES) if with_lse else (_attend, 8 * SCORES)
+    step = max(step // (h * a * blocks.keys.shape[1]), 1)
+    parts = [attend(q, k, v, Blocks(*(t[i : i + step] for t in blocks)), window, sinks) for i in range(0, m, step)]
     real = (blocks.queries >= 0).flatten().nonzero().squeeze(1)
     places = blocks.queries.flatten()[real]
+    outputs = [part[0] for part in parts] if with_lse else parts
     y = q.new_zeros(n, h, p).index_copy(0, places, torch.cat(outputs).flatten(0, 1)[real].to(q.dtype))
-    lse = q.new_full((n, h), -math.inf, dtype=sums[0].dtype)
-    return y, lse.index_copy(0, places, torch.cat(sums).flatten(0, 1)[real])
+    if not with_lse:
+        return y
+    lse = torch.cat([part[1] for part in parts]).flatten(0, 1)[real]
+    return y, lse.new_full((n, h), -math.inf).index_copy(0, places, lse)
+
+
+def _seen(blocks, window, sinks):
+    """Which key of a block a query sees, [m, a, c]; what fills a block up sees all."""
+    behind = blocks.query_ranks[:, :, None] - blocks.key_ranks[:, None]
+    seen = (behind >= 0) & ((behind < window) | (blocks.key_ranks < sinks)[:, None]) & (blocks.keys >= 0)[:, None]
+    return seen | (blocks.queries < 0)[:, :, None]
 
 
 def _attend(q, k, v, blocks, window, sinks):
-    """Some of the blocks: output [m, a, h, p] and lse [m, a, h]."""
+    """Some of the blocks: output [m, a, h, p]."""
+    q, k, v = (
+        t[places.clamp_min(0)].transpose(1, 2) for t, places in zip((q, k, v), (blocks[0], blocks[2], blocks[2]))
+    )
+    seen = _seen(blocks, window, sinks)[:, None]
+    if q.shape[1] != k.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    return scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
+
+
+def _attend_with_lse(q, k, v, blocks, window, sinks):
+    """The same, and lse [m, a, h]."""
     h, g, p = q.shape[1], k.shape[1], q.shape[2]
     m, a = blocks.queries.shape
-    behind = blocks.query_ranks[:, :, None] - blocks.key_ranks[:, None]  # [m, a, c]
-    seen = (behind >= 0) & ((behind < window) | (blocks.key_ranks < sinks)[:, None]) & (blocks.keys >= 0)[:, None]
     q = q[blocks.queries.clamp_min(0)].view(m, a, g, h // g, p).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [m, g, r a, p]
     k, v = (t[blocks.keys.clamp_min(0)].transpose(1, 2) for t in (k, v))  # [m, g, c, p]
     scores = (q @ k.transpose(-1, -2)).unflatten(2, (h // g, a)) / math.sqrt(p)  # [m, g, r, a, c]
-    y, lse = masked_softmax(scores, seen[:, None, None], v[:, :, None])
+    y, lse = masked_softmax(scores, _seen(blocks, window, sinks)[:, None, None], v[:, :, None])
     return y.permute(0, 3, 1, 2, 4).flatten(2, 3), lse.permute(0, 3, 1, 2).flatten(2, 3)
 
 
@@ -90,7 +109,7 @@ def masked_softmax(scores, seen, v):
     dtype = torch.promote_types(scores.dtype, torch.float32)
     scores = scores.to(dtype).masked_fill(~seen, torch.finfo(dtype).min)
     lse = scores.logsumexp(-1)
-    weights = torch.exp(scores - lse[..., None]) * seen
+    weights = scores.softmax(-1) * seen
     return weights.to(v.dtype) @ v, lse.masked_fill(~seen.any(-1), -math.inf)
 
 
