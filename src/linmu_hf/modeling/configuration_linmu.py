@@ -56,7 +56,7 @@ class LinMUTextConfig(RemoteCode, PreTrainedConfig):
             The same for an image.
         window_wrap (`bool`, *optional*, defaults to `False`):
             Whether shifted windows join opposite edges (Fig. 4); `False` gives smaller windows there instead.
-        text_window (`int`, *optional*, defaults to 0; 256 in the preset `default`):
+        text_window (`int`, *optional*, defaults to 0; 512 in the preset `default`):
             How many of the last text tokens a text token attends to exactly; what leaves the window is scanned. 0
             leaves text to the scan alone, as the paper does.
         sink_tokens (`int`, *optional*, defaults to 0; 4 in the preset `default`):
@@ -199,7 +199,7 @@ class LinMUTextConfig(RemoteCode, PreTrainedConfig):
 
 # Whole columns of choices. `paper`: the paper to the letter. `default`: the best measured (docs/decisions.md).
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": {"text_window": 256, "sink_tokens": 4},
+    "default": {"text_window": 512, "sink_tokens": 4},
     "paper": {
         "reverse_scope": "sequence",
         "gate": "channel",
