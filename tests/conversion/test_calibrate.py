@@ -5,6 +5,7 @@ import torch
 from synthetic import ask, image, make_teacher, say
 
 from linmu_hf import LinMUForConditionalGeneration
+from linmu_hf.conversion import calibrate as calibrate_module
 from linmu_hf.conversion.calibrate import calibrate
 from linmu_hf.conversion.convert import convert
 from linmu_hf.conversion.teacher import load_teacher
@@ -52,8 +53,8 @@ def test_every_layer_comes_closer_on_held_out_samples(case, name):
     assert max(report.weight_growth) <= 1.5
     assert all(1e-12 < smallest < 1 for smallest in report.smallest_normalizer)
     changed = {key for key, value in student.state_dict().items() if not torch.equal(value, before[key])}
-    assert changed == set(report.changed)
-    assert "mean" in str(report)
+    assert changed <= set(report.changed) and any("o_proj" in key for key in changed)
+    assert "mean" in str(report) and "kept: projections" in str(report)
 
 
 def test_report_is_the_error_of_the_mixers(case):
@@ -81,7 +82,44 @@ def test_strong_pull_leaves_the_teachers_weights(case):
     before = {key: value.clone() for key, value in student.state_dict().items()}
     calibrate(student, teacher, batches, strength=1e9)
     for key, value in student.state_dict().items():
-        torch.testing.assert_close(value, before[key], atol=1e-5, rtol=1e-5)
+        if "fusion_proj" not in key:
+            torch.testing.assert_close(value, before[key], atol=1e-5, rtol=1e-5)
+
+
+def test_a_fit_that_leads_astray_is_left(case, processor):
+    """Fitted freely to a handful of tokens, output maps are wrong elsewhere: the weights before them stay."""
+    root, teacher, batches = case
+    student = LinMUForConditionalGeneration.from_pretrained(root / "plain").eval()
+    few = encode_rows(processor, [{"messages": [ask("?"), say("!")]}])
+    report = calibrate(student, teacher, [few, batches[-1]], strength=1e-9, max_growth=1e3)
+    assert report.path["projections"] > min(report.path.values())
+    before = LinMUForConditionalGeneration.from_pretrained(root / "plain").state_dict()
+    for key, value in student.state_dict().items():
+        if "fusion_proj" not in key:
+            torch.testing.assert_close(value, before[key], atol=0, rtol=0)
+
+
+@torch.no_grad()
+def test_lambda_is_where_the_output_is_nearest_to_the_teachers(case):
+    """A little more or less of the scan in any head of text or vision is worse."""
+    root, teacher, batches = case
+    student = LinMUForConditionalGeneration.from_pretrained(root / "plain").eval()
+    mixer = student.model.language_model.layers[2].mixer
+    calibrate_module._fit_shares(student, teacher, batches[:2], {2: mixer})
+
+    def error():
+        found = calibrate_module._errors(student, teacher, batches[:2], [2])[0]
+        return found[2]
+
+    best = error()
+    for proj in (mixer.fusion_proj, mixer.text_fusion_proj):
+        for head in range(len(proj.bias)):
+            share = float(proj.bias[head].sigmoid())
+            for other in (share * 0.9, share * 1.1):
+                if 0.021 < share < 0.88:
+                    proj.bias[head] = torch.logit(torch.tensor(other))
+                    assert error() > best * (1 - 1e-4)
+            proj.bias[head] = torch.logit(torch.tensor(share))
 
 
 def test_growth_is_bounded(case):

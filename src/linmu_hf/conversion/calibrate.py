@@ -1,15 +1,22 @@
-"""A closed-form start: output projections and output norm fitted to the teacher's attention on a few samples.
+"""A closed-form start: how branches are joined, their output projections and the output norm, fitted to the teacher's
+attention on a few samples.
 
     code      meaning
     z         what the output projections of both branches see: [lambda flex, (1 - lambda) near], [n, 2 h p]
     target    the teacher's attention output, [n, d]
     W         [W_O,Flex, W_O,Swin], [d, 2 h p]; W_0 is the teacher's W_O twice (Eq. 4 and 5)
 
-Every block is fed with the teacher's own input, and W minimises |W z - target|^2 + alpha |W - W_0|^2 over real tokens.
-The pull toward W_0 is what keeps the solution trainable: nearly free regression fits better and leaves weights many
-times the teacher's norm, which the first steps of training blow up.
+Every block is fed with the teacher's own input. With a `text_window`, lambda of every head is set first, one value for
+text and one for vision tokens, where it minimises the error; heads whose scan says little start near 0. Then W
+minimises |W z - target|^2 + alpha |W - W_0|^2 over real tokens. The pull toward W_0 is what keeps the solution
+trainable: nearly free regression fits better and leaves weights many times the teacher's norm, which the first steps
+of training blow up.
+
+A fit on the teacher's inputs may still lead the student away on its own, where errors add up. So the student runs on
+the held-out batch after each of the two fits, and keeps the weights whose last hidden states were nearest.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -18,6 +25,16 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..modeling.mixers import recurrent_layers
+
+
+# What is fitted, of a mixer's parameters.
+FITTED = r"^(flex_ma\.o_proj\.weight|local_swin\.o_proj\.weight|(text_)?fusion_proj\.bias|output_norm\.\w+)$"
+
+# Smallest and largest lambda that is set: beyond, its sigmoid would hardly learn.
+SHARES = (0.02, 0.98)
+
+# Tokens of which the output of every head is held apart.
+SOME_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -32,6 +49,7 @@ class CalibrationReport:
     error_after: list[float]
     weight_growth: list[float]  # |W| / |W_0|
     smallest_normalizer: list[float]
+    path: dict[str, float]  # relative error of the student's last hidden states: start, lambda, projections
     changed: list[str]
 
     def __str__(self) -> str:
@@ -42,6 +60,9 @@ class CalibrationReport:
             lines.append(f"  {layer:5d}   {before:12.3f} {after:7.3f}   x {growth:.2f}   {normalizer:23.1e}")
         n = max(len(self.layers), 1)
         lines.append(f"  {'mean':>5}   {sum(self.error_before) / n:12.3f} {sum(self.error_after) / n:7.3f}")
+        kept = min(self.path, key=self.path.__getitem__)
+        errors = ", ".join(f"{step} {error:.3f}" for step, error in self.path.items())
+        lines.append(f"  last hidden states on the student's own path: {errors}; kept: {kept}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict:
@@ -83,18 +104,42 @@ def calibrate(
     text = student.model.language_model
     layers = recurrent_layers(text.config.layer_types)
     before, _ = _errors(student, teacher, held_out, layers)
-    growth = {}
+    mixers = {layer: text.layers[layer].mixer for layer in layers}
+    names = [
+        f"model.language_model.layers.{layer}.mixer.{name}"
+        for layer, mixer in mixers.items()
+        for name, _ in mixer.named_parameters()
+        if re.search(FITTED, name)
+    ]
+    path = {"start": _path_error(student, teacher, held_out)}
+    best = _weights(student, names)
+    growth = dict.fromkeys(layers, 1.0)
+
+    def keep_if_better(step: str) -> bool:
+        path[step] = _path_error(student, teacher, held_out)
+        if path[step] > min(path.values()):
+            return False
+        best.update(_weights(student, names))
+        return True
+
+    _fit_shares(student, teacher, fitted, mixers)
+    keep_if_better("lambda")
+    student.load_state_dict(best, strict=False)
+    grown = {}
     n = layers_at_once or max(len(layers), 1)
     for first in range(0, len(layers), n):
         group = layers[first : first + n]
-        d, width = text.layers[group[0]].mixer.flex_ma.o_proj.weight.shape
+        d, width = mixers[group[0]].flex_ma.o_proj.weight.shape
         moments = {layer: _Moments(2 * width, d, text.embed_tokens.weight.device) for layer in group}
         for states in tqdm(_states(student, teacher, fitted), total=len(fitted), desc="calibrating"):
             for layer in group:
-                moments[layer].add(*_features(text.layers[layer].mixer, *states[layer]))
+                moments[layer].add(*_features(mixers[layer], *states[layer]))
         for layer in group:
-            growth[layer] = _fit_projections(text.layers[layer].mixer, moments[layer], strength, max_growth)
+            grown[layer] = _fit_projections(mixers[layer], moments[layer], strength, max_growth)
     _fit_norms(student, teacher, fitted, layers)
+    if keep_if_better("projections"):
+        growth = grown
+    student.load_state_dict(best, strict=False)
     after, normalizer = _errors(student, teacher, held_out, layers)
     return CalibrationReport(
         layers=layers,
@@ -102,13 +147,54 @@ def calibrate(
         error_after=[after[layer] for layer in layers],
         weight_growth=[growth[layer] for layer in layers],
         smallest_normalizer=[normalizer[layer] for layer in layers],
-        changed=[
-            f"model.language_model.layers.{layer}.mixer.{name}"
-            for layer in layers
-            for name, _ in text.layers[layer].mixer.named_parameters()
-            if name in ("flex_ma.o_proj.weight", "local_swin.o_proj.weight") or name.startswith("output_norm.")
-        ],
+        path=path,
+        changed=names,
     )
+
+
+def _weights(student, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    state = student.state_dict()
+    return {name: state[name].clone() for name in names}
+
+
+def _path_error(student, teacher, batches) -> float:
+    """Relative error of the student's last hidden states on its own path, over real tokens."""
+    wrong = size = 0.0
+    for batch in batches:
+        batch = {name: value.to(student.device) for name, value in batch.items() if name != "labels"}
+        real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        ours, theirs = (
+            model.model(**batch, use_cache=False).last_hidden_state[real].double() for model in (student, teacher)
+        )
+        wrong += float((ours - theirs.to(ours.device)).square().sum())
+        size += float(theirs.square().sum())
+    return wrong / size
+
+
+def _fit_shares(student, teacher, batches, mixers) -> None:
+    """Sets lambda of every head where the output is nearest to the target, as if it were one number for all tokens."""
+    mixers = {layer: mixer for layer, mixer in mixers.items() if mixer.config.text_window}
+    sums: dict[tuple[int, str], list[torch.Tensor]] = {}
+    for states in _states(student, teacher, batches) if mixers else ():
+        for layer, mixer in mixers.items():
+            mixer_input, target, rope, layout = states[layer]
+            flex, near, share = mixer.parts(mixer_input, rope, layout)
+            of_kind = {"text_fusion_proj": layout.near.text[(share[layout.near.text] > 0).any(1)[:, 0]]}
+            if layout.vision is not None:
+                of_kind["fusion_proj"] = layout.vision
+            for name, places in of_kind.items():
+                for some in places.split(SOME_TOKENS):
+                    y, far = (
+                        torch.einsum("nhp,dhp->nhd", part[some], proj.weight.unflatten(1, part.shape[1:])).double()
+                        for part, proj in ((near, mixer.local_swin.o_proj), (flex, mixer.flex_ma.o_proj))
+                    )
+                    far, missing = far - y, target.flatten(0, 1)[some].double() - y.sum(1)
+                    found = [torch.einsum("nhd,nkd->hk", far, far), torch.einsum("nhd,nd->h", far, missing)]
+                    sums[layer, name] = [a + b for a, b in zip(sums.get((layer, name), (0.0, 0.0)), found)]
+    for (layer, name), (gram, cross) in sums.items():
+        ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        share = torch.linalg.solve(gram + ridge, cross).clamp(*SHARES)
+        getattr(mixers[layer], name).bias.copy_(torch.logit(share))
 
 
 class _Moments:

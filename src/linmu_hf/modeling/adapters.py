@@ -6,7 +6,7 @@ LORA_PARTS = {
     "flex_ma": rf"mixer\.flex_ma\.(x_proj|o_proj|{_SCANS}\.[bc]_proj)",
     "local_swin": r"mixer\.local_swin\.[qkvo]_proj",
     "attention": r"mixer\.[qkvo]_proj",
-    "gates": rf"mixer\.(fusion_proj|flex_ma\.(gate_proj|{_SCANS}\.dt_proj))",
+    "gates": rf"mixer\.((text_)?fusion_proj|flex_ma\.(gate_proj|{_SCANS}\.dt_proj))",
 }
 _DEFAULT = ("mlp", "flex_ma", "local_swin", "attention")
 

@@ -170,12 +170,11 @@ def algorithm_1(mixer, u, rope, layout):
         gated[back[keep]] = (gate * y[back] + (1 - gate) * reverse)[keep]
     mask = (near_mask if config.text_window else window_mask)(layout, config, mixer.layer_idx)
     near = attention(mixer.local_swin, u, rope, mask)
-    score = mixer.fusion_proj(u)
-    if config.text_window:  # lambda_t of every head, 0 before anything is scanned
+    share = torch.ones(len(u), 1)  # lambda_t, which is 1 on text
+    if config.text_window:  # or of every head, and 0 before anything is scanned
         scanned = torch.tensor([any(j is not None for j in source[: i + 1]) for i in range(len(u))])
-        share = torch.where(scanned[:, None], score.sigmoid(), 0.0)
-    else:
-        share = torch.where(vision[:, None], score.sigmoid(), 1.0)
+        share = torch.where(scanned[:, None], mixer.text_fusion_proj(u).sigmoid(), 0.0)
+    share = torch.where(vision[:, None], mixer.fusion_proj(u).sigmoid(), share)
     share = share[..., None]
     out = flex.o_proj((share * gated).flatten(1)) + mixer.local_swin.o_proj(((1 - share) * near).flatten(1))
     norm = mixer.output_norm

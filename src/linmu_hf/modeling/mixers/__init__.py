@@ -92,7 +92,7 @@ register_mixer(
 )
 
 # Small changes of a decay, a step size or a gate move every later output.
-STEERING = r"\.mixer\..*\b(A_log|dt_bias|dt_proj|gate_proj|fusion_proj)\b"
+STEERING = r"\.mixer\..*\b(A_log|dt_bias|dt_proj|gate_proj|(text_)?fusion_proj)\b"
 _NO_DECAY = r"(norm\d?\.|\.bias$|\.D$|conv_weight$|_features$)"
 
 

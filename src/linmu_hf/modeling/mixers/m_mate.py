@@ -17,8 +17,8 @@ from .flex_ma import FlexMA, ScanDirection, ZeroLinear, state_shape
 from .local_swin import LocalSwin
 
 
-# lambda is 0.05 at the start: near is exact then, far has to be learned.
-FUSION_START = -3.0
+# lambda is 0.05 on text at the start: what is near is exact then, what is far has to be learned.
+TEXT_FUSION_START = -3.0
 
 
 def slot_count(config) -> int:
@@ -41,6 +41,8 @@ class MMate(nn.Module):
         self.flex_ma = FlexMA(config, layer_idx)
         self.local_swin = LocalSwin(config, layer_idx)
         self.fusion_proj = ZeroLinear(config.hidden_size, config.num_attention_heads if config.text_window else 1)
+        if config.text_window:
+            self.text_fusion_proj = ZeroLinear(config.hidden_size, config.num_attention_heads)
         self.output_norm = nn.Identity()
         if config.output_norm == "layer_norm":
             self.output_norm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -75,7 +77,7 @@ class MMate(nn.Module):
             if isinstance(module, (ScanDirection, ZeroLinear)):
                 module.reset_new_parameters()
         if self.config.text_window:
-            init.constant_(self.fusion_proj.bias, FUSION_START)
+            init.constant_(self.text_fusion_proj.bias, TEXT_FUSION_START)
         for name, parameter in self.output_norm.named_parameters():
             init.constant_(parameter, 1.0 if name == "weight" else 0.0)
 
@@ -93,28 +95,39 @@ class MMate(nn.Module):
             `tuple[torch.Tensor, torch.Tensor | None]`: Flex-MA and Local-Swin `[b * t, h p]`, 0 where a token has no
             such branch; `None` if no token has the second.
         """
+        flex, near, share = self.parts(hidden_states, rope, layout, cache_layer)
+        if near is None:
+            return flex.flatten(1), None
+        return (flex * share).flatten(1), (near * (1 - share)).flatten(1)
+
+    def parts(self, hidden_states, rope, layout, cache_layer=None):
+        """
+        Returns Flex-MA and Local-Swin `[b * t, h, p]` and lambda `[b * t, h or 1, 1]`; `None` twice if no token has
+        the second branch. Arguments as in `branches`.
+        """
         tokens, rope = hidden_states.flatten(0, 1), [table.flatten(0, 1) for table in rope]
         order = layout.orders[self.config.scan_order(self.layer_idx)]
         u, *in_order = (tensor.index_select(0, order) for tensor in (tokens, *rope))
         flex = self.flex_ma(u, in_order, layout, cache_layer)
         flex = flex.new_zeros(len(tokens), flex.shape[1]).index_copy(0, order, flex)
-        if layout.near is not None:
-            near = self.local_swin(tokens, rope, layout, cache_layer)
+        flex = flex.unflatten(1, (-1, self.config.head_dim))
+        if layout.near is None and layout.vision is None:
+            return flex, None, None
+        near = self.local_swin(tokens, rope, layout, cache_layer).to(flex.dtype)
+        if layout.near is None:  # lambda is 1 on text
+            near = torch.zeros_like(flex).index_copy(0, layout.vision, near)
+            share = flex.new_ones(len(tokens), 1)
+        else:
             scanned = layout.near.scanned.new_zeros(len(tokens)).index_copy(0, order, layout.near.scanned)
-            return self._weighted(tokens, flex, near, scanned)
-        if layout.vision is None:
-            return flex, None
-        vision = layout.vision
-        share = torch.sigmoid(self.fusion_proj(tokens.index_select(0, vision)))  # lambda_t, which is 1 on text
-        near = self.local_swin(tokens, rope, layout).flatten(1).to(flex.dtype)
-        near = torch.zeros_like(flex).index_copy(0, vision, near * (1 - share))
-        return flex.index_copy(0, vision, flex.index_select(0, vision) * share), near
+            share = self._text_share(tokens, scanned).to(flex.dtype)
+        if layout.vision is not None:
+            vision = torch.sigmoid(self.fusion_proj(tokens.index_select(0, layout.vision)))
+            share = share.index_copy(0, layout.vision, vision.to(flex.dtype))
+        return flex, near, share[..., None]
 
-    def _weighted(self, tokens, flex, near, scanned):
-        """Both branches [n, h p] times lambda and 1 - lambda of every head; lambda is 0 before anything is scanned."""
-        share = (torch.sigmoid(self.fusion_proj(tokens)) * scanned[:, None])[..., None]
-        flex = flex.unflatten(1, (-1, self.config.head_dim)) * share.to(flex.dtype)
-        return flex.flatten(1), (near * (1 - share).to(near.dtype)).flatten(1)
+    def _text_share(self, tokens, scanned):
+        """lambda of text tokens [n, h], which is 0 before anything is scanned."""
+        return torch.sigmoid(self.text_fusion_proj(tokens)) * scanned[:, None]
 
     def smallest_normalizer(self, hidden_states, rope, layout) -> float:
         """Returns [`FlexMA.smallest_normalizer`] of the same tokens; arguments as in `branches`."""
@@ -132,7 +145,8 @@ class MMate(nn.Module):
             flex, near = self.flex_ma.step(token, rope, layout.mask, cache_layer, layout.near), None
             if layout.near is not None:
                 near = self.local_swin.step(token, rope, cache_layer, layout.near)
-                flex, near = self._weighted(token, flex, near, layout.near.scanned)
+                share = self._text_share(token, layout.near.scanned)[..., None].to(flex.dtype)
+                flex, near = (flex.unflatten(1, near.shape[1:]) * share).flatten(1), (near * (1 - share)).flatten(1)
         else:
             flex, near = self.branches(hidden_states, rope, layout, cache_layer)
         y = self.flex_ma.o_proj(flex)
