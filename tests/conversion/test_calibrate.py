@@ -86,17 +86,21 @@ def test_strong_pull_leaves_the_teachers_weights(case):
             torch.testing.assert_close(value, before[key], atol=1e-5, rtol=1e-5)
 
 
-def test_a_fit_that_leads_astray_is_left(case, processor):
-    """Fitted freely to a handful of tokens, output maps are wrong elsewhere: the weights before them stay."""
+def test_a_fit_that_leads_astray_is_left(case, monkeypatch):
+    """Maps that are wrong on the student's own path are not kept, whatever they do on the teacher's."""
     root, teacher, batches = case
-    student = LinMUForConditionalGeneration.from_pretrained(root / "plain").eval()
-    few = encode_rows(processor, [{"messages": [ask("?"), say("!")]}])
-    report = calibrate(student, teacher, [few, batches[-1]], strength=1e-9, max_growth=1e3)
-    assert report.path["projections"] > min(report.path.values())
-    before = LinMUForConditionalGeneration.from_pretrained(root / "plain").state_dict()
-    for key, value in student.state_dict().items():
-        if "fusion_proj" not in key:
-            torch.testing.assert_close(value, before[key], atol=0, rtol=0)
+    student, start = (LinMUForConditionalGeneration.from_pretrained(root / "plain").eval() for _ in range(2))
+
+    def astray(mixer, moments, strength, max_growth):
+        mixer.flex_ma.o_proj.weight.mul_(-3)
+        return 3.0
+
+    monkeypatch.setattr(calibrate_module, "_fit_projections", astray)
+    report = calibrate(student, teacher, batches)
+    assert report.path["projections"] > min(report.path.values()) and set(report.weight_growth) == {1.0}
+    for (name, weight), before in zip(student.named_parameters(), start.parameters(), strict=True):
+        if "fusion_proj" not in name:
+            assert torch.equal(weight, before), name
 
 
 @torch.no_grad()
