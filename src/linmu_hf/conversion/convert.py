@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ..files import locked, replace_folder, write_text
 from ..modeling.configuration_linmu import LinMUConfig
-from ..modeling.mixers import recurrent_layers
+from ..modeling.mixers import recurrent_layers, state_bytes
 from ..modeling.remote_code import add_remote_code
 from ..safetensors_io import (
     OutputTensor,
@@ -52,6 +52,7 @@ class ConversionReport:
     parameters_before: int
     parameters_after: int
     bytes_written: int
+    state_bytes: int
     shards: int
     dtype: str
     dropped: list[str]
@@ -73,8 +74,10 @@ class ConversionReport:
             f"  weights      {verb} {self.bytes_written / 1e6:,.1f} MB of {self.dtype} in {self.shards} file(s)",
             f"  took         {self.seconds:.1f} s, peak memory {self.peak_memory_bytes / 1e6:,.0f} MB",
         ]
+        if self.layers_replaced:
+            lines.insert(-1, f"  state        {self.state_bytes / 1e6:,.1f} MB for each sequence, however long")
         if self.dropped:
-            lines.insert(4, f"  dropped      {len(self.dropped)} teacher tensor(s): {', '.join(self.dropped[:4])}")
+            lines.insert(-1, f"  dropped      {len(self.dropped)} teacher tensor(s): {', '.join(self.dropped[:4])}")
         if self.scaled_heads:
             worst = max(self.scaled_heads, key=self.scaled_heads.__getitem__)
             lines.append(
@@ -167,6 +170,7 @@ def convert(
         parameters_before=sum(source.tensors[key].numel for key in plan.used),
         parameters_after=sum(math.prod(tensor.shape) for tensor in plan.tensors),
         bytes_written=sum(tensor.nbytes for tensor in plan.tensors),
+        state_bytes=state_bytes(decoder_config(config), plan.dtype.itemsize),
         shards=len(shards),
         dtype=str(plan.dtype).removeprefix("torch."),
         dropped=plan.dropped,

@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..families import FAMILIES
 from ..modeling.configuration_linmu import LinMUConfig
-from ..modeling.mixers import recurrent_layers
+from ..modeling.mixers import recurrent_layers, state_bytes
 from ..safetensors_io import read_checkpoint
 
 
@@ -218,7 +218,9 @@ def _introduction(folder: Path, config, origin: Origin, stages: "Sequence[Stage]
         facts["windows"] = (
             f"{_shape(text.window_size)} for videos, {_shape(text.image_window_size)} for images, "
             "in tokens (frames x height x width)"
+            + (f"; the last {text.text_window} of text and the first {text.sink_tokens}" if text.text_window else "")
         )
+        facts["state"] = f"{state_bytes(text, config.dtype.itemsize) / 1e6:,.1f} MB for each sequence, however long"
     lines = [
         f"# {origin.teacher.split('/')[-1]} as LinMU" if origin.teacher else "# LinMU model",
         "",

@@ -12,9 +12,10 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TY
 from linmu_hf import LinMUForConditionalGeneration, LinMUTextConfig
 from linmu_hf.conversion.convert import convert
 from linmu_hf.conversion.weight_map import is_new, map_teacher_key
+from linmu_hf.modeling.cache import MMateCacheLayer
 from linmu_hf.modeling.configuration_linmu import LAYER_TYPES
 from linmu_hf.modeling.layout.token_layout import TextStep
-from linmu_hf.modeling.mixers import MIXERS, Mixer, padding_mask, recurrent_layers, register_mixer
+from linmu_hf.modeling.mixers import MIXERS, Mixer, padding_mask, recurrent_layers, register_mixer, state_bytes
 
 
 class RunningMean(nn.Module):
@@ -133,6 +134,16 @@ def test_the_contract_is_what_a_layer_does(options):
         assert shapes == mixer.state_shapes(model.config)
         counted = sum(sum(ops.values()) for name, ops in counter.get_flop_counts().items() if name.endswith(".mixer"))
         assert counted == 4 * mixer.flops_per_token(model.config, past=3), layer_type
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [3, 40])
+def test_the_state_takes_the_bytes_that_are_said(length):
+    model = tiny.model(layer_types=["m_mate", "full_attention", "m_mate", "m_mate"]).float().model.language_model
+    cache = model(input_ids=torch.ones(2, length, dtype=torch.long), use_cache=True).past_key_values
+    layers = [layer for layer in cache.layers if isinstance(layer, MMateCacheLayer)]
+    held = [tensor for layer in layers for tensor in (layer.recurrent_states[0], *layer.slots.values())]
+    assert sum(tensor.numel() * tensor.element_size() for tensor in held) == 2 * state_bytes(model.config, itemsize=4)
 
 
 def test_masks_by_layer_type():

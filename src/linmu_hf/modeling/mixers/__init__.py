@@ -1,5 +1,6 @@
 """What the rest of the package knows of the mixers: a further one is a file beside these and one `register_mixer`."""
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -51,6 +52,16 @@ def register_mixer(layer_type: str, mixer: Mixer) -> None:
 def recurrent_layers(layer_types: Iterable[str]) -> list[int]:
     """Returns the indices of the layers with a recurrent mixer: all but those that keep the teacher's attention."""
     return [index for index, layer_type in enumerate(layer_types) if MIXERS[layer_type].recurrent]
+
+
+def state_bytes(config, itemsize: int = 2) -> int:
+    """
+    Returns the bytes that recurrent layers keep of a sequence, however long it is: their states and steps of time in
+    float32, the rest in the model's type of `itemsize` bytes.
+    """
+    shapes = [MIXERS[config.layer_types[index]].state_shapes(config) for index in recurrent_layers(config.layer_types)]
+    kept = ((name, math.prod(shape)) for layer in shapes for name, shape in layer.items())
+    return sum(count * (4 if name in ("state", "dt") else itemsize) for name, count in kept)
 
 
 def padding_mask(attention_mask) -> torch.Tensor | None:
