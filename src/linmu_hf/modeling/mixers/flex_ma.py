@@ -69,7 +69,13 @@ FP32_PARAMETERS = ("A_log", "dt_bias", "D")
 
 
 class ZeroLinear(nn.Linear):
-    """Maps to zero at the start, so that a gate or step size does not depend on the token at first."""
+    """
+    Maps to zero at the start, or to `start`, so that a gate or step size does not depend on the token at first.
+    """
+
+    def __init__(self, *args, start: float = 0.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.start = start
 
     def forward(self, x):
         # a model in half precision may keep these small weights in float32
@@ -78,7 +84,7 @@ class ZeroLinear(nn.Linear):
     def reset_new_parameters(self):
         init.zeros_(self.weight)
         if self.bias is not None:
-            init.zeros_(self.bias)
+            init.constant_(self.bias, self.start)
 
 
 def state_shape(config) -> tuple[int, int, int]:

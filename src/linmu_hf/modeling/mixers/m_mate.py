@@ -42,7 +42,7 @@ class MMate(nn.Module):
         self.local_swin = LocalSwin(config, layer_idx)
         self.fusion_proj = ZeroLinear(config.hidden_size, config.num_attention_heads if config.text_window else 1)
         if config.text_window:
-            self.text_fusion_proj = ZeroLinear(config.hidden_size, config.num_attention_heads)
+            self.text_fusion_proj = ZeroLinear(config.hidden_size, config.num_attention_heads, start=TEXT_FUSION_START)
         self.output_norm = nn.Identity()
         if config.output_norm == "layer_norm":
             self.output_norm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -76,8 +76,6 @@ class MMate(nn.Module):
         for module in self.modules():
             if isinstance(module, (ScanDirection, ZeroLinear)):
                 module.reset_new_parameters()
-        if self.config.text_window:
-            init.constant_(self.text_fusion_proj.bias, TEXT_FUSION_START)
         for name, parameter in self.output_norm.named_parameters():
             init.constant_(parameter, 1.0 if name == "weight" else 0.0)
 
