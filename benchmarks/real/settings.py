@@ -108,25 +108,22 @@ class Settings:
         return {**asdict(self), "steps": steps, "mixer_options": dict(self.mixer_options)}
 
 
-DEFAULT = Settings(
-    steps=(
-        Calibrate("calibration", batches=9),
-        Train("alignment", steps=40, learning_rate=3e-4, fed="teacher", hidden=1.0),
-        Train("final", steps=120),
-    ),
-    rows=12,
+# What the scan reads and how it is joined: the little that a converted model has to learn first.
+STEERED = (r"_features$", r"fusion_proj", r"A_log|dt_bias")
+CALIBRATION = Calibrate("calibration", batches=7, batch_size=1, length=1024)
+FINAL = Train(
+    "final",
+    steps=60,
+    batch_size=1,
     length=1024,
-    questions=64,
+    learning_rate=2e-3,
+    hidden=0.1,
+    trains=STEERED,
+    slow_lr_multiplier=1.0,
 )
-QUICK = Settings(
-    steps=(
-        Calibrate("calibration", batches=7),
-        Train("final", steps=40, length=256),
-    ),
-    rows=3,
-    length=1024,
-    questions=16,
-)
+
+DEFAULT = Settings(steps=(CALIBRATION, FINAL), rows=12, length=1024, questions=64)
+QUICK = Settings(steps=(CALIBRATION, replace(FINAL, steps=4)), rows=3, length=1024, questions=16)
 
 
 def select_steps(settings: Settings, names: Sequence[str]) -> Settings:

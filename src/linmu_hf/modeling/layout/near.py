@@ -56,7 +56,9 @@ class NearText:
         return NearText(*(value if value is None else value.to(device, **kwargs) for value in values))
 
     @classmethod
-    def build(cls, config, batch: int, real, sequence, lengths, rows, is_vision=None, span=None, past=None):
+    def build(
+        cls, config, batch: int, real, sequence, lengths, rows, is_vision=None, scan_vision=None, span=None, past=None
+    ):  # fmt: skip
         """
         Args:
             config (`LinMUTextConfig`): Its `text_window` and `sink_tokens`.
@@ -65,14 +67,14 @@ class NearText:
             sequence (`torch.LongTensor` of shape `[n]`): Number of its sequence.
             lengths (`list[int]`): Tokens of the m sequences.
             rows (`torch.LongTensor` of shape `[m]` or `None`): Row of each sequence, if not every row has one.
-            is_vision (`torch.BoolTensor` of shape `[n]`, *optional*), span (`torch.LongTensor` of shape `[v]`,
-                *optional*): Vision tokens, and the span of each.
+            is_vision (`torch.BoolTensor` of shape `[n]`), scan_vision, span (`torch.LongTensor` of shape `[v]`,
+                *optional*): Which are vision tokens, their packed places, and the span of each.
             past (`torch.LongTensor` of shape `[b, 2]`, *optional*): Text and vision tokens in the cache.
         """
         w, s, m, n, device = config.text_window, config.sink_tokens, len(lengths), len(real), real.device
         places = torch.arange(n, device=device) if is_vision is None else (~is_vision).nonzero().squeeze(1)
         of = sequence[places]
-        count = torch.bincount(of, minlength=m)
+        count = of.new_zeros(m).index_add(0, of, torch.ones_like(of))
         first = count.cumsum(0) - count
         batch_rows = torch.arange(m, device=device) if rows is None else rows
         before = torch.zeros_like(count) if past is None else past[batch_rows, 0]
@@ -99,11 +101,10 @@ class NearText:
             )
             unused = max(s + w - 1 - max(begin), 0)
             keys = begins + torch.arange(min(unused - w + 1, size), size, device=device)
-            text_blocks = cls._blocks(queries, ranks, keys, total[of_block], s, of_block, key)
+            text_blocks = cls._blocks(len(places), queries, ranks, keys, total[of_block], s, of_block, key)
         if span is not None:
             # text tokens before each packed place, of its own sequence
             preceding = (~is_vision).long().cumsum(0) - first[sequence] + before[sequence]
-            scan_vision = is_vision.nonzero().squeeze(1)
             size = torch.bincount(span)
             begins = torch.full_like(size, n).scatter_reduce(0, span, scan_vision, "amin")
             context, of_span = preceding[begins], sequence[begins]
@@ -121,7 +122,7 @@ class NearText:
             end = context[of_block]
             keys = end[:, None] + torch.arange(min(max(s - max(contexts), -w), 0), 0, device=device)
             ranks = (end - 1)[:, None].expand_as(queries)
-            vision_blocks = cls._blocks(queries, ranks, keys, end, s, of_span[of_block], key)
+            vision_blocks = cls._blocks(len(span), queries, ranks, keys, end, s, of_span[of_block], key)
 
         leaving = rank - w
         scan = torch.where(
@@ -161,12 +162,16 @@ class NearText:
         )
 
     @staticmethod
-    def _blocks(queries, query_ranks, ranks, end, sinks, of, key) -> Blocks:
-        """Blocks whose keys are the sinks and those of the given ranks, where they exist and come before `end`."""
+    def _blocks(n, queries, query_ranks, ranks, end, sinks, of, key) -> Blocks:
+        """Blocks of n queries; their keys are the sinks and those of the ranks that exist and come before `end`."""
         first = torch.arange(sinks, device=ranks.device).expand(len(ranks), -1)
         ranks, exists = torch.cat([first, ranks], dim=1), torch.cat([first >= 0, ranks >= sinks], dim=1)
         exists &= ranks < end[:, None]
-        return Blocks(queries, query_ranks, torch.where(exists, key(of[:, None], ranks.clamp_min(0)), -1), ranks)
+        real = (queries >= 0).flatten().nonzero().squeeze(1)
+        slots = torch.empty_like(real).index_copy(0, queries.flatten()[real], real)
+        return Blocks(
+            queries, query_ranks, torch.where(exists, key(of[:, None], ranks.clamp_min(0)), -1), ranks, slots
+        )
 
 
 class NearStep(NamedTuple):

@@ -163,7 +163,7 @@ class TokenLayout:
         }
         return cls(
             batch, segments, orders, rows, vision, scan_vision, reverse, Segments.build(reverse_lengths, device),
-            place[scan_vision], windows, near(is_vision, span) if config.text_window else None,
+            place[scan_vision], windows, near(is_vision, scan_vision, span) if config.text_window else None,
         )  # fmt: skip
 
 

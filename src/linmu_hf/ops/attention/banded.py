@@ -23,16 +23,19 @@ class Blocks(NamedTuple):
     Queries in blocks, each with its list of keys.
 
     Args:
-        queries (`torch.LongTensor` of shape `[m, a]`): Places of the queries among those given; -1 fills up.
+        queries (`torch.LongTensor` of shape `[m, a]`): Places of the queries among those given, each once; -1 fills
+            up.
         query_ranks (`torch.LongTensor` of shape `[m, a]`): Their ranks.
         keys (`torch.LongTensor` of shape `[m, c]`): Places of the keys; -1 where there is none.
         key_ranks (`torch.LongTensor` of shape `[m, c]`): Their ranks.
+        slots (`torch.LongTensor` of shape `[n]`): Place of each query when the blocks are laid end to end.
     """
 
     queries: torch.Tensor
     query_ranks: torch.Tensor
     keys: torch.Tensor
     key_ranks: torch.Tensor
+    slots: torch.Tensor
 
     def to(self, device, **kwargs) -> "Blocks":
         """The same on another device; further arguments as for `torch.Tensor.to`."""
@@ -51,25 +54,24 @@ def banded_attention(q, k, v, blocks: Blocks, window: int, sinks: int, with_lse:
         with_lse (`bool`, *optional*, defaults to `False`): Whether lse is wanted too.
 
     Returns:
-        `torch.Tensor` of shape `[n, h, p]`, zeros at queries that are in no block or see no key; with lse a tuple of
-        it and lse `[n, h]` in fp32, where they have -inf.
+        `torch.Tensor` of shape `[n, h, p]`; with lse a tuple of it, zeros at queries that see no key, and lse `[n, h]`
+        in fp32, where they have -inf.
     """
-    n, h, p = q.shape
+    (m, a), h = blocks.queries.shape, q.shape[1]
     if not len(k):
-        y, lse = torch.zeros_like(q), q.new_full((n, h), -math.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        y, lse = torch.zeros_like(q), q.new_full((len(q), h), -math.inf, dtype=dtype)
         return (y, lse) if with_lse else y
-    m, a = blocks.queries.shape
     attend, step = (_attend_with_lse, SCORES) if with_lse else (_attend, 8 * SCORES)
     step = max(step // (h * a * blocks.keys.shape[1]), 1)
-    parts = [attend(q, k, v, Blocks(*(t[i : i + step] for t in blocks)), window, sinks) for i in range(0, m, step)]
-    real = (blocks.queries >= 0).flatten().nonzero().squeeze(1)
-    places = blocks.queries.flatten()[real]
-    outputs = [part[0] for part in parts] if with_lse else parts
-    y = q.new_zeros(n, h, p).index_copy(0, places, torch.cat(outputs).flatten(0, 1)[real].to(q.dtype))
+    parts = [
+        attend(q, k, v, Blocks(*(t[i : i + step] for t in blocks[:-1]), blocks.slots), window, sinks)  # type: ignore
+        for i in range(0, m, step)
+    ]
     if not with_lse:
-        return y
-    lse = torch.cat([part[1] for part in parts]).flatten(0, 1)[real]
-    return y, lse.new_full((n, h), -math.inf).index_copy(0, places, lse)
+        return torch.cat(parts).flatten(0, 1).index_select(0, blocks.slots).to(q.dtype)
+    y, lse = (torch.cat(tensors).flatten(0, 1).index_select(0, blocks.slots) for tensors in zip(*parts, strict=True))
+    return y.to(q.dtype), lse
 
 
 def _seen(blocks, window, sinks):
