@@ -20,7 +20,7 @@ LINEARS = [
     *(f"mixer.flex_ma.{way}_scan.{name}" for way in ("forward", "reverse") for name in SCAN_LINEARS),
     *(f"mixer.flex_ma.{name}" for name in ("x_proj", "gate_proj", "o_proj")),
     *(f"mixer.local_swin.{name}_proj" for name in "qkvo"),
-    "mixer.fusion_proj",
+    "mixer.fusion_proj", "mixer.text_fusion_proj",
     *(f"mixer.{name}_proj" for name in "qkvo"),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
 ]  # fmt: skip

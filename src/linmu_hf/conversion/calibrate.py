@@ -192,8 +192,8 @@ def _fit_shares(student, teacher, batches, mixers) -> None:
                     found = [torch.einsum("nhd,nkd->hk", far, far), torch.einsum("nhd,nd->h", far, missing)]
                     sums[layer, name] = [a + b for a, b in zip(sums.get((layer, name), (0.0, 0.0)), found)]
     for (layer, name), (gram, cross) in sums.items():
-        ridge = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        share = torch.linalg.solve(gram + ridge, cross).clamp(*SHARES)
+        ridge = (1e-3 * gram.diagonal().mean()).clamp_min(torch.finfo(gram.dtype).tiny)
+        share = torch.linalg.solve(gram + ridge * torch.eye(len(gram)).to(gram), cross).clamp(*SHARES)
         getattr(mixers[layer], name).bias.copy_(torch.logit(share))
 
 
