@@ -9,6 +9,7 @@ from dataclasses import Field, fields
 from functools import partial
 from pathlib import Path
 
+from ..conversion.choose_layers import AUTO
 from ..conversion.convert import check_output, convert
 from ..conversion.plan import FLOAT_DTYPES
 from ..conversion.teacher import load_processor
@@ -40,7 +41,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--dtype", choices=sorted(FLOAT_DTYPES), help="default: the teacher's")
     parser.add_argument(
-        "--keep_attention", type=_layers, default=(), metavar="LAYERS", help='layers such as 3,11, or "all"'
+        "--keep_attention",
+        type=_layers,
+        default=(),
+        metavar="LAYERS",
+        help='layers such as 3,11, "all", or "auto:K" for the K that are dearest to replace, which --calibrate finds',
     )
     parser.add_argument("--preset", choices=sorted(PRESETS), default="default", help="choices inside M-MATE")
     parser.add_argument("--max_shard_size", default="2GB", help="largest weight file (default: %(default)s)")
@@ -90,8 +95,15 @@ def run(args: argparse.Namespace, options: dict) -> dict:
         "overwrite": args.overwrite_output_dir,
     }
     batches = repo = None
+    if str(args.keep_attention).startswith(AUTO) and (args.dry_run or not args.calibrate):
+        raise ValueError(
+            f"--keep_attention {args.keep_attention} is chosen on data: it needs --calibrate, and no --dry_run"
+        )
     if (args.calibrate or args.push_to_hub) and not args.dry_run:
-        convert(args.teacher, args.output_dir, **settings, dry_run=True)  # the teacher's errors before all others
+        # the teacher's errors before all others
+        convert(
+            args.teacher, args.output_dir, **settings, dry_run=True, calibration_batches=[] if args.calibrate else None
+        )
         batches = load_batches(args) if args.calibrate else None
     if args.push_to_hub:
         repo = prepare_repo(args.push_to_hub, private=args.hub_private_repo, revision=args.hub_revision)
@@ -148,12 +160,12 @@ def load_batches(args: argparse.Namespace) -> list:
 
 
 def _layers(text: str) -> tuple[int, ...] | str:
-    if text == "all":
+    if text == "all" or text.startswith(AUTO):
         return text
     try:
         return tuple(int(layer) for layer in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f'{text!r} must be layer numbers such as 3,11, or "all"') from None
+        raise argparse.ArgumentTypeError(f'{text!r} must be layer numbers such as 3,11, "all" or "auto:K"') from None
 
 
 def _reader(field: Field):

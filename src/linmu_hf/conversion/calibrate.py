@@ -210,18 +210,22 @@ class _Moments:
         self.cross.addmm_(target.T, z)
 
 
+def positions_of(student, batch):
+    """Returns a batch on the student's device, without labels, with its mask, positions and vision layout."""
+    device = student.model.language_model.embed_tokens.weight.device
+    batch = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+    names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
+    mask = batch.get("attention_mask")
+    grids = {name: batch.get(name) for name in names}
+    return batch, mask, *student.model.get_positions(batch["input_ids"], mask, **grids)
+
+
 def _states(student, teacher, batches) -> Iterator[list[tuple]]:
     """For every batch, per layer: the mixer input and output of the teacher, rotary embeddings and token layout."""
     text = student.model.language_model
     device = text.embed_tokens.weight.device
     for batch in batches:
-        batch = {name: value.to(device) for name, value in batch.items() if name != "labels"}
-        grids = {
-            name: batch.get(name)
-            for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
-        }
-        mask = batch.get("attention_mask")
-        positions, vision_layout = student.model.get_positions(batch["input_ids"], mask, **grids)
+        batch, mask, positions, vision_layout = positions_of(student, batch)
         known = teacher.model(
             **batch,
             position_ids=positions,

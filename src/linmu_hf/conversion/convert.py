@@ -28,6 +28,7 @@ from ..safetensors_io import (
     write_shard,
 )
 from .calibrate import CalibrationReport, calibrate
+from .choose_layers import choose_attention_layers, number_to_keep
 from .plan import ConversionPlan, parse_dtype
 from .source import open_source
 from .teacher import build_model, load_teacher
@@ -118,7 +119,8 @@ def convert(
         output (`str`): Folder to be written.
         dtype (`str` or `torch.dtype`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`; by default each tensor
             keeps the teacher's. Decays (`A_log`, `dt_bias`, `D`) are float32 whatever it says.
-        keep_attention (`Sequence[int]` or `"all"`, *optional*): Layers that keep full attention.
+        keep_attention (`Sequence[int]`, `"all"` or `"auto:K"`, *optional*): Layers that keep full attention; with
+            `"auto:K"` the K that are dearest to replace on the calibration batches, see [`choose_attention_layers`].
         preset (`str`, *optional*, defaults to `"default"`): `"paper"` or `"default"`.
         mixer_options (`dict`, *optional*): M-MATE fields of [`LinMUTextConfig`], over the preset.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
@@ -141,13 +143,25 @@ def convert(
     source = open_source(teacher, revision)
     kept = keep_attention if isinstance(keep_attention, str) else tuple(keep_attention)
     assert source.teacher is not None
-    try:
-        config = LinMUConfig.from_teacher(
-            source.teacher.config, keep_attention=kept, preset=preset, **(mixer_options or {})
-        )
-    except StrictDataclassError as error:  # a value of the wrong type
-        raise ValueError(str(error)) from error
-    plan = ConversionPlan(source, config, dtype)
+    teacher_config = source.teacher.config
+    to_choose = number_to_keep(kept, teacher_config.text_config.num_hidden_layers)
+    if to_choose and calibration_batches is None:
+        raise ValueError(f"keep_attention={kept!r} is chosen on data: give calibration samples, or name the layers")
+
+    def plan_with(kept) -> ConversionPlan:
+        try:
+            config = LinMUConfig.from_teacher(
+                teacher_config, keep_attention=kept, preset=preset, **(mixer_options or {})
+            )
+        except StrictDataclassError as error:  # a value of the wrong type
+            raise ValueError(str(error)) from error
+        return ConversionPlan(source, config, dtype)
+
+    plan = plan_with(() if to_choose else kept)
+    if to_choose and calibration_batches is not None and not dry_run:
+        student = build_model(plan.config, plan.dtype, {tensor.name: tensor for tensor in plan.tensors}).eval()
+        plan = plan_with(choose_attention_layers(student, load_teacher(source.folder), calibration_batches, to_choose))
+        del student
     shards = pack_shards(plan.tensors, max_bytes)
 
     calibration = None
@@ -160,7 +174,7 @@ def convert(
             _verify(work, plan, hashes)
             _finish(work, target, plan, finish_folder)
 
-    layer_types = decoder_config(config).layer_types or []
+    layer_types = decoder_config(plan.config).layer_types or []
     replaced = recurrent_layers(layer_types)
     return ConversionReport(
         teacher=str(teacher),
@@ -170,7 +184,7 @@ def convert(
         parameters_before=sum(source.tensors[key].numel for key in plan.used),
         parameters_after=sum(math.prod(tensor.shape) for tensor in plan.tensors),
         bytes_written=sum(tensor.nbytes for tensor in plan.tensors),
-        state_bytes=state_bytes(decoder_config(config), plan.dtype.itemsize),
+        state_bytes=state_bytes(decoder_config(plan.config), plan.dtype.itemsize),
         shards=len(shards),
         dtype=str(plan.dtype).removeprefix("torch."),
         dropped=plan.dropped,
