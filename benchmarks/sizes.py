@@ -3,8 +3,8 @@ How often students and teachers are right at sizes that they were not trained on
 
     python benchmarks/sizes.py --models qwen runs/quickstart/student [--questions 100] [--json FILE]
 
-Mosaics of n x n cells, one of which is asked for (training saw 4x4 to 8x8), and clips whose frames are shown once to four
-times as long ("which came first?"). Digits are held out. The first model is the one that the others are compared with.
+Mosaics of n x n cells, one of which is asked for (training saw 4x4 to 8x8), and clips whose frames are shown once to
+four times as long ("which came first?"). Digits are held out. The first model is what the others are compared with.
 """
 
 import argparse

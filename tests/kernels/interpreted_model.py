@@ -15,9 +15,11 @@ from linmu_hf.ops.conv import causal_conv
 from linmu_hf.ops.conv import triton as conv_triton
 from linmu_hf.ops.ssd import scan as ssd
 from linmu_hf.ops.ssd import triton as ssd_triton
+from linmu_hf.ops.ssd import triton_step
 
 
 HYBRID = {"layer_types": ["m_mate", "full_attention"]}
+NO_WINDOW = {"text_window": 0, "sink_tokens": 0}
 SAMPLES = tiny.Sample(5, ("image", 2, 3), 4, ("video", 2, 2, 3), 2), tiny.Sample(3)
 READS = {"conv_kernel", "chunk_states_kernel", "pass_states_kernel", "output_kernel"}
 LEARNS = {"conv_grad_kernel", "c_grad_kernel", "b_grad_kernel", "x_grad_kernel", "dt_grad_kernel"}
@@ -32,7 +34,7 @@ def compare(monkeypatch):
         launched.add(kernel.fn.__name__)
         kernel[grid](*args, **options)
 
-    for module in (ssd_triton, conv_triton, decode_triton):
+    for module in (ssd_triton, conv_triton, decode_triton, triton_step):
         monkeypatch.setattr(module, "launch", noting)
 
     def run(what, options, kernels):
@@ -96,21 +98,23 @@ def test_packed(compare):
 @pytest.mark.parametrize(
     "options, how",
     [
-        (HYBRID, {}),
+        (HYBRID | NO_WINDOW, {}),
+        ({}, {}),
         ({}, {"cache_implementation": "static", "disable_compile": True}),
-        ({"bc_feature_map": None}, {"prefill_chunk_size": 8}),
-        ({}, {"num_beams": 2, "num_return_sequences": 2}),
+        ({"bc_feature_map": None} | NO_WINDOW, {"prefill_chunk_size": 8}),
+        (NO_WINDOW, {"num_beams": 2, "num_return_sequences": 2}),
     ],
-    ids=["hybrid", "static cache", "chunks, no features", "beams"],
+    ids=["hybrid", "near text", "static cache", "chunks, no features", "beams"],
 )
 def test_generate(compare, options, how):
     def generate(model):
         inputs = tiny.batch(*SAMPLES, padding="left", dtype=torch.float32)
-        how_much = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+        how_much = {"max_new_tokens": 4, "suppress_tokens": [60, 61, 62, 63], "do_sample": False, "eos_token_id": None}
         outputs = model.generate(**inputs, **how_much, **how, output_logits=True, return_dict_in_generate=True)
         return outputs.sequences, outputs.logits
 
-    compare(generate, options, {*READS, "decode_kernel"})
+    # the kernel for the whole mixer scans the token that comes, with near text it is the one that leaves
+    compare(generate, options, {*READS, "decode_kernel" if "text_window" in options else "step_kernel"})
 
 
 def test_a_chat_goes_on_and_is_learnt_from(compare):
@@ -131,4 +135,4 @@ def test_a_chat_goes_on_and_is_learnt_from(compare):
         learnt = gradients(model, model(**{**tiny.batch(whole, dtype=torch.float32), "use_cache": False}).logits)
         return [one.clone() for one in logits], learnt
 
-    compare(chat, {}, {*READS, *LEARNS, "decode_kernel"})
+    compare(chat, {}, {*READS, *LEARNS, "step_kernel"})

@@ -88,7 +88,10 @@ class NearText:
             """Place of a text token among [cached slots, new text tokens]."""
             return torch.where(rank >= before[of], offset + first[of] + rank - before[of], of * (s + w) + slot(rank))
 
-        starts, ends = torch.stack([before, total]).tolist()
+        if is_vision is None and past is None:  # nothing to wait for
+            starts, ends = [0] * m, list(lengths)
+        else:
+            starts, ends = torch.stack([before, total]).tolist()
         text_blocks = vision_blocks = None
         if len(places):
             size = min(w, max(end - start for start, end in zip(starts, ends)))
@@ -131,7 +134,12 @@ class NearText:
         )  # fmt: skip
         live = torch.ones(n, dtype=torch.bool, device=device).index_copy(0, places, leaving >= s)
         source = (offset + torch.arange(n, device=device)).index_copy(0, places, torch.where(leaving >= s, scan, 0))
-        stay = ((rank < s) | (rank >= total[of] - w)).nonzero().squeeze(1)
+        stay, begin_of = [], 0
+        for start, end in zip(starts, ends):
+            for low, high in ((start, min(s, end)), (max(start, s, end - w), end)):
+                stay.append(torch.arange(begin_of + low - start, begin_of + max(low, high) - start, device=device))
+            begin_of += end - start
+        stay = torch.cat(stay)
         # whether anything was scanned: in this pass up to the place, or before it
         length = torch.tensor(lengths, device=device)
         scanned = torch.nn.functional.pad(live.long().cumsum(0), (1, 0))
