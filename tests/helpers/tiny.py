@@ -12,7 +12,8 @@ from linmu_hf import LinMUConfig, LinMUForConditionalGeneration, LinMUTextConfig
 
 IMAGE, VIDEO, START, END, PAD = 60, 61, 62, 63, 0
 PATCH_PIXELS = 3 * 2 * 2 * 2  # channels, frames, height, width of a patch
-WINDOWS = {"window_size": [2, 2, 3], "image_window_size": [1, 2, 3], "text_window": 5, "sink_tokens": 2}
+WINDOWS = {"window_size": [2, 2, 3], "image_window_size": [1, 2, 3]}
+NEAR_TEXT = {"text_window": 5, "sink_tokens": 2}
 
 
 def text_config(**options) -> LinMUTextConfig:
@@ -31,6 +32,7 @@ def text_config(**options) -> LinMUTextConfig:
             "pad_token_id": PAD,
             "eos_token_id": 63,
             **WINDOWS,
+            **NEAR_TEXT,
             **options,
         }
     )

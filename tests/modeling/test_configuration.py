@@ -171,3 +171,24 @@ def test_default_configuration_is_complete():
 
         model = LinMUTextModel(LinMUTextConfig(num_hidden_layers=2))
     assert model.layers[1].mixer.flex_ma.forward_scan.conv_weight.shape == (4, (28 + 8) * 128)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"text_window": -1}, "text_window=-1"),
+        ({"text_window": 8, "sink_tokens": -2}, "sink_tokens=-2"),
+        ({"text_window": 0, "sink_tokens": 4}, "sink_tokens=4 need a text_window"),
+    ],
+)
+def test_impossible_text_windows(options, said):
+    with pytest.raises(ValueError, match=said):
+        LinMUTextConfig(**options)
+
+
+def test_a_model_of_before_has_no_text_window():
+    """Its configuration does not name the field, and its fusion has one weight for all heads."""
+    config = LinMUTextConfig(num_hidden_layers=1)
+    content = {name: value for name, value in config.to_dict().items() if name not in ("text_window", "sink_tokens")}
+    assert LinMUTextConfig(**content).text_window == LinMUTextConfig(**content).sink_tokens == 0
+    assert PRESETS["default"] == {"text_window": 512, "sink_tokens": 4} and PRESETS["paper"]["text_window"] == 0

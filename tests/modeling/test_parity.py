@@ -36,7 +36,11 @@ HYBRID = {"layer_types": ["m_mate", "full_attention", "m_mate", "full_attention"
 MODELS = {
     "default": (tiny, {}),
     "paper-like": (
-        tiny, {"scan_rope": False, "bc_feature_map": None, "output_norm": "layer_norm", "gate": "channel"}
+        tiny,
+        {
+            "scan_rope": False, "bc_feature_map": None, "output_norm": "layer_norm", "gate": "channel",
+            "text_window": 0, "sink_tokens": 0,
+        },
     ),
     "hybrid": (tiny, HYBRID),
     "attention first, short spans": (tiny, {"layer_types": ["full_attention", *["m_mate"] * 3], "max_span_frames": 2}),

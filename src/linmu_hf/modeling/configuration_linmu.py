@@ -207,6 +207,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "bc_feature_map": None,
         "timescale_init": "mamba2",
         "window_wrap": True,
+        "text_window": 0,
+        "sink_tokens": 0,
         "output_norm": "layer_norm",
     },
 }
