@@ -105,14 +105,19 @@ def _attend_with_lse(q, k, v, blocks, window, sinks):
 
 def masked_softmax(scores, seen, v):
     """
-    Returns the softmax of scores `[..., a, c]` where `seen`, times v `[..., c, p]`, and its lse `[..., a]`; zeros and
-    -inf in rows without any.
+    Returns the softmax of scores `[..., a, c]` where `seen` (everywhere if it is `None`), times v `[..., c, p]`, and
+    its lse `[..., a]` in fp32; zeros and -inf in rows without any.
     """
     dtype = torch.promote_types(scores.dtype, torch.float32)
-    scores = scores.to(dtype).masked_fill(~seen, torch.finfo(dtype).min)
-    lse = scores.logsumexp(-1)
-    weights = scores.softmax(-1) * seen
-    return weights.to(v.dtype) @ v, lse.masked_fill(~seen.any(-1), -math.inf)
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -math.inf)
+    largest = scores.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
+    weights = torch.exp(scores - largest)
+    total = weights.sum(-1, dtype=dtype)
+    some = total.clamp_min(torch.finfo(dtype).tiny)
+    y = (weights.to(v.dtype) @ v) / some[..., None].to(v.dtype)
+    lse = largest[..., 0].to(dtype) + some.log()
+    return y, lse if seen is None else lse.masked_fill(total == 0, -math.inf)
 
 
 def join(first, first_lse, second, second_lse):

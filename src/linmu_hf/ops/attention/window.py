@@ -7,6 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..backends import choose, multiplies_in_bfloat16
 from ..self_check import failed_self_check
+from .banded import masked_softmax
 from .varlen import PACKAGES, varlen_attention, why_unfit
 
 
@@ -89,8 +90,8 @@ def _attend_with_lse(q, k, v, windows: int, size: int):
         )
         # the heads of a group are further rows
         rows, keys, values = rows.reshape(-1, h // g * size, d), keys.flatten(0, 1), values.flatten(0, 1)
-        scores = torch.bmm(rows, keys.transpose(1, 2))
-        sums.append(scores.float().logsumexp(-1) if scores.itemsize < 4 else scores.logsumexp(-1))
-        outputs.append(torch.bmm(scores.softmax(-1), values))
+        output, lse = masked_softmax(torch.bmm(rows, keys.transpose(1, 2)), None, values)
+        outputs.append(output)
+        sums.append(lse)
     y = torch.cat(outputs).view(windows, h, size, d).transpose(1, 2).flatten(0, 1)
     return y, torch.cat(sums).view(windows, h, size).transpose(1, 2).flatten(0, 1)
