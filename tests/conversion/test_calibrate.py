@@ -86,18 +86,21 @@ def test_strong_pull_leaves_the_teachers_weights(case):
             torch.testing.assert_close(value, before[key], atol=1e-5, rtol=1e-5)
 
 
-def test_a_fit_that_leads_astray_is_left(case, monkeypatch):
+@pytest.mark.parametrize("factor", [-3.0, float("nan")])
+def test_a_fit_that_leads_astray_is_left(case, monkeypatch, factor):
     """Maps that are wrong on the student's own path are not kept, whatever they do on the teacher's."""
     root, teacher, batches = case
     student, start = (LinMUForConditionalGeneration.from_pretrained(root / "plain").eval() for _ in range(2))
 
     def astray(mixer, moments, strength, max_growth):
-        mixer.flex_ma.o_proj.weight.mul_(-3)
+        mixer.flex_ma.o_proj.weight.mul_(factor)
         return 3.0
 
     monkeypatch.setattr(calibrate_module, "_fit_projections", astray)
     report = calibrate(student, teacher, batches)
-    assert report.path["projections"] > min(report.path.values()) and set(report.weight_growth) == {1.0}
+    best = min(report.path["start"], report.path["lambda"])
+    assert not report.path["projections"] <= best and set(report.weight_growth) == {1.0}
+    assert "kept: projections" not in str(report)
     for (name, weight), before in zip(student.named_parameters(), start.parameters(), strict=True):
         if "fusion_proj" not in name:
             assert torch.equal(weight, before), name

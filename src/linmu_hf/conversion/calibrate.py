@@ -60,7 +60,7 @@ class CalibrationReport:
             lines.append(f"  {layer:5d}   {before:12.3f} {after:7.3f}   x {growth:.2f}   {normalizer:23.1e}")
         n = max(len(self.layers), 1)
         lines.append(f"  {'mean':>5}   {sum(self.error_before) / n:12.3f} {sum(self.error_after) / n:7.3f}")
-        kept = min(self.path, key=self.path.__getitem__)
+        kept = min((step for step, error in self.path.items() if error == error), key=self.path.__getitem__)
         errors = ", ".join(f"{step} {error:.3f}" for step, error in self.path.items())
         lines.append(f"  last hidden states on the student's own path: {errors}; kept: {kept}")
         return "\n".join(lines)
@@ -80,7 +80,7 @@ def calibrate(
     layers_at_once: int | None = None,
 ) -> CalibrationReport:
     """
-    Fits the output projections and the output norm of every M-MATE layer, in place.
+    Fits lambda, the output projections and the output norm of every M-MATE layer, in place.
 
     Args:
         student (`LinMUForConditionalGeneration`): The converted model.
@@ -117,14 +117,14 @@ def calibrate(
 
     def keep_if_better(step: str) -> bool:
         path[step] = _path_error(student, teacher, held_out)
-        if path[step] > min(path.values()):
+        if not path[step] <= min(path.values()):  # NaN is not better
             return False
         best.update(_weights(student, names))
         return True
 
     _fit_shares(student, teacher, fitted, mixers)
     keep_if_better("lambda")
-    student.load_state_dict(best, strict=False)
+    _restore(student, best)
     grown = {}
     n = layers_at_once or max(len(layers), 1)
     for first in range(0, len(layers), n):
@@ -139,7 +139,7 @@ def calibrate(
     _fit_norms(student, teacher, fitted, layers)
     if keep_if_better("projections"):
         growth = grown
-    student.load_state_dict(best, strict=False)
+    _restore(student, best)
     after, normalizer = _errors(student, teacher, held_out, layers)
     return CalibrationReport(
         layers=layers,
@@ -153,8 +153,12 @@ def calibrate(
 
 
 def _weights(student, names: Sequence[str]) -> dict[str, torch.Tensor]:
-    state = student.state_dict()
-    return {name: state[name].clone() for name in names}
+    return {name: student.get_parameter(name).clone() for name in names}
+
+
+def _restore(student, weights: Mapping[str, torch.Tensor]) -> None:
+    for name, value in weights.items():
+        student.get_parameter(name).copy_(value)
 
 
 def _path_error(student, teacher, batches) -> float:

@@ -158,9 +158,10 @@ def convert(
         return ConversionPlan(source, config, dtype)
 
     plan = plan_with(() if to_choose else kept)
-    if to_choose and calibration_batches is not None and not dry_run:
+    known = load_teacher(source.folder) if calibration_batches is not None and not dry_run else None
+    if to_choose and known is not None and calibration_batches is not None:
         student = build_model(plan.config, plan.dtype, {tensor.name: tensor for tensor in plan.tensors}).eval()
-        plan = plan_with(choose_attention_layers(student, load_teacher(source.folder), calibration_batches, to_choose))
+        plan = plan_with(choose_attention_layers(student, known, calibration_batches, to_choose))
         del student
     shards = pack_shards(plan.tensors, max_bytes)
 
@@ -170,7 +171,7 @@ def convert(
         with locked(target):
             hashes = _write(work, plan, shards)
             if calibration_batches is not None:
-                calibration = _calibrate(work, plan, shards, hashes, load_teacher(source.folder), calibration_batches)
+                calibration = _calibrate(work, plan, shards, hashes, known, calibration_batches)
             _verify(work, plan, hashes)
             _finish(work, target, plan, finish_folder)
 

@@ -175,11 +175,12 @@ class NearText:
         first = torch.arange(sinks, device=ranks.device).expand(len(ranks), -1)
         ranks, exists = torch.cat([first, ranks], dim=1), torch.cat([first >= 0, ranks >= sinks], dim=1)
         exists &= ranks < end[:, None]
-        real = (queries >= 0).flatten().nonzero().squeeze(1)
-        slots = torch.empty_like(real).index_copy(0, queries.flatten()[real], real)
-        return Blocks(
-            queries, query_ranks, torch.where(exists, key(of[:, None], ranks.clamp_min(0)), -1), ranks, slots
-        )
+        at = torch.arange(queries.numel(), device=ranks.device)
+        slots = at.new_zeros(n + 1).index_copy(0, torch.where(queries < 0, n, queries).flatten(), at)[
+            :n
+        ]  # n: no query
+        keys = torch.where(exists, key(of[:, None], ranks.clamp_min(0)), -1)
+        return Blocks(queries, query_ranks, keys, ranks, slots)
 
 
 class NearStep(NamedTuple):

@@ -41,6 +41,12 @@ class Blocks(NamedTuple):
         """The same on another device; further arguments as for `torch.Tensor.to`."""
         return Blocks(*(tensor.to(device, **kwargs) for tensor in self))
 
+    def some(self, which: slice) -> "Blocks":
+        """Some of the blocks; `slots` stays that of all."""
+        return Blocks(
+            self.queries[which], self.query_ranks[which], self.keys[which], self.key_ranks[which], self.slots
+        )
+
 
 def banded_attention(q, k, v, blocks: Blocks, window: int, sinks: int, with_lse: bool = False):
     """
@@ -64,10 +70,7 @@ def banded_attention(q, k, v, blocks: Blocks, window: int, sinks: int, with_lse:
         return (y, lse) if with_lse else y
     attend, step = (_attend_with_lse, SCORES) if with_lse else (_attend, 8 * SCORES)
     step = max(step // (h * a * blocks.keys.shape[1]), 1)
-    parts = [
-        attend(q, k, v, Blocks(*(t[i : i + step] for t in blocks[:-1]), blocks.slots), window, sinks)  # type: ignore
-        for i in range(0, m, step)
-    ]
+    parts = [attend(q, k, v, blocks.some(slice(first, first + step)), window, sinks) for first in range(0, m, step)]
     if not with_lse:
         return torch.cat(parts).flatten(0, 1).index_select(0, blocks.slots).to(q.dtype)
     y, lse = (torch.cat(tensors).flatten(0, 1).index_select(0, blocks.slots) for tensors in zip(*parts, strict=True))
