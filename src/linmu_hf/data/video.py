@@ -47,7 +47,7 @@ def read_video(source: Any, processor) -> Video:
     if not isinstance(source, str) and not hasattr(source, "read"):
         return _from_frames([open_image(frame) for frame in source], fps)
     if isinstance(source, str) and Path(source).is_dir():
-        files = _frame_files(source)
+        files = frame_files(source)
         metadata = VideoMetadata(total_num_frames=len(files), fps=fps or VIDEO_FPS)
         settings = processor.video_processor
         metadata.frames_indices = list(range(len(files)))
@@ -63,7 +63,7 @@ def check_video(source: Any) -> None:
         return
     source, _ = _unwrap(source)
     if isinstance(source, str):
-        source = _frame_files(source)[:1] if Path(source).is_dir() else []
+        source = frame_files(source)[:1] if Path(source).is_dir() else []
     elif hasattr(source, "read"):
         return
     elif len(source) == 0:
@@ -106,7 +106,8 @@ def _stack(frames: list[Any]) -> np.ndarray:
     return np.stack(arrays)
 
 
-def _frame_files(folder: str) -> list[str]:
+def frame_files(folder: str) -> list[str]:
+    """Returns the frames of a video that is a folder, in the order of their names."""
     files = [str(file) for file in sorted(Path(folder).iterdir()) if file.is_file()]
     if not files:
         raise ValueError(f"{folder} is empty: a folder given as video holds one image per frame")

@@ -1,0 +1,104 @@
+"""A row's key: the same for the same question, answer and pictures, wherever and however they are stored."""
+
+import shutil
+
+import numpy as np
+import pytest
+from datasets import Dataset, Features, List, Value
+from datasets import Image as ImageFeature
+from synthetic import ask, image, say
+
+from linmu_hf.data import load_rows, row_key
+from linmu_hf.data.formats import raw_rows, undecoded
+from linmu_hf.data.hashing import BLOCK
+
+
+@pytest.fixture
+def row(tmp_path):
+    image(24, 40).save(tmp_path / "a.png")
+    return {"messages": [ask("which digit?", images=1), say("7")], "images": [str(tmp_path / "a.png")]}
+
+
+def test_the_form_does_not_count(row, tmp_path):
+    key = row_key(row)
+    content = (tmp_path / "a.png").read_bytes()
+    moved = shutil.copytree(tmp_path, tmp_path / "moved") / "b.png"
+    (tmp_path / "moved" / "a.png").rename(moved)
+    sharegpt = [{"from": "human", "value": "<image>which digit?"}, {"from": "gpt", "value": [{"text": "7"}]}]
+    with_nones = [
+        {**row["messages"][0]},
+        {"role": "assistant", "content": [{"text": "7", "type": "text", "image": None}]},
+    ]
+    for same in (
+        {"split": "x", "images": row["images"], "messages": row["messages"]},
+        {**row, "images": [str(moved)]},
+        {**row, "images": [{"bytes": content, "path": "elsewhere.png"}]},
+        {**row, "images": [content]},
+        {"image": moved, "messages": row["messages"]},
+        {"image": moved, "messages": with_nones},
+        {"image": moved, "conversations": sharegpt},
+    ):
+        assert row_key(same, 3) == key
+    assert row_key({**row, "id": 17}) == f"17:{key}" and row_key({**row, "id": None}) == key
+
+
+def test_every_part_counts(row, tmp_path):
+    image(24, 40, seed=1).save(tmp_path / "b.png")
+    frames = [image(8, 8, seed=i) for i in range(3)]
+    video = {"messages": [ask("which digit?", videos=1), say("7")]}
+    different = [
+        row,
+        {**row, "messages": [ask("which digit?", images=1), say("8")]},
+        {**row, "messages": [ask("which cat?", images=1), say("7")]},
+        {**row, "images": [str(tmp_path / "b.png")]},
+        {**row, "images": [image(24, 40)]},  # decoded: its pixels
+        {**video, "videos": [frames]},
+        {**video, "videos": [frames[::-1]]},
+        {**video, "videos": [{"frames": frames, "fps": 0.5}]},
+        {**video, "videos": [{"frames": frames, "fps": 4}]},
+        {**video, "videos": [np.stack([np.asarray(frame) for frame in frames])]},
+        {**video, "videos": [str(tmp_path)]},
+        {**video, "videos": ["/not/there.mp4"]},
+    ]
+    assert len({row_key(each) for each in different}) == len(different)
+
+
+def test_a_text_that_names_a_file_is_a_text(tmp_path, monkeypatch):
+    row = {"messages": [ask("a.txt"), say("7")]}
+    key = row_key(row)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("x")
+    assert row_key(row) == key
+
+
+@pytest.mark.parametrize("size", [1, BLOCK, 4 * BLOCK, 4 * BLOCK + 1, 9 * BLOCK])
+def test_size_and_both_ends_of_a_file_count(row, size):
+    content = bytes(range(256)) * (size // 256 + 1)
+    forms = [
+        content[:size],
+        content[: size - 1],
+        b"x" + content[1:size],
+        content[: size - 1] + b"x",
+        content[: size + 1],
+    ]
+    assert len({row_key({**row, "images": [form]}) for form in forms}) == len(set(forms))
+
+
+def test_a_picture_that_was_read_keeps_its_key(row):
+    picture = image(24, 40)
+    key = row_key({**row, "images": [picture]})
+    picture.load()
+    assert row_key({**row, "images": [picture]}) == key
+
+
+def test_map_style_stored_and_streamed_rows_have_equal_keys(row, tmp_path):
+    part = {"type": Value("string"), "text": Value("string")}
+    message = {"role": Value("string"), "content": List(part)}
+    rows = [{**row, "messages": [row["messages"][0], say(str(digit))]} for digit in range(5)]
+    keys = [row_key(each) for each in rows]
+    dataset = undecoded(Dataset.from_list(rows, Features({"messages": List(message), "images": List(ImageFeature())})))
+    assert [row_key(each) for each in dataset] == keys
+    assert [row_key(each) for each in raw_rows(dataset)] == keys
+    assert [row_key(each) for each in dataset.to_iterable_dataset(num_shards=2)] == keys
+    dataset.to_parquet(tmp_path / "rows.parquet")  # holds the files' bytes
+    assert [row_key(each) for each in load_rows(str(tmp_path / "rows.parquet"))] == keys
