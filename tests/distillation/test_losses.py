@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from linmu_hf.distillation.losses import (
     output_losses,
     squared_errors,
     token_kd_loss,
+    topk_kd_loss,
 )
 
 
@@ -116,3 +119,65 @@ def test_micro_batches_add_up_to_the_whole(mask):
         for i in range(B)
     ]
     torch.testing.assert_close(sum(parts), whole)
+
+
+def topk_of(teacher_logits, k):
+    logprobs, ids = F.log_softmax(teacher_logits, -1).topk(k)
+    return ids.int(), logprobs
+
+
+def test_topk_kd_is_the_divergence_of_k_plus_one_events():
+    student, teacher = torch.randn(6, V).double().requires_grad_(), 2 * torch.randn(6, V).double()
+    ids, logprobs = topk_of(teacher, 3)
+    expected = 0.0
+    for row in range(6):
+        p, q = teacher[row].softmax(-1), student[row].softmax(-1)
+        chosen = ids[row].tolist()
+        others = [token for token in range(V) if token not in chosen]
+        events = [(p[token], q[token]) for token in chosen] + [(p[others].sum(), q[others].sum())]
+        expected = expected + sum(a * (a / b).log() for a, b in events) / 4
+    loss = topk_kd_loss(student, ids, logprobs, 4)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, student), torch.autograd.grad(expected, student))
+    assert torch.autograd.gradcheck(lambda x: topk_kd_loss(x, ids, logprobs, 4), student)
+
+
+def test_topk_kd_grows_with_k_up_to_the_whole_divergence():
+    student, teacher = randn(6, V, requires_grad=True), 2 * randn(6, V)
+    whole = token_kd_loss(student, teacher, 6)
+    losses = [topk_kd_loss(student, *topk_of(teacher, k), 6) for k in range(1, V + 1)]
+    assert all(0 <= fewer <= more * (1 + 1e-5) for fewer, more in pairwise(losses))
+    torch.testing.assert_close(losses[-1], whole)
+    torch.testing.assert_close(torch.autograd.grad(losses[-1], student), torch.autograd.grad(whole, student))
+    (grad,) = torch.autograd.grad(losses[2], student)
+    assert grad.isfinite().all()
+
+
+def test_topk_kd_of_a_certain_teacher_is_finite():
+    """All mass in the k: the tail is an event of probability zero, and costs nothing."""
+    teacher = torch.full((2, V), -200.0).index_fill(1, torch.tensor([3]), 0.0)
+    student = randn(2, V, requires_grad=True)
+    loss = topk_kd_loss(student, *topk_of(teacher, 2), 2)
+    torch.testing.assert_close(loss, F.cross_entropy(student, torch.tensor([3, 3])))
+    assert torch.autograd.grad(loss, student)[0].isfinite().all()
+
+
+def test_topk_kd_refuses_another_temperature():
+    with pytest.raises(ValueError, match=r"temperature=2.0 needs .* not its 3 likeliest tokens: set temperature to 1"):
+        topk_kd_loss(randn(2, V), *topk_of(randn(2, V), 3), 2, 2.0)
+
+
+@pytest.mark.parametrize("chunk_size", [4, 100])
+def test_stored_log_probabilities_take_the_teachers_place(chunk_size):
+    n = 9
+    student_hidden, teacher_hidden, weight = randn(n, D, requires_grad=True), randn(n, D), randn(V, D)
+    truth = torch.randint(0, V, (n,))
+    truth[2:5] = IGNORE_INDEX
+    ids, logprobs = topk_of(teacher_hidden @ weight.T, V)
+    ids[2:5], logprobs[2:5] = 0, 0.0  # as the collator pads
+    student = (student_hidden, lambda x: x @ weight.T, {"tok": truth, "sup": truth}, {"tok": 6, "sup": 6})
+    there = output_losses(*student, teacher_hidden=teacher_hidden, teacher_head=student[1])
+    stored = output_losses(*student, topk_ids=ids, topk_logprobs=logprobs, chunk_size=chunk_size)
+    torch.testing.assert_close(stored, there)
+    grads = [torch.autograd.grad(out["tok"], student_hidden) for out in (stored, there)]
+    torch.testing.assert_close(*grads)

@@ -9,10 +9,11 @@ The distillation losses.
     num_items                         T          answer tokens of the global batch
     hidden_loss                       Eq. 6
     token_kd_loss                     Eq. 7
+    topk_kd_loss                      Eq. 7 on the teacher's k likeliest tokens and their complement
     cross_entropy_loss                Eq. 8 on teacher-decoded targets, Eq. 9 on the ground truth
 
 Every loss is a sum over what it counts, divided by the count of the *global* batch, so that the losses of the
-micro-batches of one optimizer step add up to the loss of the whole batch. All sums are taken in fp32.
+micro-batches of one optimizer step add up to the loss of the whole batch. Logits and sums are in fp32.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from .float32_logits import Float32Logits
 
 
 IGNORE_INDEX = -100
@@ -71,14 +74,51 @@ def token_kd_loss(
     student_logits: Tensor, teacher_logits: Tensor, num_items: Tensor | float, temperature: float = 1.0
 ) -> Tensor:
     """Returns the token-level loss (Eq. 7) on logits [n, v]: tau^2 KL(teacher || student), over `num_items`."""
-    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
+    student = F.log_softmax(_full(student_logits) / temperature, dim=-1)
+    teacher = F.log_softmax(_full(teacher_logits) / temperature, dim=-1)
     return temperature**2 * F.kl_div(student, teacher, reduction="sum", log_target=True) / num_items
+
+
+def topk_kd_loss(
+    student_logits: Tensor, ids: Tensor, logprobs: Tensor, num_items: Tensor | float, temperature: float = 1.0
+) -> Tensor:
+    """
+    Returns the token-level loss (Eq. 7) where only the teacher's k likeliest tokens are known.
+
+    It is the KL divergence over k + 1 events: these tokens, and any other token as one event, whose probability is
+    what the k leave, in the teacher and in the student. Nothing is renormalised: the student is not told to say
+    nothing else, and how it divides the rest is free. It is never above the divergence over all tokens, and equal to
+    it if k = v.
+
+    Args:
+        student_logits (`Tensor`): [n, v].
+        ids (`Tensor`): [n, k], different tokens in each row.
+        logprobs (`Tensor`): [n, k], the teacher's log-probabilities of these over its whole vocabulary.
+        num_items (`Tensor` or `float`): answer tokens of the global batch.
+        temperature (`float`, *optional*, defaults to 1.0): must be 1, see below.
+
+    Raises:
+        `ValueError`: At another temperature the missing tokens would count by logits that nobody stored.
+    """
+    if temperature != 1:
+        raise ValueError(
+            f"temperature={temperature} needs the teacher's whole distribution, not its {ids.shape[-1]} likeliest "
+            "tokens: set temperature to 1, or give no stored log-probabilities, so that the teacher itself is asked"
+        )
+    student_logits, logprobs, ids = _full(student_logits), _full(logprobs), ids.long()
+    normaliser = student_logits.logsumexp(-1)  # [n]
+    student = student_logits.gather(-1, ids) - normaliser[:, None]
+    divergence = (logprobs.exp() * (logprobs - student)).sum()
+    if ids.shape[-1] < student_logits.shape[-1]:
+        tail = (1 - logprobs.double().exp().sum(-1)).clamp_min(0).to(logprobs.dtype)  # [n]
+        rest = student_logits.scatter(-1, ids, -torch.inf).logsumexp(-1) - normaliser
+        divergence = divergence + (torch.xlogy(tail, tail) - tail * rest).sum()
+    return divergence / num_items
 
 
 def cross_entropy_loss(logits: Tensor, targets: Tensor, num_items: Tensor | float) -> Tensor:
     """Returns the cross-entropy of logits [n, v] against targets [n] (Eq. 8 and 9), without -100, over `num_items`."""
-    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum") / num_items
+    return F.cross_entropy(_full(logits), targets, ignore_index=IGNORE_INDEX, reduction="sum") / num_items
 
 
 def output_losses(
@@ -89,11 +129,15 @@ def output_losses(
     *,
     teacher_hidden: Tensor | None = None,
     teacher_head: Head | None = None,
+    topk_ids: Tensor | None = None,
+    topk_logprobs: Tensor | None = None,
     temperature: float = 1.0,
     chunk_size: int = 1024,
 ) -> dict[str, Tensor]:
     """
     Computes all losses on the logits, one chunk of positions at a time: logits of a whole sequence never exist.
+
+    Heads are called as they are, within [`Float32Logits`]: in half precision their products come in fp32.
 
     Args:
         student_hidden (`Tensor`): [n, d], states in front of `student_head` at the counted positions.
@@ -104,6 +148,9 @@ def output_losses(
         num_items (`dict[str, Tensor | float]`): counted positions of the global batch, by the same keys.
         teacher_hidden (`Tensor`, *optional*): [n, d], for `"tok"`.
         teacher_head (`Callable`, *optional*): the teacher's head, for `"tok"`.
+        topk_ids, topk_logprobs (`Tensor`, *optional*):
+            [n, k], for `"tok"` in place of the teacher: its likeliest tokens, the likeliest first, see
+            [`topk_kd_loss`].
         temperature (`float`, *optional*, defaults to 1.0): tau of Eq. 7.
         chunk_size (`int`, *optional*, defaults to 1024): positions whose logits exist at a time.
 
@@ -112,34 +159,46 @@ def output_losses(
         counted positions at which student and teacher prefer the same token.
     """
 
-    def chunk_losses(student_hidden, teacher_hidden, targets):
-        logits = student_head(student_hidden)
+    def chunk_losses(student_hidden, teacher, targets):
+        with Float32Logits():
+            logits = student_head(student_hidden)
         losses = {key: cross_entropy_loss(logits, targets[key], num_items[key]) for key in targets if key != "tok"}
         if "tok" in targets:
-            assert teacher_head is not None
             counted = targets["tok"] != IGNORE_INDEX
-            with torch.no_grad():
-                teacher_logits = teacher_head(teacher_hidden)[counted]
             logits = logits[counted]
-            losses["tok"] = token_kd_loss(logits, teacher_logits, num_items["tok"], temperature)
-            same = logits.detach().argmax(-1) == teacher_logits.argmax(-1)
-            losses["agreement"] = same.sum() / num_items["tok"]
+            if "hidden" in teacher:
+                assert teacher_head is not None
+                with torch.no_grad(), Float32Logits():
+                    teacher_logits = teacher_head(teacher["hidden"])[counted]
+                losses["tok"] = token_kd_loss(logits, teacher_logits, num_items["tok"], temperature)
+                preferred = teacher_logits.argmax(-1)
+            else:
+                ids, logprobs = teacher["ids"][counted], teacher["logprobs"][counted]
+                losses["tok"] = topk_kd_loss(logits, ids, logprobs, num_items["tok"], temperature)
+                preferred = ids[:, 0]
+            losses["agreement"] = (logits.detach().argmax(-1) == preferred).sum() / num_items["tok"]
         return losses
 
+    given = {"hidden": teacher_hidden, "ids": topk_ids, "logprobs": topk_logprobs}
+    teacher = {key: value for key, value in given.items() if value is not None}
     n = student_hidden.shape[0]
     if n <= chunk_size:
-        return chunk_losses(student_hidden, teacher_hidden, targets)
+        return chunk_losses(student_hidden, teacher, targets)
     total: dict[str, Tensor] = {}
     for start in range(0, n, chunk_size):
         cut = slice(start, start + chunk_size)
-        teacher_chunk = None if teacher_hidden is None else teacher_hidden[cut]
         # Checkpointed, or the backward pass would keep the logits of all chunks.
         losses = checkpoint(
             chunk_losses,
             student_hidden[cut],
-            teacher_chunk,
+            {key: value[cut] for key, value in teacher.items()},
             {key: value[cut] for key, value in targets.items()},
             use_reentrant=False,
         )
         total = {key: total.get(key, 0.0) + value for key, value in losses.items()}
     return total
+
+
+def _full(values: Tensor) -> Tensor:
+    """Half precision as fp32, and the others as they are."""
+    return values.float() if values.dtype.itemsize < 4 else values
