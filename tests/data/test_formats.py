@@ -245,6 +245,32 @@ def test_damaged_pictures_are_named_where_they_are_read(processor):
             encode_rows(processor, [MEANT, row], [40, 41])
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_lines_are_streamed(processor, folder, shape):
+    file = write_lines(folder, [SHAPES[shape]] * 2)
+    for place in (file, str(folder)):
+        rows = load_rows(place, streaming=True)
+        assert not hasattr(rows, "__len__")
+        for _ in range(2):
+            loaded = list(rows)
+            assert len(loaded) == 2
+            same(processor, loaded[1], MEANT)
+
+
+def test_long_lists_are_streamed(folder):
+    """Entries of any length, wherever chunks end; one list with and without line breaks."""
+    rows = [{"n": n, "text": 'a "]{" \u00e9' * (n * 700 % 9000)} for n in range(60)]
+    for indent in (None, 1):
+        (folder / "list.json").write_text(json.dumps(rows, indent=indent))
+        assert list(load_rows(str(folder / "list.json"), streaming=True)) == rows
+    (folder / "list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    assert list(load_rows(str(folder / "list.jsonl"), streaming=True)) == rows
+    for text, message in (('[{"n": 1}, {"n": ', "cannot be read at row 0 or after"), ("[1]", "it is 1 and no object")):
+        (folder / "list.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            list(load_rows(str(folder / "list.json"), streaming=True))
+
+
 def test_unreadable_files_are_one_line(folder):
     (folder / "train.jsonl").write_text("{not json\n")
     with pytest.raises(ValueError, match=r"train\.jsonl cannot be read") as refused:

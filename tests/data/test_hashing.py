@@ -9,8 +9,8 @@ from datasets import Image as ImageFeature
 from synthetic import ask, image, say
 
 from linmu_hf.data import load_rows, row_key
-from linmu_hf.data.formats import raw_rows, undecoded
 from linmu_hf.data.hashing import BLOCK
+from linmu_hf.data.loading import raw_rows, undecoded
 
 
 @pytest.fixture

@@ -110,6 +110,103 @@ def test_frames_with_and_without_a_rate(processor, tmp_path):
     assert slow["second_per_grid_ts"].tolist() == [8.0]
 
 
+SECONDS = {
+    "no rate": ({}, {}, 1.0),
+    "a rate": ({"fps": 0.5}, {}, 4.0),
+    "a rate as text": ({"fps": "0.5"}, {}, 4.0),
+    "time stamps": ({"timestamps": [10, 14, 18, 22]}, {}, 8.0),
+    "time stamps that are not even": ({"timestamps": [0, 1, 2, 6]}, {}, 4.0),
+    "the row's rate": ({}, {"fps": 0.25}, 8.0),
+    "a rate for each video": ({}, {"fps": [0.25]}, 8.0),
+    "the row's time stamps": ({}, {"timestamps": [0.0, 0.5, 1.0, 1.5]}, 1.0),
+    "its own goes before the row's": ({"fps": 1}, {"fps": 0.25}, 2.0),
+}
+
+
+@pytest.mark.parametrize("name", SECONDS)
+def test_the_time_of_frames_belongs_to_the_row(processor, tmp_path, name):
+    own, of_row, seconds = SECONDS[name]
+    frames = [image(16, 24, seed) for seed in range(4)]
+    for i, frame in enumerate(frames):
+        frame.save(tmp_path / f"{i}.png")
+    for source in (frames, str(tmp_path)):
+        video = {"frames": source, **own} if own else source
+        row = {"messages": ROW, "videos": [video], **of_row}
+        check_dataset([row], processor)
+        assert encode_rows(processor, [row])["second_per_grid_ts"].tolist() == [seconds]
+
+
+def test_a_file_knows_its_own_rate(processor, tmp_path):
+    """A column `fps` says how fast the film was, not how many frames to take of it."""
+    file = write(tmp_path / "clip.mp4", 4, 16)
+    plain = encode_rows(processor, [{"messages": ROW, "videos": [file]}])
+    row = {"messages": ROW, "videos": [file], "fps": 30.0}
+    assert encode_rows(processor, [row])["second_per_grid_ts"].tolist() == plain["second_per_grid_ts"].tolist() == [1]
+
+
+def test_rates_of_one_batch(processor):
+    """Every video of a batch has the positions that it has alone."""
+    config = LinMUConfig.from_teacher(make_teacher_config(processor, layers=1))
+    model = LinMUForConditionalGeneration(config)
+    frames = [image(16, 24, seed) for seed in range(4)]
+    two = [{"role": "user", "content": [{"type": "video"}, {"type": "video"}, {"type": "text", "text": "?"}]}, ROW[1]]
+    rows = [
+        {"messages": ROW, "videos": [{"frames": frames, "fps": 0.5}]},
+        {"messages": ROW[:1] + ROW[1:], "videos": [frames]},
+        {"messages": two, "videos": [{"frames": frames, "timestamps": [0, 3, 6, 9]}, {"frames": frames, "fps": 4}]},
+    ]
+    names = ("input_ids", "attention_mask", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
+
+    def positions(batch):
+        return model.model.get_positions(**{name: batch[name] for name in names})[0]
+
+    batch = encode_rows(processor, rows)
+    assert batch["second_per_grid_ts"].tolist() == pytest.approx([4.0, 1.0, 6.0, 0.5])
+    together = positions(batch)
+    for i, row in enumerate(rows):
+        alone = positions(encode_rows(processor, [row]))
+        assert torch.equal(together[:, i, : alone.shape[2]], alone[:, 0])
+
+
+def test_nvila_takes_frames_with_times():
+    """Its positions know no time: what a row says about it is read, checked, and changes nothing."""
+    processor = nvila_processors.tiny(num_video_frames=4)
+    frames = [image(16, 24, seed) for seed in range(4)]
+    plain = encode_rows(processor, [{"messages": ROW, "videos": [frames]}])
+    for timing in ({"fps": 0.5}, {"timestamps": [0, 1, 2, 3]}):
+        row = {"messages": ROW, "videos": [{"frames": frames, **timing}]}
+        batch = encode_rows(processor, [row])
+        assert "second_per_grid_ts" not in batch and torch.equal(batch["input_ids"], plain["input_ids"])
+
+
+BAD_TIMES = [
+    ({"fps": 0}, "its fps=0 must be a positive number"),
+    ({"fps": "fast"}, "its fps='fast' must be"),
+    ({"timestamps": [0, 1, 2]}, r"its timestamps=\[0, 1, 2\] must be 4 rising numbers"),
+    ({"timestamps": [0, 2, 1, 3]}, "must be 4 rising numbers"),
+    ({"timestamps": "soon"}, "must be 4 rising numbers"),
+    ({"fps": 1, "timestamps": [0, 1, 2, 3]}, "leave one out"),
+]
+
+
+@pytest.mark.parametrize(("timing", "message"), BAD_TIMES)
+def test_times_that_mean_nothing(processor, timing, message):
+    row = {"messages": ROW, "videos": [{"frames": [image(16, 24)] * 4, **timing}]}
+    for check in (lambda: check_dataset([row], processor), lambda: encode_rows(processor, [row])):
+        with pytest.raises(ValueError, match=f"row 0 .*video 0: .*{message}"):
+            check()
+
+
+def test_times_that_fit_no_video(processor, tmp_path):
+    row = {"messages": ROW, "videos": [[image(16, 24)] * 4], "fps": [1, 2]}
+    with pytest.raises(ValueError, match="row 0: it has 2 `fps` for 1 videos"):
+        check_dataset([row], processor)
+    file = write(tmp_path / "clip.mp4", 4, 16)
+    row = {"messages": ROW, "videos": [{"video": file, "timestamps": [0, 1]}]}
+    with pytest.raises(ValueError, match="a file has its own"):
+        check_dataset([row], processor)
+
+
 def test_temporal_positions_of_a_slow_clip(processor, tmp_path):
     config = LinMUConfig.from_teacher(make_teacher_config(processor, layers=1))
     model = LinMUForConditionalGeneration(config)

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from ..conversion.source import read_processor, read_raw_config
 from ..conversion.teacher import check_tokenizers, load_processor, load_teacher
-from ..data import load_rows
+from ..data import load_training_rows
 from ..evaluation.loading import check_model, library_versions
 from ..files import check_report
 from ..hub import find_origin, prepare_repo, push_folder, write_model_card
@@ -25,7 +25,9 @@ class ScriptArguments:
     """What `linmu-distill` takes besides the arguments of [`DistillConfig`]."""
 
     model: str = field(metadata={"help": "The student: folder or Hub id of a converted model."})
-    dataset: str = field(metadata={"help": "Folder written by save_to_disk, or anything load_dataset opens."})
+    dataset: str = field(
+        metadata={"help": "A folder or file of rows, anything load_dataset opens, or a YAML file that mixes several."}
+    )
     teacher: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of the teacher; short for --teacher_model_name_or_path."}
     )
@@ -44,7 +46,7 @@ def run(script: ScriptArguments, config) -> dict:
     if read_raw_config(script.model)["model_type"] != LinMUConfig.model_type:
         raise ValueError(f"{script.model} is no LinMU model: make one of it with `linmu-convert` first")
     check_output(config)
-    dataset = load_rows(script.dataset, script.dataset_train_split)
+    dataset = load_training_rows(script.dataset, script.dataset_train_split, seed=config.seed)
     student = LinMUForConditionalGeneration.from_pretrained(script.model, dtype="auto" if config.bf16 else "float32")
     processor = read_processor(script.model)
     options = {"dtype": None if config.bf16 else "float32", **config.teacher_options()}

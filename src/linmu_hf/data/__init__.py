@@ -1,7 +1,9 @@
 """Dataset rows to model inputs, for training and for generation."""
 
-from .formats import Row, load_rows, read_row
+from .formats import Row, read_row
 from .hashing import row_key
+from .loading import load_rows
+from .mixture import load_mixture, load_training_rows
 from .rows import answer_text, bad_rows, check_dataset, encode_prompts, encode_rows
 
 
@@ -12,7 +14,9 @@ __all__ = [
     "check_dataset",
     "encode_prompts",
     "encode_rows",
+    "load_mixture",
     "load_rows",
+    "load_training_rows",
     "read_row",
     "row_key",
 ]

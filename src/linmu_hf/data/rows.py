@@ -15,8 +15,9 @@ import torch
 from transformers import BatchFeature
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .formats import MEDIA, Row, name_row, raw_rows, read_row, texts_of
+from .formats import MEDIA, Row, name_row, read_row, texts_of
 from .image import image_size, open_image
+from .loading import raw_rows
 from .video import Video, check_video, read_video
 
 

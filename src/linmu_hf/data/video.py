@@ -1,6 +1,7 @@
 """Videos in the forms that rows give them, with the time of every frame: what a model's positions are made of."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ def read_video(source: Any, processor) -> Video:
         source (`Any`):
             A video file or its bytes, a folder of frames in the order of their names, a list or array of frames that
             were chosen before, or a mapping with `video` or `frames` and `fps`: the rate of the frames, or the rate
-            at which to choose from a file. Frames without a rate are two per second.
+            at which to choose from a file. In place of `fps`, frames may have `timestamps`, the seconds at which each
+            is shown: positions know one rate, the mean one. Frames without either are two per second.
         processor (`ProcessorMixin`):
             The processor: its video processor's `num_frames`, or `fps`, `min_frames` and `max_frames` count.
 
@@ -43,17 +45,20 @@ def read_video(source: Any, processor) -> Video:
     """
     if isinstance(source, Video):
         return source
-    source, fps = _unwrap(source)
+    source, fps, timestamps = _unwrap(source)
     if not isinstance(source, str) and not hasattr(source, "read"):
+        fps = _mean_rate(timestamps, len(source)) or fps
         return _from_frames([open_image(frame) for frame in source], fps)
     if isinstance(source, str) and Path(source).is_dir():
         files = frame_files(source)
+        fps = _mean_rate(timestamps, len(files)) or fps
         metadata = VideoMetadata(total_num_frames=len(files), fps=fps or VIDEO_FPS)
         settings = processor.video_processor
         metadata.frames_indices = list(range(len(files)))
         if settings.num_frames or len(files) > (getattr(settings, "max_frames", None) or len(files)):
             metadata.frames_indices = choose_frames(processor, metadata)
         return Video(_stack([open_image(files[index]) for index in metadata.frames_indices]), metadata)
+    _refuse_timestamps(timestamps)
     return _read_file(source, processor, fps)
 
 
@@ -61,12 +66,17 @@ def check_video(source: Any) -> None:
     """Raises the `ValueError` of a video that is not there, decoding nothing."""
     if isinstance(source, Video):
         return
-    source, _ = _unwrap(source)
-    if isinstance(source, str):
-        source = frame_files(source)[:1] if Path(source).is_dir() else []
-    elif hasattr(source, "read"):
+    source, _, timestamps = _unwrap(source)
+    if hasattr(source, "read") or (isinstance(source, str) and not Path(source).is_dir()):
+        _refuse_timestamps(timestamps)
         return
-    elif len(source) == 0:
+    if isinstance(source, str):
+        files = frame_files(source)
+        _mean_rate(timestamps, len(files))
+        source = files[:1]
+    else:
+        _mean_rate(timestamps, len(source))
+    if len(source) == 0:
         raise ValueError("it has no frames")
     for frame in source:
         image_size(frame)
@@ -82,12 +92,44 @@ def choose_frames(processor, metadata: VideoMetadata, fps: float | None = None) 
     return [int(index) for index in settings.sample_frames(metadata=metadata, **({"fps": fps} if fps else {}))]
 
 
-def _unwrap(source: Any) -> tuple[Any, float | None]:
-    fps = source.get("fps") if isinstance(source, Mapping) else None
+def _unwrap(source: Any) -> tuple[Any, float | None, Sequence[float] | None]:
+    """The video itself, and its rate or the time stamps of its frames where these are given."""
+    fps = timestamps = None
+    while isinstance(source, Mapping) and (source.get("fps") is not None or source.get("timestamps") is not None):
+        fps, timestamps = source.get("fps"), source.get("timestamps")
+        source = {key: value for key, value in source.items() if key not in ("fps", "timestamps")}
+    if fps is not None and timestamps is not None:
+        raise ValueError("it has `fps` and `timestamps`, which say the same: leave one out")
     source = local_file(source, "frames", "video")
     if not isinstance(source, str) and not hasattr(source, "read") and not hasattr(source, "__len__"):
         raise ValueError(f"it is a {type(source).__name__}: give a file, a folder, or frames")
-    return source, fps
+    try:
+        rate = None if fps is None else float(fps)
+    except (TypeError, ValueError):
+        rate = -1.0
+    if rate is not None and not 0 < rate < math.inf:
+        raise ValueError(f"its fps={fps!r} must be a positive number of frames per second")
+    return source, rate, timestamps
+
+
+def _mean_rate(timestamps: Sequence[float] | None, n: int) -> float | None:
+    """Frames per second of `n` frames shown at these seconds; `None` without time stamps, or of a single frame."""
+    if timestamps is None:
+        return None
+    try:
+        times = np.asarray(timestamps, dtype=np.float64)
+    except (TypeError, ValueError):
+        times = np.array(None, dtype=object)
+    if times.shape != (n,) or not (np.isfinite(times).all() and (np.diff(times) > 0).all()):
+        raise ValueError(
+            f"its timestamps={timestamps!r:.80} must be {n} rising numbers, the seconds at which each frame is shown"
+        )
+    return float((n - 1) / (times[-1] - times[0])) if n > 1 else None
+
+
+def _refuse_timestamps(timestamps: Sequence[float] | None) -> None:
+    if timestamps is not None:
+        raise ValueError("it has `timestamps`, and a file has its own: leave them out, or give the frames")
 
 
 def _from_frames(frames: list[Any], fps: float | None) -> Video:

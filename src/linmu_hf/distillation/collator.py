@@ -8,7 +8,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from ..data import Row, encode_rows
-from ..data.formats import fetch, undecoded
+from ..data.formats import fetch
+from ..data.loading import undecoded
 from .losses import IGNORE_INDEX
 
 
