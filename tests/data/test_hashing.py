@@ -56,6 +56,8 @@ def test_every_part_counts(row, tmp_path):
         {**video, "videos": [frames[::-1]]},
         {**video, "videos": [{"frames": frames, "fps": 0.5}]},
         {**video, "videos": [{"frames": frames, "fps": 4}]},
+        {**video, "videos": [frames], "fps": 8},
+        {**video, "videos": [frames], "timestamps": [0.0, 1.0, 5.0]},
         {**video, "videos": [np.stack([np.asarray(frame) for frame in frames])]},
         {**video, "videos": [str(tmp_path)]},
         {**video, "videos": ["/not/there.mp4"]},

@@ -16,7 +16,7 @@ from linmu_hf.commands.evaluate import main as evaluate
 from linmu_hf.conversion.teacher import load_processor, load_teacher
 from linmu_hf.data import encode_prompts
 from linmu_hf.distillation.collator import DistillCollator, EncodedDataset
-from linmu_hf.distillation.pseudo_targets import decode_pseudo_targets
+from linmu_hf.distillation.targets.decode import decode_rows
 from linmu_hf.hub import check_folder
 
 
@@ -107,8 +107,8 @@ def test_teacher_never_answers_with_an_untrained_token(tmp_path, rows):
     assert teacher.generation_config.suppress_tokens == [n, n + 1, n + 2]
 
     def said():
-        decoded = decode_pseudo_targets(teacher, processor, rows[:2], max_new_tokens=4)
-        return {token for answers in decoded for answer in answers for token in answer.ids}
+        decoded = decode_rows(teacher, processor, dict(enumerate(rows[:2])), max_new_tokens=4)
+        return {token for answers, _ in decoded for answer in answers for token in answer.ids}
 
     assert not said() & {n, n + 1, n + 2}
     teacher.generation_config.suppress_tokens = None

@@ -7,6 +7,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from linmu_hf import files
 from linmu_hf.distillation import DistillConfig, distill
 from linmu_hf.distillation import runner as runner_module
+from linmu_hf.distillation.targets.fill import decode_pseudo_targets
 from linmu_hf.distillation.trainer import DistillTrainer
 from linmu_hf.files import locked
 from linmu_hf.testbed.processor import build_processor
@@ -277,3 +278,41 @@ def test_bf16_trains_fp32_masters(rows, processor, make_student, make_teacher, t
     assert seen == {torch.float32}
     assert student.lm_head.weight.dtype == torch.bfloat16
     assert student.model.language_model.layers[0].mixer.flex_ma.o_proj.weight.dtype == torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def answers(rows, processor, make_teacher, tmp_path_factory):
+    """A store with the teacher's answers to all rows."""
+    folder = tmp_path_factory.mktemp("answers") / "store"
+    decode_pseudo_targets(make_teacher(), processor, rows, folder, max_new_tokens=4, batch_size=4)
+    return folder
+
+
+def test_answers_made_before_take_the_place_of_decoding(finished, answers, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner_module, "decode_pseudo_targets", None)
+    assert_same_weights(run(tmp_path / "out", pseudo_targets=str(answers)), finished[1])
+    assert not (tmp_path / "out" / "pseudo_targets").exists()
+
+
+def test_answers_that_do_not_fit_stop_before_training(answers, run, rows, tmp_path):
+    def refused(message, rows=rows, **changes):
+        with pytest.raises((ValueError, FileNotFoundError)) as error:
+            run(tmp_path / "out", rows, **{"pseudo_targets": str(answers)} | changes)
+        assert message in str(error.value) and not (tmp_path / "out").exists()
+
+    refused("max_new_tokens is 4 there and 5 here: set max_completion_length to 4", max_completion_length=5)
+    turned = [{**row, "images": [image.rotate(180) for image in row["images"]]} for row in rows[:2]]
+    refused("has no answers to 2 rows, row 8 first: run linmu-pseudo-targets", [*rows[2:], *turned])
+    refused("no stage learns from the teacher's answers", seq_kd=False)
+    refused("no folder of teacher answers", pseudo_targets=str(tmp_path))
+    with_column = [{**row, "pseudo_messages": row["messages"]} for row in rows]
+    refused("the dataset has a column pseudo_messages; leave one of them out", with_column)
+
+
+def test_overwriting_deletes_the_answers_of_the_run_before(run, tmp_path):
+    arguments = {"stage_steps": [0, 0, 1], "align_steps": [0, 0, 0]}
+    run(tmp_path / "out", **arguments)
+    old = tmp_path / "out" / "pseudo_targets" / "shard-00001"
+    old.mkdir()
+    run(tmp_path / "out", **arguments, overwrite_output_dir=True)
+    assert not old.exists() and (old.parent / "shard-00000").is_dir()

@@ -75,7 +75,7 @@ def check_pair(student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
     Raises:
         `ValueError`: A setting that both must share differs.
     """
-    ours, theirs = (_settings(config) for config in (student, teacher))
+    ours, theirs = (teacher_settings(config) for config in (student, teacher))
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             raise ValueError(
@@ -84,8 +84,8 @@ def check_pair(student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
             )
 
 
-def _settings(config: PreTrainedConfig) -> dict[str, Any]:
-    """All that a conversion leaves as it is and that changes results, as in `config.json`; by its full name."""
+def teacher_settings(config: PreTrainedConfig) -> dict[str, Any]:
+    """Returns what a conversion leaves as it is and that changes results, as in `config.json`, by its full name."""
     content = json.loads(json.dumps(config.to_dict(), default=str))
     text = {f"text_config.{name}": content["text_config"][name] for name in DECODER}
     return {name: content[name] for name in TOKENS} | text | _of_vision("vision_config", content["vision_config"])

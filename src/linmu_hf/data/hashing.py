@@ -49,10 +49,12 @@ def row_key(row: Row, index: int = 0) -> str:
 
 
 def _update_medium(digest, medium: Any) -> None:
-    if isinstance(medium, Mapping):  # with a frame rate, for example
-        others = {key: value for key, value in medium.items() if key not in SOURCES and value is not None}
+    inner = medium
+    while isinstance(inner, Mapping):  # with a frame rate, for example
+        others = {key: value for key, value in inner.items() if key not in SOURCES and value is not None}
         if others:
             update_hash(digest, others)
+        inner = next((inner[key] for key in SOURCES if inner.get(key) is not None), None)
     try:
         source = local_file(medium, *SOURCES[:3])
     except ValueError:  # not there: said where it is read

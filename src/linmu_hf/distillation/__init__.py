@@ -3,9 +3,10 @@
 try:
     from .collator import DistillCollator, EncodedDataset
     from .config import DistillConfig
-    from .pseudo_targets import decode_pseudo_targets
     from .runner import distill
     from .stages import PAPER_STAGES, Stage
+    from .targets.fill import decode_pseudo_targets
+    from .targets.store import PseudoTargets
     from .trainer import DistillTrainer
 except ModuleNotFoundError as error:
     if error.name not in ("accelerate", "peft"):
@@ -19,6 +20,7 @@ __all__ = [
     "DistillConfig",
     "DistillTrainer",
     "EncodedDataset",
+    "PseudoTargets",
     "Stage",
     "decode_pseudo_targets",
     "distill",

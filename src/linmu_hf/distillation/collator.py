@@ -15,7 +15,9 @@ from .losses import IGNORE_INDEX
 
 Features = dict[str, Tensor]
 EncodePseudo = Callable[[Row, int], Features]
+StoredTopK = Callable[[Row, Features, int], Features]
 TOKEN_FIELDS = ("input_ids", "attention_mask", "mm_token_type_ids", "labels")  # [t] per row, padded on the right
+TOPK_FIELDS = ("topk_ids", "topk_logprobs")  # [t, k] per row: the teacher's likeliest tokens after each token
 
 
 class EncodedDataset(Dataset):
@@ -27,11 +29,21 @@ class EncodedDataset(Dataset):
         rows (`Sequence[Mapping]`): a `datasets.Dataset` or list of conversational rows, see [`encode_rows`].
         encode_pseudo (`Callable[[Row, int], Features]`, *optional*):
             Encodes a row, given with its number, with the teacher's answers in place of the true ones.
+        stored_topk (`Callable[[Row, Features, int], Features]`, *optional*):
+            Returns the fields `topk_ids` and `topk_logprobs` [t, k] for a row and its features.
         cache_bytes (`int`, *optional*, defaults to 0): memory for encoded rows.
     """
 
-    def __init__(self, processor, rows, encode_pseudo: EncodePseudo | None = None, cache_bytes: int = 0):
+    def __init__(
+        self,
+        processor,
+        rows,
+        encode_pseudo: EncodePseudo | None = None,
+        cache_bytes: int = 0,
+        stored_topk: StoredTopK | None = None,
+    ):
         self.processor, self.rows, self.encode_pseudo = processor, undecoded(rows), encode_pseudo
+        self.stored_topk = stored_topk
         self.room = cache_bytes
         self.cache: dict[tuple[bool, int], Features] = {}
 
@@ -53,6 +65,8 @@ class EncodedDataset(Dataset):
             row = fetch(self.rows, index)
             encode = self.encode_pseudo if pseudo else None
             features = encode(row, index) if encode else encode_row(self.processor, row, index)
+            if self.stored_topk is not None and not pseudo:
+                features |= self.stored_topk(row, features, index)
             size = sum(value.nbytes for value in features.values())
             if size <= self.room:
                 self.room -= size
@@ -67,13 +81,19 @@ def encode_row(processor, row: Row, number: int = 0) -> Features:
 
 
 def collate(rows: Sequence[Features], pad_token_id: int, padding_side: str = "right") -> Features:
-    """Makes a batch of encoded rows: token fields are padded, pixels and grids concatenated."""
+    """
+    Makes a batch of encoded rows: token fields, and log-probabilities where any row has some, are padded, pixels and
+    grids concatenated.
+    """
     padding, batch = {"input_ids": pad_token_id, "labels": IGNORE_INDEX}, {}
     for key in dict.fromkeys(key for row in rows for key in row):
         values = [row[key] for row in rows if key in row]
+        if key in TOPK_FIELDS:
+            none = values[0].new_zeros(1, values[0].shape[1])
+            values = [row[key] if key in row else none.expand(len(row["input_ids"]), -1) for row in rows]
         batch[key] = (
             pad_sequence(values, batch_first=True, padding_value=padding.get(key, 0), padding_side=padding_side)
-            if key in TOKEN_FIELDS
+            if key in (*TOKEN_FIELDS, *TOPK_FIELDS)
             else torch.cat(values)
         )
     return batch
@@ -85,7 +105,9 @@ class DistillCollator:
 
     The batch holds the rows in order and after them, if `pseudo` is set, once more those for which the teacher's
     answers differ from the true ones. `labels` [b, t] are the true answers (-100 in the repeated rows),
-    `pseudo_labels` [b, t] the teacher's: rows on which both agree serve both losses in one pass.
+    `pseudo_labels` [b, t] the teacher's: rows on which both agree serve both losses in one pass. `topk_ids` and
+    `topk_logprobs` [b, t, k], if rows have them, are the teacher's log-probabilities for the token after each, zero
+    where `labels` count none.
 
     Args:
         pad_token_id (`int`): id to pad `input_ids` with.

@@ -56,6 +56,9 @@ class DistillConfig(TrainingArguments):
             Whether the last stage learns from teacher-decoded answers (Eq. 8): from the column `pseudo_messages` if
             the dataset has it, else decoded once before that stage. `False` leaves L_seq out.
         max_completion_length (`int`, *optional*, defaults to 128): longest answer that the teacher decodes, in tokens.
+        pseudo_targets (`str`, *optional*):
+            Folder of teacher answers that `linmu-pseudo-targets` or [`decode_pseudo_targets`] made of this dataset, in
+            place of decoding them now.
         lora_r (`int`, *optional*, defaults to 8): rank of the adapters on the decoder's FFNs in stage 3; 0 for none.
         lora_alpha (`float`, *optional*, defaults to `lora_r`): their scale is `lora_alpha / lora_r`; Eq. 12 has 1.
         slow_lr_multiplier (`float`, *optional*, defaults to 0.2):
@@ -101,6 +104,9 @@ class DistillConfig(TrainingArguments):
     seq_kd: bool = field(default=True, metadata={"help": "Whether stage 3 learns from teacher-decoded answers."})
     max_completion_length: int = field(
         default=128, metadata={"help": "Longest answer that the teacher decodes, in tokens."}
+    )
+    pseudo_targets: str | None = field(
+        default=None, metadata={"help": "Folder of teacher answers that linmu-pseudo-targets made of this dataset."}
     )
     lora_r: int = field(default=8, metadata={"help": "Rank of the adapters on the decoder's FFNs in stage 3."})
     lora_alpha: float | None = field(

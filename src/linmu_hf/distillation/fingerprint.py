@@ -1,10 +1,14 @@
 """What a run was made of, as short hashes: it is continued only with the same."""
 
 import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..conversion.teacher import teacher_settings
 from ..data.hashing import update_hash
 
 
@@ -14,12 +18,23 @@ def fingerprint_weights(model: nn.Module) -> str:
     config = model.config.to_dict()
     for name in ("transformers_version", "_name_or_path", "dtype", "use_cache"):
         config.pop(name, None)
-    update_hash(digest, config)
+    _update_json(digest, config)
     for name, tensor in sorted(model.state_dict().items()):
+        _update_tensor(digest, f"{name} {tensor.dtype}", tensor.shape, tensor.flatten(), [tensor.flatten()])
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_teacher(teacher: nn.Module) -> str:
+    """
+    Returns a hash of all that decides what a teacher says: of the configuration only this, and every tensor's values,
+    whether in half precision or, converted from it, in float32.
+    """
+    digest = hashlib.sha256()
+    _update_json(digest, teacher_settings(teacher.config))
+    for name, tensor in sorted(teacher.state_dict().items()):
         flat = tensor.flatten()
-        bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
-        ends = torch.cat([flat[:64], flat[-64:]]).float().cpu().numpy()  # a sum alone knows no order
-        update_hash(digest, [name, str(tensor.dtype), list(tensor.shape), ends, bits.sum(dtype=torch.int64).item()])
+        pieces = (piece.float() if piece.is_floating_point() else piece for piece in flat.split(2**24))
+        _update_tensor(digest, name, tensor.shape, flat, pieces)
     return digest.hexdigest()[:16]
 
 
@@ -28,7 +43,7 @@ def fingerprint_processor(processor) -> str:
     digest = hashlib.sha256()
     tokenizer = processor.tokenizer
     vocabulary = sorted(tokenizer.get_vocab().items())
-    update_hash(
+    _update_json(
         digest, [processor.to_dict(), vocabulary, str(processor.chat_template), str(tokenizer.special_tokens_map)]
     )
     return digest.hexdigest()[:16]
@@ -48,3 +63,18 @@ def fingerprint_rows(dataset) -> str:
         for index in range(len(dataset)):
             update_hash(digest, dataset[index])
     return digest.hexdigest()[:16]
+
+
+def _update_json(digest, value: Any) -> None:
+    """Adds settings; other than rows they name no files."""
+    digest.update(json.dumps(value, sort_keys=True, default=str).encode())
+
+
+def _update_tensor(digest, name: str, shape: torch.Size, flat: Tensor, pieces: Iterable[Tensor]) -> None:
+    """Adds name, shape, ends and the sum of all bits of a tensor [n] that comes in pieces."""
+    total = 0
+    for piece in pieces:
+        bits = piece.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[piece.element_size()])
+        total += bits.sum(dtype=torch.int64).item()
+    ends = torch.cat([flat[:64], flat[-64:]]).float().cpu().numpy()  # a sum alone knows no order
+    update_hash(digest, [name, list(shape), ends, total])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 from transformers import TrainerState, set_seed
 
@@ -26,8 +27,10 @@ from .config import DistillConfig
 from .fingerprint import fingerprint_processor, fingerprint_rows, fingerprint_weights
 from .lora import add_lora, merge_lora
 from .plots import plot_training_log
-from .pseudo_targets import decode_pseudo_targets, encode_answers
 from .stages import Stage, is_stage_name, set_trainable
+from .targets.encode import encode_stored
+from .targets.fill import decode_pseudo_targets, describe
+from .targets.store import HEADER, PseudoTargets
 from .trainer import DistillTrainer
 
 
@@ -35,7 +38,7 @@ SETTINGS = "distillation.json"
 LOG = "training_log.jsonl"
 CURVES = "loss_curves.png"
 CARD = "README.md"
-PSEUDO_TARGETS = "pseudo_targets.jsonl"
+PSEUDO_TARGETS = "pseudo_targets"
 PSEUDO_COLUMN = "pseudo_messages"
 WEIGHTS = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 
@@ -92,6 +95,7 @@ def distill(
     check_output(config)
     features = EncodedDataset(processor, dataset, cache_bytes=int(config.feature_cache_gb * 2**30))
     _check_inputs(config, student, teacher, features)
+    _check_pseudo_targets(config, stages, teacher, features)
     settings = _settings(config, stages, student, teacher, features)
     with locked(out):
         _prepare_output(out, settings, config.overwrite_output_dir)
@@ -180,27 +184,27 @@ def _train_in_fp32(student: nn.Module) -> dict[str, torch.dtype]:
 
 
 def _pseudo_encoder(config: DistillConfig, teacher, features: EncodedDataset, out: Path) -> EncodePseudo:
-    """Returns what encodes a row with the teacher's answers, which a column holds or which are decoded now."""
+    """Returns what encodes a row with the teacher's answers: from a column, from a store, or decoded into one now."""
     processor = features.processor
     if PSEUDO_COLUMN in features.rows[0]:
         return partial(_encode_column, processor)
-    answers = decode_pseudo_targets(
-        teacher.eval().to(config.device),
-        processor,
-        features.rows,
-        max_new_tokens=config.max_completion_length,
-        batch_size=config.per_device_train_batch_size,
-        cache_file=out / PSEUDO_TARGETS,
-    )
-    return partial(_encode_decoded, processor, answers)
+    folder = out / PSEUDO_TARGETS if config.pseudo_targets is None else Path(config.pseudo_targets)
+    if config.pseudo_targets is None:
+        decode_pseudo_targets(
+            teacher.eval().to(config.device),
+            processor,
+            features.rows,
+            folder,
+            max_new_tokens=config.max_completion_length,
+            batch_size=config.per_device_train_batch_size,
+            shard=(config.process_index, config.world_size),
+        )
+        PartialState().wait_for_everyone()
+    return partial(encode_stored, PseudoTargets(folder), processor)
 
 
 def _encode_column(processor, row, index: int):
     return encode_row(processor, {**row, "messages": row[PSEUDO_COLUMN]}, index)
-
-
-def _encode_decoded(processor, answers, row, index: int):
-    return encode_answers(processor, row, answers[index], index)
 
 
 # ---- Before work starts
@@ -221,6 +225,21 @@ def _check_inputs(config: DistillConfig, student, teacher, features: EncodedData
     reached = config.per_device_train_batch_size * config.gradient_accumulation_steps
     if config.dataloader_drop_last and len(features) < reached:
         raise ValueError(f"{len(features)} rows do not fill one batch of {reached}: lower per_device_train_batch_size")
+
+
+def _check_pseudo_targets(config: DistillConfig, stages: Sequence[Stage], teacher, features: EncodedDataset) -> None:
+    """Raises a `ValueError` unless `pseudo_targets` is used and holds this teacher's answers to all rows."""
+    if config.pseudo_targets is None:
+        return
+    given = f"pseudo_targets={config.pseudo_targets!r}"
+    if not any(stage.seq for stage in stages):
+        raise ValueError(
+            f"{given} has no effect: no stage learns from the teacher's answers, see seq_kd and stage_steps"
+        )
+    if PSEUDO_COLUMN in features.rows[0]:
+        raise ValueError(f"{given} has no effect: the dataset has a column {PSEUDO_COLUMN}; leave one of them out")
+    made_of = describe(teacher, features.processor, config.max_completion_length)
+    PseudoTargets(config.pseudo_targets, made_of).check_rows(features.rows)
 
 
 def _settings(config, stages, student, teacher, features) -> dict[str, Any]:
@@ -280,8 +299,10 @@ def _delete_run(out: Path, names: Sequence[str]) -> None:
             shutil.rmtree(out / name, ignore_errors=True)
         for suffix in (".running", ".partial", ".old"):
             shutil.rmtree(out / f"{name}{suffix}", ignore_errors=True)
+    if (out / PSEUDO_TARGETS / HEADER).is_file():
+        shutil.rmtree(out / PSEUDO_TARGETS)
     weights = (path for path in out.glob("model*.safetensors*") if re.fullmatch(WEIGHTS, path.name))
-    for path in (*weights, *(out / name for name in ("config.json", LOG, CURVES, CARD, PSEUDO_TARGETS, SETTINGS))):
+    for path in (*weights, *(out / name for name in ("config.json", LOG, CURVES, CARD, SETTINGS))):
         path.unlink(missing_ok=True)
 
 
