@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "linmu_hf"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = {"linmu-eval": "evaluate"}
+COMMANDS = {"linmu-eval": "evaluate", "linmu-pseudo-targets": "pseudo_targets"}
 
 
 def test_every_folder_is_described():
