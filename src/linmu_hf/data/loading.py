@@ -126,6 +126,18 @@ def undecoded(dataset):
     return type(dataset)(dataset.data, info, dataset.split, dataset._indices, dataset._fingerprint)
 
 
+def iterate(dataset) -> Iterator[Row]:
+    """
+    Yields the rows of a stream or sequence, all of them also in a worker of a DataLoader, where `datasets` would give
+    each worker the files of its own.
+    """
+    if hasattr(dataset, "iter") and not hasattr(dataset, "data"):
+        for batch in dataset.iter(1):
+            yield {name: values[0] for name, values in batch.items()}
+    else:
+        yield from dataset
+
+
 def raw_rows(dataset) -> Iterator[Row | ValueError]:
     """Yields each row without decoding it, or the error that reading it raises; no picture's bytes are copied."""
     dataset = undecoded(dataset)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .formats import Row, fetch
-from .loading import load_rows, undecoded
+from .loading import iterate, load_rows, undecoded
 
 
 STOPPING = ("first_exhausted", "all_exhausted")
@@ -99,7 +99,7 @@ class StreamMixture:
         self.names = list(names or (f"dataset {index}" for index in range(len(self.streams))))
 
     def __iter__(self) -> Iterator[Row]:
-        iterators = [iter(stream) for stream in self.streams]
+        iterators = [iterate(stream) for stream in self.streams]
         ended: set[int] = set()
         for source in furthest_behind(self.shares):
             row = next(iterators[source], None)
@@ -107,7 +107,7 @@ class StreamMixture:
                 ended.add(source)
                 if self.stopping == STOPPING[0] or len(ended) == len(self.streams):
                     return
-                iterators[source] = iter(self.streams[source])
+                iterators[source] = iterate(self.streams[source])
                 row = next(iterators[source], None)
                 if row is None:
                     raise ValueError(f"{self.names[source]} has no rows: leave it out")

@@ -45,7 +45,7 @@ def encode_rows(processor, rows: Sequence[Row], numbers: Sequence[int] | None = 
             token with a label.
     """
     numbers = range(len(rows)) if numbers is None else numbers
-    rows = [_check_row(row, number, processor) for row, number in zip(rows, numbers, strict=True)]
+    rows = [check_row(row, number, processor) for row, number in zip(rows, numbers, strict=True)]
     turns = [_render_with_spans(processor, row["messages"]) for row in rows]
     batch = _call_processor(
         processor,
@@ -85,12 +85,12 @@ def encode_prompts(processor, rows: Sequence[Row], numbers: Sequence[int] | None
     numbers = range(len(rows)) if numbers is None else numbers
     prompts = []
     for row, number in zip(rows, numbers, strict=True):
-        row = _check_row(row, number, processor)
+        row = check_row(row, number, processor)
         last = max(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
         messages = row["messages"][:last]
         media = {column: row[column][: _count(messages, kind)] for kind, column in MEDIA.items()}
         prompts.append({**row, "messages": messages, **media})
-    texts = [_render(processor, row["messages"], add_generation_prompt=True) for row in prompts]
+    texts = [render(processor, row["messages"], add_generation_prompt=True) for row in prompts]
     return _call_processor(processor, texts, prompts, numbers, padding_side="left")
 
 
@@ -121,7 +121,7 @@ def bad_rows(dataset: Iterable[Row], processor=None) -> Iterator[tuple[int, Valu
         try:
             if isinstance(row, ValueError):
                 raise row
-            row = _check_row(row, number, processor)
+            row = check_row(row, number, processor)
             _read_media(row, number, lambda image: _check_size(image_size(image), processor), check_video)
         except ValueError as error:
             yield number, error
@@ -145,7 +145,8 @@ def _frames_of(video: Any) -> Iterable[Any]:
     return video.frames if isinstance(video, Video) else video if isinstance(video, (list, np.ndarray)) else []
 
 
-def _check_row(row: Row, number: int, processor) -> dict[str, Any]:
+def check_row(row: Row, number: int, processor) -> dict[str, Any]:
+    """Reads a row, and raises a `ValueError` if a text of it holds a placeholder of the processor."""
     row = read_row(row, number)
     for token in (getattr(processor, f"{kind}_token", None) for kind in MEDIA):
         if token and any(token in text for text in texts_of(row)):
@@ -210,7 +211,8 @@ def _expanded(position: int, replacements: Sequence[Mapping[str, Any]]) -> int:
     return position + before[-1] if before else position
 
 
-def _render(processor, messages: list[dict[str, Any]], **kwargs) -> str:
+def render(processor, messages: list[dict[str, Any]], **kwargs) -> str:
+    """Returns the conversation as the text that the processor takes."""
     return processor.apply_chat_template(messages, tokenize=False, **kwargs)
 
 
@@ -227,12 +229,12 @@ def _render_with_spans(processor, messages: list[dict[str, Any]]) -> tuple[str, 
             **processor.tokenizer.special_tokens_map,
         )
         return texts[0], spans[0]
-    text = _render(processor, messages)
+    text = render(processor, messages)
     spans = []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = _render(processor, messages[:i], add_generation_prompt=True)
-            after = _render(processor, messages[: i + 1]).rstrip()
+            before = render(processor, messages[:i], add_generation_prompt=True)
+            after = render(processor, messages[: i + 1]).rstrip()
             if not (text.startswith(after) and after.startswith(before)):
                 raise ValueError(
                     f"the chat template renders turn {i} differently inside a longer conversation: "

@@ -53,10 +53,7 @@ def read_video(source: Any, processor) -> Video:
         files = frame_files(source)
         fps = _mean_rate(timestamps, len(files)) or fps
         metadata = VideoMetadata(total_num_frames=len(files), fps=fps or VIDEO_FPS)
-        settings = processor.video_processor
-        metadata.frames_indices = list(range(len(files)))
-        if settings.num_frames or len(files) > (getattr(settings, "max_frames", None) or len(files)):
-            metadata.frames_indices = choose_frames(processor, metadata)
+        metadata.frames_indices = _frames_of_folder(processor, len(files), fps)
         return Video(_stack([open_image(files[index]) for index in metadata.frames_indices]), metadata)
     _refuse_timestamps(timestamps)
     return _read_file(source, processor, fps)
@@ -80,6 +77,22 @@ def check_video(source: Any) -> None:
         raise ValueError("it has no frames")
     for frame in source:
         image_size(frame)
+
+
+def video_size(source: Any, processor) -> tuple[int, int, int]:
+    """Returns frames, height and width of what [`read_video`] would return, from headers alone."""
+    if isinstance(source, Video):
+        return source.frames.shape[:3]
+    source, fps, _ = _unwrap(source)
+    if hasattr(source, "read") or (isinstance(source, str) and not Path(source).is_dir()):
+        av = _import_av()
+        metadata = _measure(av, source)
+        return len(choose_frames(processor, metadata, fps)), metadata.height, metadata.width
+    frames = frame_files(source) if isinstance(source, str) else source
+    if len(frames) == 0:
+        raise ValueError("it has no frames")
+    n = len(_frames_of_folder(processor, len(frames), fps)) if isinstance(source, str) else len(frames)
+    return n, *image_size(frames[0])
 
 
 def choose_frames(processor, metadata: VideoMetadata, fps: float | None = None) -> list[int]:
@@ -141,6 +154,14 @@ def _from_frames(frames: list[Any], fps: float | None) -> Video:
     return Video(_stack(frames), metadata)
 
 
+def _frames_of_folder(processor, n: int, fps: float | None) -> list[int]:
+    """All frames of a folder, unless the processor wants a number of its own or fewer."""
+    settings = processor.video_processor
+    if settings.num_frames or n > (getattr(settings, "max_frames", None) or n):
+        return choose_frames(processor, VideoMetadata(total_num_frames=n, fps=fps or VIDEO_FPS))
+    return list(range(n))
+
+
 def _stack(frames: list[Any]) -> np.ndarray:
     arrays = [np.asarray(frame) for frame in frames]
     if len({array.shape for array in arrays}) > 1:
@@ -156,11 +177,16 @@ def frame_files(folder: str) -> list[str]:
     return files
 
 
-def _read_file(file: Any, processor, fps: float | None) -> Video:
+def _import_av():
     try:
         import av
     except ImportError as error:
         raise ImportError('reading video files needs PyAV: pip install "linmu-hf[video]"') from error
+    return av
+
+
+def _read_file(file: Any, processor, fps: float | None) -> Video:
+    av = _import_av()
     try:
         metadata = _measure(av, file)
         metadata.frames_indices = choose_frames(processor, metadata, fps)

@@ -1,23 +1,30 @@
 """From dataset rows to training batches: one row is encoded once, batches only pad and concatenate."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
 from ..data import Row, encode_rows
 from ..data.formats import fetch
+from ..data.lengths import count_tokens
 from ..data.loading import undecoded
+from ..data.skipping import SkippedRows
 from .losses import IGNORE_INDEX
 
 
 Features = dict[str, Tensor]
+Item = dict[str, Features]
 EncodePseudo = Callable[[Row, int], Features]
 StoredTopK = Callable[[Row, Features, int], Features]
 TOKEN_FIELDS = ("input_ids", "attention_mask", "mm_token_type_ids", "labels")  # [t] per row, padded on the right
 TOPK_FIELDS = ("topk_ids", "topk_logprobs")  # [t, k] per row: the teacher's likeliest tokens after each token
+PADDED = (*TOKEN_FIELDS, "pseudo_labels", *TOPK_FIELDS)
 
 
 class EncodedDataset(Dataset):
@@ -32,6 +39,7 @@ class EncodedDataset(Dataset):
         stored_topk (`Callable[[Row, Features, int], Features]`, *optional*):
             Returns the fields `topk_ids` and `topk_logprobs` [t, k] for a row and its features.
         cache_bytes (`int`, *optional*, defaults to 0): memory for encoded rows.
+        skipped (`SkippedRows`, *optional*): how many unreadable rows are left out; by default none.
     """
 
     def __init__(
@@ -41,23 +49,46 @@ class EncodedDataset(Dataset):
         encode_pseudo: EncodePseudo | None = None,
         cache_bytes: int = 0,
         stored_topk: StoredTopK | None = None,
+        skipped: SkippedRows | None = None,
     ):
         self.processor, self.rows, self.encode_pseudo = processor, undecoded(rows), encode_pseudo
         self.stored_topk = stored_topk
+        self.skipped = SkippedRows() if skipped is None else skipped
         self.room = cache_bytes
         self.cache: dict[tuple[bool, int], Features] = {}
+        self._lengths: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Features]:
-        """`{"row": features}`, and `"pseudo"` features where the teacher's answers differ from the true ones."""
-        item = {"row": self._features(index)}
-        if self.encode_pseudo is not None:
-            pseudo = self._features(index, pseudo=True)
-            if not all(torch.equal(pseudo[key], item["row"][key]) for key in ("input_ids", "labels")):
-                item["pseudo"] = pseudo
+    def __getitem__(self, index: int) -> Item | None:
+        """
+        `{"row": features}`, and `"pseudo"` features where the teacher's answers differ from the true ones; `None` for
+        a row that is left out.
+        """
+        try:
+            item = {"row": self._features(index)}
+            if self.encode_pseudo is not None:
+                pseudo = self._features(index, pseudo=True)
+                if not all(torch.equal(pseudo[key], item["row"][key]) for key in ("input_ids", "labels")):
+                    item["pseudo"] = pseudo
+        except (ValueError, OSError) as error:
+            self.skipped.skip(index, error)
+            return None
         return item
+
+    def lengths(self) -> list[int]:
+        """Returns the number of tokens of every row, counted once; 1 for a row that cannot be read."""
+        if self._lengths is None:
+            numbers = tqdm(range(len(self)), desc="lengths of rows", unit="row", disable=len(self) < 1000)
+            self._lengths = [self._count_tokens(number) for number in numbers]
+        return self._lengths
+
+    def _count_tokens(self, index: int) -> int:
+        try:
+            return count_tokens(self.processor, fetch(self.rows, index), index)
+        except ValueError:
+            return 1
 
     def _features(self, index: int, pseudo: bool = False) -> Features:
         features = self.cache.get((pseudo, index))
@@ -85,23 +116,46 @@ def collate(rows: Sequence[Features], pad_token_id: int, padding_side: str = "ri
     Makes a batch of encoded rows: token fields, and log-probabilities where any row has some, are padded, pixels and
     grids concatenated.
     """
-    padding, batch = {"input_ids": pad_token_id, "labels": IGNORE_INDEX}, {}
-    for key in dict.fromkeys(key for row in rows for key in row):
-        values = [row[key] for row in rows if key in row]
-        if key in TOPK_FIELDS:
-            none = values[0].new_zeros(1, values[0].shape[1])
-            values = [row[key] if key in row else none.expand(len(row["input_ids"]), -1) for row in rows]
+    padding = {"input_ids": pad_token_id, "labels": IGNORE_INDEX, "pseudo_labels": IGNORE_INDEX}
+    batch = {}
+    for key, values in _by_field(rows):
         batch[key] = (
             pad_sequence(values, batch_first=True, padding_value=padding.get(key, 0), padding_side=padding_side)
-            if key in (*TOKEN_FIELDS, *TOPK_FIELDS)
+            if key in PADDED
             else torch.cat(values)
         )
     return batch
 
 
+def pack(rows: Sequence[Features]) -> Features:
+    """
+    Makes a batch of a single row [1, t] of encoded rows, one after another, which do not see each other:
+    `cu_seq_lens_q` [rows + 1] says where they begin, and there is no mask. Pixels and grids are concatenated.
+    """
+    batch: Features = {}
+    for key, values in _by_field(rows):
+        if key in ("labels", "pseudo_labels"):  # the token before is of another row
+            values = [torch.cat([value.new_full((1,), IGNORE_INDEX), value[1:]]) for value in values]
+        if key != "attention_mask":
+            batch[key] = torch.cat(values)[None] if key in PADDED else torch.cat(values)
+    lengths = [len(row["input_ids"]) for row in rows]
+    batch["cu_seq_lens_q"] = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    return batch
+
+
+def _by_field(rows: Sequence[Features]) -> Iterator[tuple[str, list[Tensor]]]:
+    """Yields every field with its values; rows without log-probabilities, where others have some, have zeros."""
+    for key in dict.fromkeys(key for row in rows for key in row):
+        values = [row[key] for row in rows if key in row]
+        if key in TOPK_FIELDS:
+            none = values[0].new_zeros(1, values[0].shape[1])
+            values = [row[key] if key in row else none.expand(len(row["input_ids"]), -1) for row in rows]
+        yield key, values
+
+
 class DistillCollator:
     """
-    Pads token fields on the right, concatenates pixels and grids.
+    Pads token fields on the right, or packs them, and concatenates pixels and grids.
 
     The batch holds the rows in order and after them, if `pseudo` is set, once more those for which the teacher's
     answers differ from the true ones. `labels` [b, t] are the true answers (-100 in the repeated rows),
@@ -109,20 +163,35 @@ class DistillCollator:
     `topk_logprobs` [b, t, k], if rows have them, are the teacher's log-probabilities for the token after each, zero
     where `labels` count none.
 
+    Rows of a stream are encoded here, rows that are left out (`None`) are missing, and lists of rows, as packed
+    datasets give them, count as their rows. A batch of which nothing is left is one token without a label.
+
     Args:
         pad_token_id (`int`): id to pad `input_ids` with.
         pseudo (`bool`, *optional*, defaults to `False`): whether to make `pseudo_labels`.
+        packing (`bool`, *optional*, defaults to `False`):
+            Whether the batch is one row [1, t] with `cu_seq_lens_q`, see [`pack`], instead of a padded one.
     """
 
-    def __init__(self, pad_token_id: int, pseudo: bool = False):
-        self.pad_token_id, self.pseudo = pad_token_id, pseudo
+    def __init__(self, pad_token_id: int, pseudo: bool = False, packing: bool = False):
+        self.pad_token_id, self.pseudo, self.packing = pad_token_id, pseudo, packing
 
-    def __call__(self, items: Sequence[dict[str, Features]]) -> Features:
-        rows = [item["row"] for item in items]
-        repeated = [item["pseudo"] for item in items if "pseudo" in item] if self.pseudo else []
-        batch = collate([*rows, *repeated], self.pad_token_id)
+    def __call__(self, items: Sequence[Any]) -> Features:
+        flat = itertools.chain.from_iterable(item if isinstance(item, list) else [item] for item in items)
+        loaded = [item.load() if hasattr(item, "load") else item for item in flat]
+        kept: list[Item] = [item for item in loaded if item is not None] or [{"row": _blank(self.pad_token_id)}]
+        rows = [dict(item["row"]) for item in kept]
         if self.pseudo:
-            differs = torch.tensor(["pseudo" in item for item in items] + [False] * len(repeated))
-            batch["pseudo_labels"] = batch["labels"].masked_fill(differs[:, None], IGNORE_INDEX)
-            batch["labels"][len(rows) :] = IGNORE_INDEX
-        return batch
+            for item, row in zip(kept, list(rows)):
+                row["pseudo_labels"] = row["labels"]
+                if "pseudo" in item:
+                    row["pseudo_labels"] = torch.full_like(row["labels"], IGNORE_INDEX)
+                    unlabelled = torch.full_like(item["pseudo"]["labels"], IGNORE_INDEX)
+                    rows.append({**item["pseudo"], "labels": unlabelled, "pseudo_labels": item["pseudo"]["labels"]})
+        return pack(rows) if self.packing else collate(rows, self.pad_token_id)
+
+
+def _blank(pad_token_id: int) -> Features:
+    """The features of a row of one token, from which nothing is learned."""
+    values = {"input_ids": pad_token_id, "attention_mask": 1, "mm_token_type_ids": 0, "labels": IGNORE_INDEX}
+    return {key: torch.tensor([value]) for key, value in values.items()}

@@ -1,0 +1,60 @@
+"""Rows that cannot be read: counted, logged and left out, up to a limit."""
+
+import logging
+
+import torch
+from torch.utils.data import get_worker_info
+
+
+logger = logging.getLogger(__name__)
+
+WRITERS = 64  # workers with a column of their own, so that none overwrites what another counted
+
+
+class RowError(ValueError):
+    """A row that cannot be read. Raised in a worker of a DataLoader it arrives with its message alone."""
+
+    def __init__(self, message: str):
+        # The DataLoader makes a new error of the worker's whole traceback, which ends with the message.
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+
+
+class SkippedRows:
+    """
+    Counts the rows that are left out, each once, over the main process and its workers.
+
+    Args:
+        limit (`int`, *optional*, defaults to 0): How many may be left out. With 0 the first one is an error.
+    """
+
+    def __init__(self, limit: int = 0):
+        if limit < 0:
+            raise ValueError(f"max_bad_rows={limit} must not be negative")
+        self.limit = limit
+        self.numbers = torch.full((WRITERS, limit + 1), -1, dtype=torch.int64).share_memory_()
+
+    def skip(self, number: int, error: Exception) -> None:
+        """
+        Notes and logs that row `number` is left out.
+
+        Raises:
+            `RowError`: It is one too many.
+        """
+        if self.limit == 0:
+            raise RowError(str(error)) from error
+        known = self.skipped()
+        if number in known:
+            return
+        if len(known) >= self.limit:
+            raise RowError(
+                f"{len(known) + 1} rows cannot be read, and max_bad_rows={self.limit}: rows "
+                f"{', '.join(map(str, sorted(known)[:20]))}{', ...' if len(known) > 20 else ''}, and now {error}"
+            ) from error
+        worker = get_worker_info()
+        own = self.numbers[0 if worker is None else 1 + worker.id % (WRITERS - 1)]
+        own[int((own >= 0).sum())] = number
+        logger.warning("Left out: %s (%d of at most %d)", error, len(known) + 1, self.limit)
+
+    def skipped(self) -> set[int]:
+        """Returns the numbers of the rows that were left out."""
+        return set(self.numbers[self.numbers >= 0].tolist())
