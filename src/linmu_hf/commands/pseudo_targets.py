@@ -32,6 +32,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_completion_length", type=int, default=128, help="longest answer, in tokens")
     parser.add_argument("--top_k", type=int, help="also store log-probabilities of the K likeliest tokens, such as 64")
     parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--max_bad_rows", type=int, default=0, help="unreadable rows of a share that are left out")
     parser.add_argument("--shard", metavar="I/N", help="decode the share I of N, from 0; by default that of torchrun")
     parser.add_argument("--dtype", default="auto", choices=DTYPES)
     parser.add_argument("--attn_implementation", help="of the teacher, such as flash_attention_2")
@@ -76,7 +77,7 @@ def decode(arguments: argparse.Namespace) -> dict[str, Any]:
         teachers = processor.tokenizer
         processor = read_processor(arguments.processor)
         check_tokenizers(processor.tokenizer, teachers)
-    if not arguments.streaming:
+    if not arguments.streaming and not arguments.max_bad_rows:
         check_dataset(rows, processor)
     dtype = None if arguments.dtype == "auto" else arguments.dtype
     teacher = load_teacher(teacher_path, dtype=dtype, revision=revision, device=device)
@@ -95,6 +96,7 @@ def decode(arguments: argparse.Namespace) -> dict[str, Any]:
         batch_size=arguments.batch_size,
         top_k=arguments.top_k or 0,
         shard=share,
+        max_bad_rows=arguments.max_bad_rows,
         about=about,
     )
     return {
@@ -113,6 +115,7 @@ def describe(report: dict[str, Any], limit: int) -> str:
     """Describes what was done in one line."""
     share = "" if report["share"] == "0/1" else f", share {report['share']}"
     done = f"{report['rows']:,} rows in {report['seconds']} s, {report['found']:,} of them known before"
+    done += f" and {report['bad_rows']:,} left out" if report["bad_rows"] else ""
     new = f"{report['answers']:,} new answers, {report['answers_cut']:,} of them cut at {limit} tokens"
     return f"{report['output_dir']}{share}: {done}; {new}"
 

@@ -6,7 +6,7 @@ from linmu_hf.distillation.collator import TOKEN_FIELDS, encode_row
 from linmu_hf.distillation.losses import IGNORE_INDEX, next_token_targets
 from linmu_hf.distillation.targets import decode as module
 from linmu_hf.distillation.targets.decode import decode_rows, judge, suppressed
-from linmu_hf.distillation.targets.encode import Answer, answer_spans, cut_after_turn, true_answers
+from linmu_hf.distillation.targets.encode import Answer, answer_spans, cut_after_turn, encode_skeleton, true_answers
 
 
 pytestmark = pytest.mark.core_training
@@ -62,7 +62,7 @@ def test_what_the_teacher_says_anyway_is_not_generated(teacher, processor, rows,
     monkeypatch.setattr(module, "judge", lambda teacher, processor, rows, top_k: ([[] for _ in rows], None))
     monkeypatch.setattr(module, "generate", None)
     decoded = decode_all(teacher, processor, rows)
-    assert decoded == [true_answers(processor, row) for row in rows]
+    assert decoded == [true_answers(processor, row, encode_skeleton(processor, row)) for row in rows]
 
 
 def test_deviating_turns_are_those_in_which_an_argmax_differs(teacher, processor, rows):

@@ -1,9 +1,18 @@
 import pytest
 import torch
 
+from linmu_hf.data import encode_prompts
 from linmu_hf.distillation.collator import TOKEN_FIELDS, encode_row
 from linmu_hf.distillation.targets.decode import decode_rows
-from linmu_hf.distillation.targets.encode import Answer, answer_spans, cut_after_turn, encode_answers, true_answers
+from linmu_hf.distillation.targets.encode import (
+    Answer,
+    answer_spans,
+    cut_after_turn,
+    encode_answers,
+    encode_prompt,
+    encode_skeleton,
+    true_answers,
+)
 
 
 pytestmark = pytest.mark.core_training
@@ -39,7 +48,7 @@ def test_a_cut_answer_has_no_end_to_learn(processor, rows):
 
 def test_the_true_answers_as_ids_give_the_row_itself(processor, rows):
     for row in rows:
-        features = encode_answers(processor, row, true_answers(processor, row))
+        features = encode_answers(processor, row, true_answers(processor, row, encode_skeleton(processor, row)))
         for key, value in encode_row(processor, row).items():
             torch.testing.assert_close(features[key], value)
 
@@ -72,3 +81,20 @@ def test_images_of_later_turns_are_cut_with_them(rows):
     row = {"messages": messages, "images": ["a", "b", "c"]}
     assert cut_after_turn(row, 0)["images"] == ["a", "b"]
     assert cut_after_turn(row, 1)["images"] == ["a", "b", "c"]
+
+
+def test_a_prompt_is_the_row_cut_before_its_turn(processor, rows):
+    """With a skeleton of the whole row, which spares reading its media again, or without."""
+    image, text = rows[0]["images"][0], [{"type": "text", "text": "second?"}]
+    more = [{"role": "user", "content": [{"type": "image"}, *text]}, {"role": "assistant", "content": "2"}]
+    late = {"messages": [*rows[0]["messages"], *more], "images": [*rows[0]["images"], image]}
+    said = [Answer([5, 6, 7], True), Answer([8], False)]
+    for row, turn in ((rows[8], 0), (rows[8], 1), (rows[8], 2), (late, 0), (late, 1)):
+        expected = encode_prompts(processor, [cut_after_turn(row, turn)])
+        prompt = encode_prompt(processor, row, said[:turn], 0, encode_skeleton(processor, row))
+        torch.testing.assert_close(prompt, encode_prompt(processor, row, said[:turn]))
+        assert prompt.keys() == expected.keys()
+        for key in prompt.keys() - TOKEN_FIELDS:
+            torch.testing.assert_close(prompt[key], torch.as_tensor(expected[key]))
+        if turn == 0:
+            assert torch.equal(prompt["input_ids"], expected["input_ids"][0])

@@ -111,6 +111,22 @@ def test_rows_that_were_decoded_are_not_decoded_again(teacher, processor, rows, 
     assert_holds(tmp_path / "s", decoded)
 
 
+def test_unreadable_rows_are_left_out_up_to_a_limit(teacher, processor, rows, decoded, tmp_path):
+    bad = [{**rows[0], "images": ["/nowhere/a.png"]}, {"messages": []}]
+    mixed = [rows[0], bad[0], rows[1], rows[2], bad[1], *rows[3:]]
+    with pytest.raises(ValueError, match=r"row 1 .*/nowhere/a\.png does not exist"):
+        decode_pseudo_targets(teacher, processor, mixed, tmp_path / "s", **OPTIONS)
+    with pytest.raises(ValueError, match=r"2 rows cannot be read, and max_bad_rows=1: rows 1, and now row 4"):
+        decode_pseudo_targets(teacher, processor, mixed, tmp_path / "s", **OPTIONS, max_bad_rows=1)
+    counts = decode_pseudo_targets(teacher, processor, mixed, tmp_path / "s", **OPTIONS, max_bad_rows=2)
+    assert (counts.rows, counts.bad_rows) == (12, 2)
+    assert_holds(tmp_path / "s", decoded)
+    store = PseudoTargets(tmp_path / "s")
+    store.check_rows(mixed, max_bad_rows=2)
+    with pytest.raises(ValueError, match="has no answers to 2 rows, row 1 first"):
+        store.check_rows(mixed, max_bad_rows=1)
+
+
 def test_what_it_was_made_of(teacher, make_teacher, processor, rows, tmp_path):
     decode_pseudo_targets(teacher, processor, rows[:1], tmp_path / "s", **OPTIONS)
     made_of = describe(teacher, processor, 2)

@@ -12,7 +12,7 @@ from ...data import Row, read_row
 from ..collator import Features, collate
 from ..float32_logits import Float32Logits
 from ..losses import IGNORE_INDEX, next_token_targets
-from .encode import Answer, TopK, answer_spans, encode_answers, encode_prompt, true_answers
+from .encode import Answer, TopK, answer_spans, encode_answers, encode_prompt, encode_skeleton, true_answers
 
 
 CHUNK = 1024  # positions whose logits exist at a time
@@ -46,11 +46,12 @@ def decode_rows(
         `list[Decoded]`: one for each row.
     """
     rows = {number: read_row(row, number) for number, row in rows.items()}
-    answers = {number: true_answers(processor, row, number) for number, row in rows.items()}
+    skeletons = {number: encode_skeleton(processor, row, number) for number, row in rows.items()}
+    answers = {number: true_answers(processor, row, skeletons[number], number) for number, row in rows.items()}
     topk: list[TopK | None] = [None] * len(rows)
     pending = dict.fromkeys(rows, 0)  # row -> first turn that is not decoded yet
     while pending:
-        batch = [encode_answers(processor, rows[number], answers[number], number) for number in pending]
+        batch = [encode_answers(processor, rows[n], answers[n], n, skeletons[n]) for n in pending]
         found, likeliest = judge(teacher, processor, batch, top_k)
         if top_k:  # the first time round, at the true answers
             topk, top_k = likeliest, 0
@@ -59,7 +60,9 @@ def decode_rows(
             turn = next((turn for turn in turns if turn >= pending[number]), None)
             if turn is not None:
                 deviating[number] = turn
-        prompts = [encode_prompt(processor, rows[n], answers[n][:turn], n) for n, turn in deviating.items()]
+        prompts = [
+            encode_prompt(processor, rows[n], answers[n][:turn], n, skeletons[n]) for n, turn in deviating.items()
+        ]
         decoded = generate(teacher, processor, prompts, max_new_tokens) if prompts else []
         for (number, turn), answer in zip(deviating.items(), decoded, strict=True):
             answers[number][turn] = answer

@@ -49,14 +49,17 @@ def stored_topk(store, row: Row, features: Features, index: int = 0) -> Features
     return {"topk_ids": ids, "topk_logprobs": logprobs}
 
 
-def encode_answers(processor, row: Row, answers: Sequence[Answer], number: int = 0) -> Features:
+def encode_answers(
+    processor, row: Row, answers: Sequence[Answer], number: int = 0, skeleton: Features | None = None
+) -> Features:
     """
     Encodes row `number` of a dataset with other answers, given as token ids, in place of its own.
 
     Labels are the ids and, after an answer that stopped, the tokens that close its turn; after one that was cut these
-    stay for the sake of the turns that follow, without a label.
+    stay for the sake of the turns that follow, without a label. No picture has to be read if `skeleton` is given,
+    which [`encode_skeleton`] made of the row.
     """
-    skeleton = _encode_skeleton(processor, row, number)
+    skeleton = encode_skeleton(processor, row, number) if skeleton is None else skeleton
     fields = torch.stack([skeleton[key] for key in TOKEN_FIELDS])
     pieces, position = [], 0
     for (start, closing, end), answer in zip(_turns(processor, skeleton), answers, strict=True):
@@ -72,10 +75,10 @@ def encode_answers(processor, row: Row, answers: Sequence[Answer], number: int =
     return {**skeleton, **dict(zip(TOKEN_FIELDS, fields))}
 
 
-def true_answers(processor, row: Row, number: int = 0) -> list[Answer]:
-    """Returns the row's own answers as token ids."""
+def true_answers(processor, row: Row, skeleton: Features, number: int = 0) -> list[Answer]:
+    """Returns the row's own answers as token ids, given what [`encode_skeleton`] made of it."""
     truth = encode_row(processor, row, number)
-    spans, turns = answer_spans(truth["labels"]), _turns(processor, _encode_skeleton(processor, row, number))
+    spans, turns = answer_spans(truth["labels"]), _turns(processor, skeleton)
     if len(spans) != len(turns):
         raise ValueError(f"row {number} has an assistant turn without a token: leave it out")
     closings = [end - closing for _, closing, end in turns]
@@ -85,10 +88,17 @@ def true_answers(processor, row: Row, number: int = 0) -> list[Answer]:
     ]
 
 
-def encode_prompt(processor, row: Row, answers: Sequence[Answer], number: int = 0) -> Features:
+def encode_prompt(
+    processor, row: Row, answers: Sequence[Answer], number: int = 0, skeleton: Features | None = None
+) -> Features:
     """Encodes what is before the row's assistant turn number `len(answers)`, with the media of that part."""
-    features = encode_answers(processor, cut_after_turn(row, len(answers)), [*answers, Answer([0], True)], number)
-    start, _ = answer_spans(features.pop("labels"))[-1]
+    turn, cut = len(answers), cut_after_turn(row, len(answers))
+    if any(len(cut[column]) < len(row.get(column) or []) for column in MEDIA.values()):
+        row, skeleton = cut, None
+    turns = sum(message["role"] == "assistant" for message in row["messages"])
+    stand_ins = [Answer([0], True)] * (turns - turn)
+    features = encode_answers(processor, row, [*answers, *stand_ins], number, skeleton)
+    start, _ = answer_spans(features.pop("labels"))[turn]
     return {key: value[:start] if key in TOKEN_FIELDS else value for key, value in features.items()}
 
 
@@ -108,7 +118,7 @@ def answer_spans(labels: Tensor) -> list[tuple[int, int]]:
     return list(zip(*((counted.diff() == step).nonzero().flatten().tolist() for step in (1, -1))))
 
 
-def _encode_skeleton(processor, row: Row, number: int) -> Features:
+def encode_skeleton(processor, row: Row, number: int = 0) -> Features:
     """Encodes the row with the same short text in every assistant turn, which shows where answers belong."""
     row, messages = read_row(row, number), []
     for message in row["messages"]:

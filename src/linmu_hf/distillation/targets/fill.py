@@ -10,9 +10,10 @@ from tqdm.auto import tqdm
 from ...data import Row, row_key
 from ...data.formats import fetch
 from ...data.loading import undecoded
+from ...data.skipping import SkippedRows
 from ..fingerprint import fingerprint_processor, fingerprint_teacher
 from .decode import decode_rows, generation_settings
-from .store import PseudoTargets, ShardWriter, open_shard, write_header
+from .store import PseudoTargets, open_shard, write_header
 
 
 @dataclass
@@ -21,6 +22,7 @@ class Counts:
 
     rows: int = 0
     found: int = 0
+    bad_rows: int = 0
     answers: int = 0
     answers_cut: int = 0
 
@@ -35,6 +37,7 @@ def decode_pseudo_targets(
     batch_size: int = 8,
     top_k: int = 0,
     shard: tuple[int, int] = (0, 1),
+    max_bad_rows: int = 0,
     about: Mapping[str, Any] | None = None,
 ) -> Counts:
     """
@@ -56,6 +59,7 @@ def decode_pseudo_targets(
             L_tok is taken; 0 for none.
         shard (`tuple[int, int]`, *optional*, defaults to `(0, 1)`):
             i and n: this call decodes every n-th row from row i on, and writes shard i.
+        max_bad_rows (`int`, *optional*, defaults to 0): rows of this share that may be unreadable; they are left out.
         about (`Mapping`, *optional*): what the header says besides: the teacher's name and revision, for example.
 
     Returns:
@@ -74,28 +78,54 @@ def decode_pseudo_targets(
     rows = undecoded(rows)
     write_header(folder, describe(teacher, processor, max_new_tokens) | {"top_k": top_k}, about or {})
     counts, pending, mine = Counts(), {}, count_rows(rows)
+    skipped = SkippedRows(max_bad_rows)
     total = None if mine is None else len(range(number, mine, count))
+
+    def decode(batch: Mapping[str, tuple[int, Row]]) -> None:
+        numbered = dict(batch.values())
+        try:
+            decoded = decode_rows(teacher, processor, numbered, max_new_tokens=max_new_tokens, top_k=top_k)
+        except (ValueError, OSError) as error:
+            if len(batch) > 1 and max_bad_rows:  # which of them it was
+                for key, each in batch.items():
+                    decode({key: each})
+                return
+            skipped.skip(next(iter(numbered)), error)
+            return
+        writer.write(dict(zip(batch, decoded, strict=True)))
+        answers = [answer for each in decoded for answer in each.answers]
+        counts.answers += len(answers)
+        counts.answers_cut += sum(not answer.stopped for answer in answers)
+
     name = "teacher's answers" if count == 1 else f"teacher's answers, share {number}/{count}"
     bar = tqdm(desc=name, unit="row", total=total, position=number if count > 1 else None)
     with open_shard(folder, number) as writer, bar:
         known = set(PseudoTargets(folder).places)
         for index, row in _share(rows, number, count):
-            key = row_key(row, index)
             counts.rows += 1
+            try:
+                if isinstance(row, ValueError):
+                    raise row
+                key = row_key(row, index)
+            except ValueError as error:
+                skipped.skip(index, error)
+                bar.update()
+                continue
             if key in known:
                 counts.found += 1
                 bar.initial += 1  # no part of the rate
                 bar.update()
                 continue
             known.add(key)
-            pending[index] = (key, row)
+            pending[key] = (index, row)
             if len(pending) == batch_size:
-                _decode(teacher, processor, pending, writer, counts, max_new_tokens, top_k)
+                decode(pending)
                 bar.update(len(pending))
                 pending.clear()
         if pending:
-            _decode(teacher, processor, pending, writer, counts, max_new_tokens, top_k)
+            decode(pending)
             bar.update(len(pending))
+    counts.bad_rows = len(skipped.skipped())
     return counts
 
 
@@ -118,29 +148,15 @@ def count_rows(rows: Any) -> int | None:
     return split.num_examples if split is not None else None
 
 
-def _share(rows: Any, number: int, count: int) -> Iterator[tuple[int, Row]]:
-    """Every `count`-th row from row `number` on, with its number."""
+def _share(rows: Any, number: int, count: int) -> Iterator[tuple[int, Row | ValueError]]:
+    """Every `count`-th row from row `number` on, or the error that reading it raises, with its number."""
     if hasattr(rows, "__len__") and hasattr(rows, "__getitem__"):
         for index in range(number, len(rows), count):
-            yield index, fetch(rows, index)
+            try:
+                yield index, fetch(rows, index)
+            except ValueError as error:
+                yield index, error
         return
     for index, row in enumerate(rows):
         if index % count == number:
             yield index, row
-
-
-def _decode(
-    teacher,
-    processor,
-    pending: Mapping[int, tuple[str, Row]],
-    writer: ShardWriter,
-    counts: Counts,
-    max_new_tokens: int,
-    top_k: int,
-) -> None:
-    batch = {index: row for index, (_, row) in pending.items()}
-    decoded = decode_rows(teacher, processor, batch, max_new_tokens=max_new_tokens, top_k=top_k)
-    writer.write({key: each for (key, _), each in zip(pending.values(), decoded, strict=True)})
-    answers = [answer for each in decoded for answer in each.answers]
-    counts.answers += len(answers)
-    counts.answers_cut += sum(not answer.stopped for answer in answers)

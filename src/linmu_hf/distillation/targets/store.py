@@ -101,15 +101,23 @@ class PseudoTargets:
         ids, logprobs = (np.frombuffer(data, kind).reshape(2, n, -1)[part] for part, kind in enumerate(("<i4", "<f4")))
         return TopK(torch.tensor(ids), torch.tensor(logprobs))
 
-    def check_rows(self, rows: Iterable[Mapping]) -> None:
-        """Raises a `ValueError` that counts the rows without an answer and names the first; they are read once."""
+    def check_rows(self, rows: Iterable[Mapping], max_bad_rows: int = 0) -> None:
+        """
+        Raises a `ValueError` that counts the rows without an answer and names the first, if these are more than
+        `max_bad_rows`; all rows are read once.
+        """
         missing = []
         for index, row in enumerate(raw_rows(rows)):
-            if isinstance(row, ValueError):
-                raise row
-            if row_key(row, index) not in self:
+            try:
+                if isinstance(row, ValueError):
+                    raise row
+                if row_key(row, index) not in self:
+                    missing.append(index)
+            except ValueError:
+                if not max_bad_rows:
+                    raise
                 missing.append(index)
-        if missing:
+        if len(missing) > max_bad_rows:
             raise ValueError(f"{self.folder} has no answers to {len(missing)} rows, row {missing[0]} first: {DECODE}")
 
     def _read(self, key: str, index: int) -> dict[str, Any]:
@@ -178,7 +186,9 @@ def write_header(folder: Path, made_of: Mapping[str, Any], about: Mapping[str, A
             raise ValueError(f"{folder} holds {sorted(strangers)[0]} and no answers: give a folder of its own")
         # Several processes may begin at once: the first one's file stays.
         own = folder / f"{HEADER}.{os.getpid()}"
-        own.write_text(json.dumps({"format": FORMAT, "made_of": made_of, "about": about}, indent=2) + "\n")
+        with open(own, "wb") as file:
+            file.write(json.dumps({"format": FORMAT, "made_of": made_of, "about": about}, indent=2).encode() + b"\n")
+            _to_disk(file)
         try:
             os.link(own, folder / HEADER)
         except FileExistsError:
