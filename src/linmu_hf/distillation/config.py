@@ -63,6 +63,9 @@ class DistillConfig(TrainingArguments):
         lora_alpha (`float`, *optional*, defaults to `lora_r`): their scale is `lora_alpha / lora_r`; Eq. 12 has 1.
         slow_lr_multiplier (`float`, *optional*, defaults to 0.2):
             Learning rate of decays, step widths and gates, relative to the stage's.
+        muon (`bool`, *optional*, defaults to `False`):
+            Whether matrices take Muon's steps in place of AdamW's; see `muon.py`. Made for runs of few steps, and with
+            rates several times those of AdamW.
         logits_chunk_size (`int`, *optional*, defaults to 1024): positions whose logits exist at a time.
         feature_cache_gb (`float`, *optional*, defaults to 2.0):
             Memory in GiB for rows that are encoded already, so that later epochs skip the processor. 0 caches nothing.
@@ -115,6 +118,7 @@ class DistillConfig(TrainingArguments):
     slow_lr_multiplier: float = field(
         default=0.2, metadata={"help": "Learning rate of decays, step widths and gates, relative to the stage's."}
     )
+    muon: bool = field(default=False, metadata={"help": "Muon's steps for matrices, AdamW's for all else."})
     logits_chunk_size: int = field(default=1024, metadata={"help": "Positions whose logits exist at a time."})
     feature_cache_gb: float = field(default=2.0, metadata={"help": "Memory in GiB for rows encoded already."})
     overwrite_output_dir: bool = field(
@@ -155,6 +159,8 @@ class DistillConfig(TrainingArguments):
         for name in ("logits_chunk_size", "max_completion_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.muon and not str(getattr(self.optim, "value", self.optim)).startswith("adamw_torch"):
+            raise ValueError(f"muon=True takes AdamW for all but matrices: leave optim={self.optim!r} at its default")
         if self.push_to_hub and self.hub_strategy != HubStrategy.END:
             raise ValueError(
                 f"hub_strategy={HubStrategy(self.hub_strategy).value!r} would upload checkpoints, which hold only "

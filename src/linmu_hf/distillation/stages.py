@@ -15,6 +15,9 @@ FLEX = r"\.mixer\.(?!local_swin\.|[qkvo]_proj\.)"
 SWIN = r"\.mixer\.local_swin\."
 LORA = r"\.lora_[AB]\."
 
+# Projections whose rows are heads.
+TO_HEADS = r"\.mixer\..*\b[qkvbcx]_proj\.weight$"
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -106,24 +109,33 @@ def set_trainable(model: nn.Module, stage: Stage) -> list[str]:
 
 
 def parameter_groups(
-    model: nn.Module, learning_rate: float, weight_decay: float, slow_lr_multiplier: float
+    model: nn.Module, learning_rate: float, weight_decay: float, slow_lr_multiplier: float, muon: bool = False
 ) -> list[dict]:
     """
-    Returns the trainable parameters in up to three optimizer groups: decays, step sizes and gates have a lower
-    rate, and with norms, biases and convolutions no weight decay.
+    Returns the trainable parameters in optimizer groups: decays, step sizes and gates have a lower rate, and with
+    norms, biases and convolutions no weight decay. For [`Muon`] a group of matrices says how many `heads` each holds.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, int], list[nn.Parameter]] = {}
     for name, parameter in _trainable(model):
-        key = (re.search(STEERING, name) is not None, not decays(name))
-        groups.setdefault(key, []).append(parameter)
+        slow = re.search(STEERING, name) is not None
+        heads = _heads(model, name, parameter) if muon and not slow else 0
+        groups.setdefault((slow, not decays(name), heads), []).append(parameter)
     return [
         {
             "params": parameters,
             "lr": learning_rate * (slow_lr_multiplier if slow else 1.0),
             "weight_decay": 0.0 if no_decay else weight_decay,
+            **({"heads": heads} if muon else {}),
         }
-        for (slow, no_decay), parameters in sorted(groups.items(), key=lambda item: item[0])
+        for (slow, no_decay, heads), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
+
+
+def _heads(model: nn.Module, name: str, parameter: nn.Parameter) -> int:
+    """How many matrices a parameter is, 0 if it is none."""
+    if re.search(TO_HEADS, name):
+        return len(parameter) // model.config.get_text_config().head_dim
+    return int(name.endswith("_features") or (parameter.ndim == 2 and decays(name)))
 
 
 def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -16,6 +16,7 @@ from ..modeling.mixers import recurrent_layers
 from .collator import DistillCollator, EncodedDataset
 from .config import DistillConfig
 from .losses import IGNORE_INDEX, hidden_loss, next_token_targets, output_losses, squared_errors
+from .muon import Muon
 from .plots import LAYER_PREFIX
 from .stages import Stage, parameter_groups
 
@@ -172,10 +173,11 @@ class DistillTrainer(Trainer):
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             kind, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.student)
+            a = self.args
             groups = parameter_groups(
-                self.student, self.args.learning_rate, self.args.weight_decay, self.args.slow_lr_multiplier
+                self.student, a.learning_rate, a.weight_decay, a.slow_lr_multiplier, muon=a.muon
             )
-            self.optimizer = kind(groups, **kwargs)
+            self.optimizer = (Muon if a.muon else kind)(groups, **kwargs)
         return self.optimizer
 
     def _get_learning_rate(self) -> float:
