@@ -63,6 +63,10 @@ class DistillConfig(TrainingArguments):
         lora_alpha (`float`, *optional*, defaults to `lora_r`): their scale is `lora_alpha / lora_r`; Eq. 12 has 1.
         slow_lr_multiplier (`float`, *optional*, defaults to 0.2):
             Learning rate of decays, step widths and gates, relative to the stage's.
+        position_shift (`int`, *optional*, defaults to 0):
+            Every row starts at a position drawn from 0 to this one, in both models. The teacher, which knows positions
+            by their differences, gives the same answer; features of B and C read where a token is, and a student that
+            saw images at one place alone does not know them at another.
         muon (`bool`, *optional*, defaults to `False`):
             Whether matrices take Muon's steps in place of AdamW's; see `muon.py`. Made for runs of few steps, and with
             rates several times those of AdamW.
@@ -118,6 +122,7 @@ class DistillConfig(TrainingArguments):
     slow_lr_multiplier: float = field(
         default=0.2, metadata={"help": "Learning rate of decays, step widths and gates, relative to the stage's."}
     )
+    position_shift: int = field(default=0, metadata={"help": "Largest position at which a row may start."})
     muon: bool = field(default=False, metadata={"help": "Muon's steps for matrices, AdamW's for all else."})
     logits_chunk_size: int = field(default=1024, metadata={"help": "Positions whose logits exist at a time."})
     feature_cache_gb: float = field(default=2.0, metadata={"help": "Memory in GiB for rows encoded already."})
@@ -159,6 +164,8 @@ class DistillConfig(TrainingArguments):
         for name in ("logits_chunk_size", "max_completion_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.position_shift < 0:
+            raise ValueError(f"position_shift={self.position_shift} must not be negative")
         if self.muon and not str(getattr(self.optim, "value", self.optim)).startswith("adamw_torch"):
             raise ValueError(f"muon=True takes AdamW for all but matrices: leave optim={self.optim!r} at its default")
         if self.push_to_hub and self.hub_strategy != HubStrategy.END:

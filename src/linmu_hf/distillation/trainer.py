@@ -109,7 +109,8 @@ class DistillTrainer(Trainer):
         compares = stage.hid > 0 or self._logs_after(self.state.global_step + 1)
 
         with torch.no_grad():
-            inputs["position_ids"], inputs["vision_layout"] = student.model.get_positions(**inputs)
+            positions, inputs["vision_layout"] = student.model.get_positions(**inputs)
+            inputs["position_ids"] = self._shift(positions)
             if self.shares_vision:
                 inputs["mm_encoder_outputs"] = _encode_vision(student.model, inputs)
             target: Any = None
@@ -158,6 +159,13 @@ class DistillTrainer(Trainer):
             )
         self._add(**losses)
         return losses
+
+    def _shift(self, positions: Tensor) -> Tensor:
+        """Adds one number to all positions [3, b, t] or [b, t] of a row, another for every row."""
+        if not self.args.position_shift:
+            return positions
+        shift = torch.randint(self.args.position_shift + 1, (positions.shape[-2], 1))
+        return positions + shift.to(positions.device)
 
     def _get_num_items_in_batch(self, batch_samples, device):
         return self._count(batch_samples).to(device)
