@@ -243,3 +243,19 @@ def test_teacher_of_another_width_is_refused(make_trainer, make_teacher):
     teacher.config.text_config.hidden_size = 64
     with pytest.raises(ValueError, match="hidden_size is 32 in the student and 64 in the teacher"):
         make_trainer(stage(), teacher=teacher)
+
+
+def test_rows_start_at_any_position(make_trainer):
+    trainer = make_trainer(stage(), position_shift=50)
+    positions = torch.arange(15).view(3, 1, 5).repeat(1, 4, 1)
+    torch.manual_seed(0)
+    shift = trainer._shift(positions) - positions
+    assert torch.equal(shift, shift[:1, :, :1].expand_as(shift))
+    assert 0 <= shift.min() and shift.max() <= 50 and len(shift.unique()) > 1
+    # the teacher knows differences alone, features of the student where a token is
+    found = {}
+    for one in (trainer, make_trainer(stage(), student=trainer.student, teacher=trainer.teacher)):
+        one.compute_loss(one.student, batch_of(one, range(4)))
+        found[one.args.position_shift] = one._sums
+    torch.testing.assert_close(found[50]["energies"], found[0]["energies"], rtol=1e-4, atol=0)
+    assert not torch.allclose(found[50]["errors"], found[0]["errors"], rtol=1e-4)
