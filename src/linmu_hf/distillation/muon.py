@@ -1,9 +1,11 @@
 """Muon (Jordan et al., 2024) for the matrices of the mixers, AdamW for all else.
 
-The momentum of a matrix is replaced by the nearest matrix with orthonormal rows or columns: every direction in which the
-loss still falls gets a step of the same length, not only the few that dominate the gradient. A projection to heads is
-as many matrices as heads.
+The momentum of a matrix is replaced by the nearest matrix with orthonormal rows or columns: every direction in which
+the loss still falls gets a step of the same length, not only the few that dominate the gradient. A projection to heads
+is as many matrices as heads.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,14 +38,16 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 class Muon(AdamW):
     """
-    AdamW whose groups may set `heads`: their parameters are matrices, stacked by the first axis as often as it says, and
-    take Muon's steps. 0 or no entry leaves a group to AdamW.
+    AdamW whose groups may set `heads`: their parameters are that many matrices, stacked by the first axis, and take
+    Muon's steps. 0 or no entry leaves a group to AdamW.
 
     Args:
         params (`list[dict]`): Parameter groups.
         momentum (`float`, *optional*, defaults to 0.95): Of the matrices, in Nesterov's form.
         kwargs: Of [`~torch.optim.AdamW`].
     """
+
+    param_groups: list[dict[str, Any]]
 
     def __init__(self, params, momentum: float = 0.95, **kwargs):
         super().__init__(params, **kwargs)

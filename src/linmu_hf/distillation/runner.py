@@ -46,7 +46,15 @@ WEIGHTS = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 FinishFolder = Callable[[Path, Sequence[Stage], list[dict[str, Any]]], object]
 
 # The arguments that decide the result, apart from the stages. Everything else may differ when a run is continued.
-ARGUMENTS = (*RESULT, "slow_lr_multiplier", "muon", "position_shift", "temperature", "lora_alpha", "max_completion_length")
+ARGUMENTS = (
+    *RESULT,
+    "slow_lr_multiplier",
+    "muon",
+    "position_shift",
+    "temperature",
+    "lora_alpha",
+    "max_completion_length",
+)
 
 
 def distill(
