@@ -32,6 +32,7 @@ class ScriptArguments:
         default=None, metadata={"help": "Folder or Hub id of the teacher; short for --teacher_model_name_or_path."}
     )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to learn from."})
+    streaming: bool = field(default=False, metadata={"help": "Whether rows are read as they are needed."})
     json: str | None = field(default=None, metadata={"help": "File that gets the run's last figures."})
 
 
@@ -46,7 +47,9 @@ def run(script: ScriptArguments, config) -> dict:
     if read_raw_config(script.model)["model_type"] != LinMUConfig.model_type:
         raise ValueError(f"{script.model} is no LinMU model: make one of it with `linmu-convert` first")
     check_output(config)
-    dataset = load_training_rows(script.dataset, script.dataset_train_split, seed=config.seed)
+    dataset = load_training_rows(
+        script.dataset, script.dataset_train_split, streaming=script.streaming, seed=config.seed
+    )
     student = LinMUForConditionalGeneration.from_pretrained(script.model, dtype="auto" if config.bf16 else "float32")
     processor = read_processor(script.model)
     options = {"dtype": None if config.bf16 else "float32", **config.teacher_options()}
@@ -82,7 +85,7 @@ def run(script: ScriptArguments, config) -> dict:
         "model": script.model,
         "teacher": teacher_path,
         "dataset": script.dataset,
-        "rows": len(dataset),
+        "rows": None if script.streaming else len(dataset),
         "seconds": round(seconds, 1),
         "stages": figures,
         "versions": library_versions(),

@@ -7,11 +7,12 @@ PIL image, a path, bytes or an array; a video is a file, a list of frames (two p
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 from transformers import BatchFeature
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -115,9 +116,12 @@ def check_dataset(dataset: Iterable[Row], processor=None) -> None:
         raise error
 
 
-def bad_rows(dataset: Iterable[Row], processor=None) -> Iterator[tuple[int, ValueError]]:
-    """Yields number and error of every row that [`check_dataset`] would refuse."""
-    for number, row in enumerate(raw_rows(dataset)):
+def bad_rows(dataset: Iterable[Row], processor=None, progress: bool = False) -> Iterator[tuple[int, ValueError]]:
+    """Yields number and error of every row that [`check_dataset`] would refuse, with `progress` beside a bar."""
+    total = len(dataset) if isinstance(dataset, Sized) else None
+    hidden = not progress or (total or 0) < 1000
+    rows = tqdm(raw_rows(dataset), "checking rows", total=total, unit="row", disable=hidden)
+    for number, row in enumerate(rows):
         try:
             if isinstance(row, ValueError):
                 raise row

@@ -51,9 +51,11 @@ REMEDIES = {
 REFUSED_VALUES = {
     "save_strategy": ("best",),
     "lr_scheduler_type": ("reduce_lr_on_plateau", "greedy"),
-    "train_sampling_strategy": ("group_by_length",),
+    "train_sampling_strategy": ("batch_rebalance",),
     "optim": ("galore", "apollo", "lomo", "adalomo"),
 }
+
+TAKES_PACKED = False  # whether `DistillTrainer` computes its losses on packed batches
 
 
 def refused_fields() -> list[str]:
@@ -78,3 +80,34 @@ def refuse_ignored(config) -> None:
         value = str(getattr(getattr(config, name), "value", getattr(config, name)))
         if value.startswith(starts):
             raise ValueError(f"{name}={value!r} is not supported: use {defaults[name].default!r}, for example")
+
+
+def settle_packing(config) -> None:
+    """
+    Decides about `packing` where the user does not, and raises the `ValueError` of arguments about batches that would
+    have no effect. To be called after `TrainingArguments` has rewritten its fields.
+    """
+    grouped = config.train_sampling_strategy == "group_by_length"
+    if config.max_length is not None and config.max_length < 1:
+        raise ValueError(f"max_length={config.max_length} must be at least 1")
+    if config.max_length is not None and config.packing is False:
+        raise ValueError(f"max_length={config.max_length} has no effect without packing, for rows are never cut")
+    if grouped and (config.packing or config.max_length is not None):
+        raise ValueError(
+            "train_sampling_strategy='group_by_length' has no effect on packed rows, which have no padding: leave "
+            "packing and max_length out, or the strategy"
+        )
+    for name in ("max_bad_rows", "shuffle_buffer_size"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name}={getattr(config, name)} must not be negative")
+    if not TAKES_PACKED and (config.packing or config.max_length is not None):
+        raise ValueError("packing is not supported yet: leave packing and max_length out, or group rows by length")
+    if config.packing is None:
+        asked = config.max_length is not None or config.device.type == "cuda"
+        config.packing = TAKES_PACKED and asked and not grouped
+    # Batches that one process cuts into the others' would cut pixels by the number of rows.
+    if config.accelerator_config.dispatch_batches:
+        raise ValueError(
+            "accelerator_config: dispatch_batches=True is not supported: every process reads its own rows"
+        )
+    config.accelerator_config.dispatch_batches = False

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from .arguments import refuse_ignored
+from .arguments import refuse_ignored, settle_packing
 from .stages import PAPER_STAGES, Stage
 
 
@@ -71,6 +71,16 @@ class DistillConfig(TrainingArguments):
             Whether matrices take Muon's steps in place of AdamW's; see `muon.py`. Made for runs of few steps, and with
             rates several times those of AdamW.
         logits_chunk_size (`int`, *optional*, defaults to 1024): positions whose logits exist at a time.
+        packing (`bool`, *optional*):
+            Whether the rows of a micro-batch become one row without padding, in which they do not see each other. By
+            default on GPUs, and wherever `max_length` is given.
+        max_length (`int`, *optional*):
+            Tokens of a packed row, into which as many rows go as find room; `per_device_train_batch_size` then counts
+            packed rows. No row is cut: a longer one is alone. By default that number of rows is packed.
+        shuffle_buffer_size (`int`, *optional*, defaults to 1000):
+            Rows of a stream in memory among which the next one is drawn.
+        max_bad_rows (`int`, *optional*, defaults to 0):
+            How many rows that cannot be read are logged and left out, before there is an error.
         feature_cache_gb (`float`, *optional*, defaults to 2.0):
             Memory in GiB for rows that are encoded already, so that later epochs skip the processor. 0 caches nothing.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
@@ -125,6 +135,14 @@ class DistillConfig(TrainingArguments):
     position_shift: int = field(default=0, metadata={"help": "Largest position at which a row may start."})
     muon: bool = field(default=False, metadata={"help": "Muon's steps for matrices, AdamW's for all else."})
     logits_chunk_size: int = field(default=1024, metadata={"help": "Positions whose logits exist at a time."})
+    packing: bool | None = field(
+        default=None, metadata={"help": "Whether rows are packed instead of padded. By default on GPUs."}
+    )
+    max_length: int | None = field(default=None, metadata={"help": "Tokens of a packed row. Rows are never cut."})
+    shuffle_buffer_size: int = field(
+        default=1000, metadata={"help": "Rows of a stream in memory among which the next one is drawn."}
+    )
+    max_bad_rows: int = field(default=0, metadata={"help": "Rows that cannot be read and are left out, at most."})
     feature_cache_gb: float = field(default=2.0, metadata={"help": "Memory in GiB for rows encoded already."})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Whether to delete an earlier distillation in `output_dir` and start anew."}
@@ -145,6 +163,7 @@ class DistillConfig(TrainingArguments):
     def __post_init__(self):
         refuse_ignored(self)
         super().__post_init__()
+        settle_packing(self)
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
         if len(self.hidden_input) == 1:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ..conversion.teacher import teacher_settings
 from ..data.hashing import update_hash
+from ..data.loading import iterate, undecoded
 
 
 def fingerprint_weights(model: nn.Module) -> str:
@@ -52,13 +54,17 @@ def fingerprint_processor(processor) -> str:
 def fingerprint_rows(dataset) -> str:
     """
     Returns a hash of all rows whole: every column, the bytes of pictures, and of a file that a row names its path,
-    size and time of change. A `datasets.Dataset` is read as it is stored, nothing is decoded.
+    size and time of change. A `datasets.Dataset` is read as it is stored, nothing is decoded; of a stream, which may
+    be endless, the first 256 rows count.
     """
     digest = hashlib.sha256()
     if hasattr(dataset, "data") and dataset.format["type"] is None:
         for table in dataset.with_format("arrow").iter(256):
             for row in table.to_pylist():
                 update_hash(digest, row)
+    elif not hasattr(dataset, "__len__"):
+        for row in islice(iterate(undecoded(dataset)), 256):
+            update_hash(digest, row)
     else:
         for index in range(len(dataset)):
             update_hash(digest, dataset[index])

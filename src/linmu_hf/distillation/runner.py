@@ -18,11 +18,10 @@ from torch import nn
 from transformers import TrainerState, set_seed
 
 from ..conversion.teacher import check_pair
-from ..data import check_dataset
 from ..files import copy_file, locked, whole_folder, write_text
 from ..modeling.mixers import recurrent_layers
 from .arguments import RESULT
-from .collator import EncodedDataset, EncodePseudo, encode_row
+from .collator import EncodePseudo, encode_row
 from .config import DistillConfig
 from .fingerprint import fingerprint_processor, fingerprint_rows, fingerprint_weights
 from .lora import add_lora, merge_lora
@@ -32,6 +31,7 @@ from .targets.encode import encode_stored
 from .targets.fill import decode_pseudo_targets, describe
 from .targets.store import HEADER, PseudoTargets
 from .trainer import DistillTrainer
+from .training_rows import TrainingRows, check_rows, first_row, open_rows, readable_rows
 
 
 SETTINGS = "distillation.json"
@@ -48,6 +48,9 @@ FinishFolder = Callable[[Path, Sequence[Stage], list[dict[str, Any]]], object]
 # The arguments that decide the result, apart from the stages. Everything else may differ when a run is continued.
 ARGUMENTS = (
     *RESULT,
+    "packing",
+    "max_length",
+    "shuffle_buffer_size",
     "slow_lr_multiplier",
     "muon",
     "position_shift",
@@ -79,7 +82,8 @@ def distill(
         config (`DistillConfig`): the arguments.
         student (`LinMUForConditionalGeneration`): a converted model; trained in place.
         teacher (`LinMUForConditionalGeneration`): see [`load_teacher`]; not changed.
-        dataset (`datasets.Dataset` or `Sequence[Mapping]`): conversational rows, see [`encode_rows`].
+        dataset (`datasets.Dataset` or `Sequence[Mapping]`, or a stream: `datasets.IterableDataset` or `Iterable`):
+            conversational rows, see [`encode_rows`].
         processor (`ProcessorMixin`): the processor of both.
         stages (`Sequence[Stage]`, *optional*): other stages than `config.stages()`.
         finish_folder (`Callable`, *optional*):
@@ -101,7 +105,7 @@ def distill(
         raise ValueError(f"stages {names} must have names of their own: each names a folder")
     out = Path(config.output_dir)
     check_output(config)
-    features = EncodedDataset(processor, dataset, cache_bytes=int(config.feature_cache_gb * 2**30))
+    features = open_rows(config, processor, dataset)
     _check_inputs(config, student, teacher, features)
     _check_pseudo_targets(config, stages, teacher, features)
     settings = _settings(config, stages, student, teacher, features)
@@ -124,7 +128,7 @@ def _run_stage(
     stages: Sequence[Stage],
     student,
     teacher,
-    features: EncodedDataset,
+    features: TrainingRows,
     out: Path,
     finish_folder: FinishFolder | None,
 ) -> None:
@@ -191,17 +195,17 @@ def _train_in_fp32(student: nn.Module) -> dict[str, torch.dtype]:
     return dtypes
 
 
-def _pseudo_encoder(config: DistillConfig, teacher, features: EncodedDataset, out: Path) -> EncodePseudo:
+def _pseudo_encoder(config: DistillConfig, teacher, features: TrainingRows, out: Path) -> EncodePseudo:
     """Returns what encodes a row with the teacher's answers: from a column, from a store, or decoded into one now."""
     processor = features.processor
-    if PSEUDO_COLUMN in features.rows[0]:
+    if PSEUDO_COLUMN in first_row(features):
         return partial(_encode_column, processor)
     folder = out / PSEUDO_TARGETS if config.pseudo_targets is None else Path(config.pseudo_targets)
     if config.pseudo_targets is None:
         decode_pseudo_targets(
             teacher.eval().to(config.device),
             processor,
-            features.rows,
+            readable_rows(features),
             folder,
             max_new_tokens=config.max_completion_length,
             batch_size=config.per_device_train_batch_size,
@@ -218,24 +222,18 @@ def _encode_column(processor, row, index: int):
 # ---- Before work starts
 
 
-def _check_inputs(config: DistillConfig, student, teacher, features: EncodedDataset) -> None:
+def _check_inputs(config: DistillConfig, student, teacher, features: TrainingRows) -> None:
     if find_spec("matplotlib") is None:  # said now and not after the first stage
         raise ImportError('the curves of a distillation need matplotlib: pip install "linmu-hf[train]"')
     check_pair(student.config, teacher.config)
-    if len(features) == 0:
-        raise ValueError("the dataset has no rows")
-    check_dataset(features.rows, features.processor)
-    features[0]  # the template, the processor and the labels fit together
+    check_rows(config, features)
     if student.dtype.itemsize < 4 and not config.bf16:
         raise ValueError(f"the student is in {student.dtype}: load it in float32, or train in mixed precision (bf16)")
     if not recurrent_layers(student.config.text_config.layer_types):
         raise ValueError("the student has no M-MATE layer to train: convert the teacher with `linmu-convert` first")
-    reached = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    if config.dataloader_drop_last and len(features) < reached:
-        raise ValueError(f"{len(features)} rows do not fill one batch of {reached}: lower per_device_train_batch_size")
 
 
-def _check_pseudo_targets(config: DistillConfig, stages: Sequence[Stage], teacher, features: EncodedDataset) -> None:
+def _check_pseudo_targets(config: DistillConfig, stages: Sequence[Stage], teacher, features: TrainingRows) -> None:
     """Raises a `ValueError` unless `pseudo_targets` is used and holds this teacher's answers to all rows."""
     if config.pseudo_targets is None:
         return
@@ -244,10 +242,10 @@ def _check_pseudo_targets(config: DistillConfig, stages: Sequence[Stage], teache
         raise ValueError(
             f"{given} has no effect: no stage learns from the teacher's answers, see seq_kd and stage_steps"
         )
-    if PSEUDO_COLUMN in features.rows[0]:
+    if PSEUDO_COLUMN in first_row(features):
         raise ValueError(f"{given} has no effect: the dataset has a column {PSEUDO_COLUMN}; leave one of them out")
     made_of = describe(teacher, features.processor, config.max_completion_length)
-    PseudoTargets(config.pseudo_targets, made_of).check_rows(features.rows)
+    PseudoTargets(config.pseudo_targets, made_of).check_rows(readable_rows(features))
 
 
 def _settings(config, stages, student, teacher, features) -> dict[str, Any]:

@@ -97,6 +97,10 @@ class EncodedStream(IterableDataset):
             if count == 0:
                 raise ValueError("the dataset has no rows")
 
+    def once(self) -> Iterator[StreamedRow]:
+        """Yields every row once, in the order of the stream."""
+        return (StreamedRow(self, row, number) for number, row in self._numbered(0))
+
     def _numbered(self, epoch: int) -> Iterator[tuple[int, Row]]:
         if hasattr(self.rows, "set_epoch"):
             self.rows.set_epoch(epoch)

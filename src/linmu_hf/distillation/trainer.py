@@ -13,12 +13,13 @@ from transformers.trainer_utils import IntervalStrategy
 
 from ..conversion.teacher import check_pair
 from ..modeling.mixers import recurrent_layers
-from .collator import DistillCollator, EncodedDataset
 from .config import DistillConfig
 from .losses import IGNORE_INDEX, hidden_loss, next_token_targets, output_losses, squared_errors
 from .muon import Muon
+from .packing import LengthBuckets, arrange
 from .plots import LAYER_PREFIX
 from .stages import Stage, parameter_groups
+from .training_rows import GROUPED, TrainingRows
 
 
 TRAINED_WEIGHTS = "trained.safetensors"
@@ -39,7 +40,7 @@ class DistillTrainer(Trainer):
             The teacher, as [`load_teacher`] gives it; it is frozen and put into evaluation mode.
         args (`DistillConfig`): the arguments.
         stage (`Stage`): the losses, the steps and the learning rate.
-        train_dataset (`EncodedDataset`): the rows.
+        train_dataset (`EncodedDataset` or `EncodedStream`): the rows, which are packed or padded as `args` say.
         kwargs: passed on to [`~transformers.Trainer`].
     """
 
@@ -48,14 +49,31 @@ class DistillTrainer(Trainer):
     loss_is_scaled_for_ga = True
     optimizer: Any  # set by the Trainer, which is not type-checked
 
-    def __init__(self, model, teacher, args: DistillConfig, stage: Stage, train_dataset: EncodedDataset, **kwargs):
+    def __init__(
+        self,
+        model,
+        teacher,
+        args: DistillConfig,
+        stage: Stage,
+        train_dataset: TrainingRows,
+        **kwargs,
+    ):
         args.refuse_push_to_hub()
         check_pair(model.config, teacher.config)
         tokenizer = train_dataset.processor.tokenizer
-        collator = DistillCollator(tokenizer.pad_token_id, pseudo=stage.seq > 0)
         args = copy.copy(args)
+        self.features, rows = train_dataset, args.per_device_train_batch_size * args.world_size
+        dataset, collator = arrange(
+            train_dataset,
+            tokenizer.pad_token_id,
+            pseudo=stage.seq > 0,
+            packing=bool(args.packing),
+            max_length=args.max_length,
+            batch_size=rows,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
         args.max_steps, args.learning_rate = stage.max_steps, stage.learning_rate
-        super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collator, **kwargs)
+        super().__init__(model=model, args=args, train_dataset=dataset, data_collator=collator, **kwargs)
         self.model_accepts_loss_kwargs = True
         if args.world_size > 1 or args.n_gpu > 1:
             raise ValueError(f"found {max(args.world_size, args.n_gpu)} devices; distillation runs on one so far")
@@ -175,6 +193,13 @@ class DistillTrainer(Trainer):
         keys = ("labels", "pseudo_labels")
         answers = [sum((b[key][:, 1:] != IGNORE_INDEX).sum() for b in batches if key in b) for key in keys]
         return torch.tensor([sum(b["attention_mask"].sum() for b in batches), *answers]).clamp_min(1)
+
+    def _get_train_sampler(self, train_dataset=None):
+        args = self.args
+        if args.train_sampling_strategy != GROUPED:
+            return super()._get_train_sampler(train_dataset)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return LengthBuckets(self.features.lengths(), args.train_batch_size * args.world_size, seed)
 
     # ---- Optimizer
 

@@ -1,0 +1,191 @@
+"""Whole runs on streams, in workers, packed, with bad rows: equal where they must be, resumed bit for bit."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from linmu_hf.data.mixture import Mixture, StreamMixture
+from linmu_hf.distillation import DistillConfig, distill
+from linmu_hf.distillation.arguments import TAKES_PACKED
+from linmu_hf.distillation.fingerprint import fingerprint_rows
+from linmu_hf.distillation.trainer import DistillTrainer
+
+
+pytestmark = pytest.mark.core_training
+
+ARGUMENTS = {
+    "stage_steps": [0, 4, 4],
+    "stage_learning_rates": [3e-3, 3e-3, 1e-3],
+    "per_device_train_batch_size": 2,
+    "max_completion_length": 4,
+    "save_steps": 2,
+    "logging_steps": 2,
+    "lora_r": 2,
+    "disable_tqdm": True,
+    "max_grad_norm": 0.5,
+}
+
+
+class Rows:
+    """A stream that is nothing but an iterable."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+@pytest.fixture(scope="module")
+def run(rows, processor, make_student, make_teacher):
+    """Distils a fresh student into a folder; returns its weights and its log without times."""
+
+    def run(folder, rows=rows, **changes):
+        student = make_student()
+        config = DistillConfig(output_dir=str(folder), use_cpu=True, **ARGUMENTS | changes)
+        log = distill(config, student, make_teacher(), rows, processor)
+        return student.state_dict(), [row["loss"] for row in log if "loss" in row]
+
+    return run
+
+
+def equal(one, other, tolerance=0.0):
+    assert one[1] == pytest.approx(other[1], rel=max(tolerance, 1e-12))
+    for name, value in other[0].items():
+        torch.testing.assert_close(one[0][name], value, rtol=tolerance, atol=tolerance, msg=name)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def killed(monkeypatch):
+    """Runs until the loss is asked for once more than `after` times."""
+
+    def killed(run, after, *args, **kwargs):
+        original, calls = DistillTrainer.compute_loss, []
+
+        def dying(self, *args, **kwargs):
+            calls.append(1)
+            if len(calls) > after:
+                raise Killed
+            return original(self, *args, **kwargs)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(DistillTrainer, "compute_loss", dying)
+            with pytest.raises(Killed):
+                run(*args, **kwargs)
+
+    return killed
+
+
+def test_streamed_equals_map_style(run, rows, tmp_path):
+    """In order, up to the end of the rows: then a stream goes on where map-style data has a short batch."""
+    steps = {"train_sampling_strategy": "sequential", "stage_steps": [0, 5, 3]}
+    equal(run(tmp_path / "a", Rows(rows), **steps), run(tmp_path / "b", rows, **steps))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_workers_change_nothing(run, rows, tmp_path, stream):
+    source = Rows(rows) if stream else rows
+    alone = run(tmp_path / "a", source, shuffle_buffer_size=4, stage_steps=[0, 4, 0])
+    equal(run(tmp_path / "b", source, shuffle_buffer_size=4, stage_steps=[0, 4, 0], dataloader_num_workers=2), alone)
+
+
+CASES = {
+    "a stream": {"stream": True, "shuffle_buffer_size": 4},
+    "a stream with workers": {"stream": True, "shuffle_buffer_size": 4, "dataloader_num_workers": 2},
+    "packed": {"packing": True},
+    "packs": {"max_length": 150, "per_device_train_batch_size": 1},
+    "packs of a stream": {"stream": True, "max_length": 150, "per_device_train_batch_size": 1},
+    "buckets": {"train_sampling_strategy": "group_by_length"},
+    "bad rows": {"bad": True, "max_bad_rows": 2},
+    "a stream with bad rows": {"bad": True, "stream": True, "max_bad_rows": 2, "shuffle_buffer_size": 4},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if TAKES_PACKED or "pack" not in name])
+def test_a_killed_run_continues_with_the_same_result(run, killed, some_bad, rows, tmp_path, name):
+    changes = dict(CASES[name])
+    data = some_bad if changes.pop("bad", False) else rows
+    data = Rows(data) if changes.pop("stream", False) else data
+    whole = run(tmp_path / "whole", data, **changes)
+    killed(run, 3, tmp_path / "killed", data, **changes)
+    killed(run, 4, tmp_path / "killed", data, **changes)  # once more, in the stage after
+    equal(run(tmp_path / "killed", data, **changes), whole)
+
+
+@pytest.fixture(scope="module")
+def some_bad(rows, tmp_path_factory):
+    """Row 3 names a picture that is not there, and row 7 one that no header shows to be damaged."""
+    picture = tmp_path_factory.mktemp("bad") / "damaged.png"
+    rows[7]["images"][0].save(picture)
+    picture.write_bytes(picture.read_bytes()[:-200])
+    bad = {3: "none.png", 7: str(picture)}
+    return [
+        {**row, "id": f"r{i}", "images": [bad[i]] * len(row["images"])} if i in bad else row
+        for i, row in enumerate(rows)
+    ]
+
+
+@pytest.mark.skipif(not TAKES_PACKED, reason="the trainer takes padded batches")
+def test_packed_equals_padded(run, tmp_path):
+    equal(run(tmp_path / "a", packing=True), run(tmp_path / "b", packing=False), tolerance=2e-4)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_bad_rows(run, some_bad, tmp_path, stream, caplog):
+    data = Rows(some_bad) if stream else some_bad
+    steps = {"stage_steps": [0, 6, 0], "train_sampling_strategy": "sequential"}
+    with pytest.raises(ValueError, match=r"^row 3, id 'r3' .*none\.png does not exist: give a file, [^\n]*$"):
+        run(tmp_path / "none", data, **steps)
+    with pytest.raises(
+        ValueError, match=r"^2 rows cannot be read, and max_bad_rows=1: rows 3, and now row 7, id 'r7'"
+    ):
+        run(tmp_path / "one", data, max_bad_rows=1, **steps)
+    with caplog.at_level(logging.WARNING, logger="linmu_hf"):
+        run(tmp_path / "two", data, max_bad_rows=2, **steps)
+    assert ["row 3, id 'r3'" in caplog.messages[-2], "row 7, id 'r7'" in caplog.messages[-1]] == [True, True]
+
+
+def test_all_rows_bad(run, some_bad, tmp_path):
+    for data in ([some_bad[3]] * 2, Rows([some_bad[3]] * 2)):
+        with pytest.raises(ValueError, match="no row of the dataset can be read"):
+            run(tmp_path / "out", data, max_bad_rows=5)
+
+
+def test_mixtures_train(run, rows, tmp_path):
+    steps = {"stage_steps": [0, 3, 0]}
+    _, losses = run(tmp_path / "a", Mixture([rows[:4], rows[4:]], [1, 1]), **steps)
+    _, streamed = run(tmp_path / "b", StreamMixture([rows[:4], rows[4:]], [1, 1]), **steps)
+    assert len(losses) == len(streamed) == 2
+
+
+@pytest.mark.parametrize(
+    ("stream", "arguments", "message"),
+    [
+        (False, {"max_length": 0}, "max_length=0 must be at least 1"),
+        (False, {"max_length": 64, "packing": False}, "max_length=64 has no effect without packing"),
+        (False, {"packing": True, "train_sampling_strategy": "group_by_length"}, "no effect on packed rows"),
+        (False, {"max_bad_rows": -1}, "max_bad_rows=-1 must not be negative"),
+        (False, {"shuffle_buffer_size": -1}, "shuffle_buffer_size=-1 must not be negative"),
+        (True, {"train_sampling_strategy": "group_by_length"}, "needs rows that have a length.*packing=True"),
+        (True, {"dataloader_drop_last": True}, "has no effect on a stream"),
+    ],
+)
+def test_arguments_without_effect_are_refused(run, rows, tmp_path, stream, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "out", Rows(rows) if stream else rows, **arguments)
+
+
+def test_other_rows_are_other_settings(run, rows, tmp_path):
+    assert fingerprint_rows(Rows(rows)) == fingerprint_rows(Rows(rows)) != fingerprint_rows(Rows(rows[1:]))
+    run(tmp_path / "out", Rows(rows), stage_steps=[0, 1, 0])
+    settings = json.loads((tmp_path / "out" / "distillation.json").read_text())
+    assert settings["packing"] is False and settings["max_length"] is None
+    for changes in ({"shuffle_buffer_size": 3}, {"max_length": 99})[: 1 + TAKES_PACKED]:
+        with pytest.raises(ValueError, match=f"{next(iter(changes))} was"):
+            run(tmp_path / "out", Rows(rows), stage_steps=[0, 1, 0], **changes)
