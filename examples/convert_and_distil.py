@@ -16,15 +16,17 @@ from linmu_hf.conversion.teacher import load_teacher
 from linmu_hf.distillation import DistillConfig, distill
 
 
-def main(teacher: str, dataset: str, output: str, align_steps: int = 30, stage_steps: int = 10) -> None:
+def main(teacher: str, dataset: str, output: str, steps: int = 10) -> None:
     print(convert(teacher, f"{output}/init", overwrite=True))
 
     config = DistillConfig(
         output_dir=f"{output}/student",
-        align_steps=[align_steps, 0, 0],  # every block on the teacher's own layer input: cheap, and most of the way
-        align_learning_rate=2e-3,
-        stage_steps=[stage_steps, stage_steps, 0],  # 0 leaves stage 3 out; the paper's numbers are the defaults
-        stage_learning_rates=[1e-3, 1e-3, 3e-4],
+        recipe="quick",  # the default is the paper's; `linmu-distill --print_stages` shows them, `stages` takes a file
+        stage_overrides=[
+            f"all.max_steps={steps}",
+            f"stage-1-align.max_steps={3 * steps}",  # every block on the teacher's own layer input: cheap, and most
+            "stage-3.max_steps=0",  # of the way; 0 leaves a stage out
+        ],
         per_device_train_batch_size=8,
     )
     distill(

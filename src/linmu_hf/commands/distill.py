@@ -20,6 +20,9 @@ from ..modeling.modeling_linmu import LinMUForConditionalGeneration
 from .common import TypedParser, run_command, write_report
 
 
+PRINT = "--print_stages"
+
+
 @dataclass
 class ScriptArguments:
     """What `linmu-distill` takes besides the arguments of [`DistillConfig`]."""
@@ -34,6 +37,9 @@ class ScriptArguments:
     dataset_train_split: str = field(default="train", metadata={"help": "Split to learn from."})
     streaming: bool = field(default=False, metadata={"help": "Whether rows are read as they are needed."})
     json: str | None = field(default=None, metadata={"help": "File that gets the run's last figures."})
+    print_stages: bool = field(
+        default=False, metadata={"help": "Print the stages as YAML, to edit and give back as --stages, and end."}
+    )
 
 
 def run(script: ScriptArguments, config) -> dict:
@@ -65,14 +71,14 @@ def run(script: ScriptArguments, config) -> dict:
     def write_card(folder, stages, rows):
         write_model_card(folder, origin, stages=stages, rows=rows, dataset=script.dataset)
 
-    stages = config.stages()
+    stages = config.get_stages()
     for stage in stages:
         done = Path(config.output_dir, stage.name).is_dir() and not config.overwrite_output_dir
         print(f"{stage.name:14}{describe(stage)}{', finished before' if done else ''}", flush=True)
     start = time.perf_counter()
     trains = copy.copy(config)
     trains.push_to_hub = False  # the stages upload nothing, the finished model is uploaded below
-    rows = distill(trains, student, teacher, dataset, processor, finish_folder=write_card)
+    rows = distill(trains, student, teacher, dataset, processor, stages=stages, finish_folder=write_card)
     seconds = time.perf_counter() - start
     if repo:
         commit = push_folder(config.output_dir, repo, revision=config.hub_revision, token=config.hub_token)
@@ -120,8 +126,8 @@ def format_table(stages: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def _parser() -> TypedParser:
-    """Builds the parser; without the extra `train` this is where it is missed."""
+def _parser(prints: bool) -> TypedParser:
+    """Builds the parser, for printing stages alone or not; without the extra `train` this is where it is missed."""
     from ..distillation.arguments import refused_fields
     from ..distillation.config import DistillConfig
 
@@ -131,6 +137,8 @@ def _parser() -> TypedParser:
     for action in parser._actions:
         if action.dest.removeprefix("no_") in hidden:
             action.help = argparse.SUPPRESS
+        if prints:
+            action.required = False
     return parser
 
 
@@ -138,8 +146,13 @@ def main(argv: list[str] | None = None) -> int:
     logging.set_verbosity_warning()
 
     def work() -> None:
-        parser = _parser()
+        from ..distillation.recipes import format_stages
+
+        parser = _parser(PRINT in (sys.argv[1:] if argv is None else argv))
         script, config = parser.parse_args_into_dataclasses(argv)
+        if script.print_stages:
+            print(format_stages(config.get_stages()), end="")
+            return
         check_report(script.json)
         report = run(script, config)
         write_report(script.json, report)

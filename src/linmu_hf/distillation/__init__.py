@@ -3,8 +3,9 @@
 try:
     from .collator import DistillCollator, EncodedDataset
     from .config import DistillConfig
+    from .recipes import format_stages, read_stages, recipe_file
     from .runner import distill
-    from .stages import PAPER_STAGES, Stage
+    from .stages import Stage
     from .targets.fill import decode_pseudo_targets
     from .targets.store import PseudoTargets
     from .trainer import DistillTrainer
@@ -15,7 +16,6 @@ except ModuleNotFoundError as error:
 
 
 __all__ = [
-    "PAPER_STAGES",
     "DistillCollator",
     "DistillConfig",
     "DistillTrainer",
@@ -24,4 +24,7 @@ __all__ = [
     "Stage",
     "decode_pseudo_targets",
     "distill",
+    "format_stages",
+    "read_stages",
+    "recipe_file",
 ]

@@ -28,9 +28,9 @@ FREE = (
 
 # Every other argument must keep its default. These say what to use in its place, by the start of the name.
 REMEDIES = {
-    "num_train_epochs": "set stage_steps, optimizer steps for each stage",
-    "max_steps": "set stage_steps, optimizer steps for each stage",
-    "learning_rate": "set stage_learning_rates, a peak rate for each stage",
+    "num_train_epochs": "every stage has its own: set stage_overrides, such as stage-1.max_steps=100",
+    "max_steps": "every stage has its own: set stage_overrides, such as stage-1.max_steps=100",
+    "learning_rate": "every stage has its own: set stage_overrides, such as stage-1.learning_rate=1e-4",
     "label_smoothing_factor": "soften the teacher instead: temperature",
     "resume_from_checkpoint": "the same call with the same output_dir continues a run by itself",
     "save_only_model": "checkpoints hold only what trains, and a run could not be continued",

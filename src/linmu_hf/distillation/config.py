@@ -1,13 +1,14 @@
 """The arguments of a distillation."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from .arguments import refuse_ignored, settle_packing
-from .stages import PAPER_STAGES, Stage
+from .recipes import DEFAULT_RECIPE, RECIPES, read_stages, recipe_file, stage_values
+from .stages import Stage
 
 
 TEACHER_REMEDIES = {
@@ -23,9 +24,8 @@ class DistillConfig(TrainingArguments):
     """
     Arguments of [`distill`] and [`DistillTrainer`]: those of [`~transformers.TrainingArguments`] and the ones below.
 
-    `stage_learning_rates` and `stage_steps` take the place of `learning_rate`, `max_steps` and `num_train_epochs`;
-    every stage has its own warm-up and decay. Lists of three hold one value for each stage. An argument that would
-    have no effect here is refused: `arguments.py` has the table.
+    The stages have `learning_rate` and `max_steps` of their own, and each its own warm-up and decay. An argument that
+    would have no effect here is refused: `arguments.py` has the table.
 
     `push_to_hub`, `hub_model_id`, `hub_private_repo`, `hub_revision` and `hub_token` are for `linmu-distill`, which
     uploads the finished model with its processor and card once all stages are done and the folder has been checked.
@@ -37,30 +37,19 @@ class DistillConfig(TrainingArguments):
         teacher_model_revision (`str`, *optional*): revision of the teacher on the Hub.
         teacher_model_init_kwargs (`dict`, *optional*):
             Keyword arguments for loading the teacher: `dtype` (or `torch_dtype`), `revision`, `attn_implementation`.
-        stage_steps (`list[int]`, *optional*, defaults to the paper's `[10000, 15000, 25000]`):
-            Optimizer steps. 0 leaves a stage out.
-        stage_learning_rates (`list[float]`, *optional*, defaults to the paper's `[5e-4, 5e-4, 2e-5]`):
-            Peak learning rates.
-        align_steps (`list[int]`, *optional*, defaults to `[0, 0, 0]`):
-            Teacher-fed steps in front of each stage: the same parameters train on L_hid alone, every M-MATE block on
-            the teacher's own layer input. They cost about one teacher forward and leave `stage-N-align`.
-        align_learning_rate (`float`, *optional*, defaults to 1e-3): peak learning rate of these steps.
-        hidden_input (`list[str]`, *optional*, defaults to `["student"]`):
-            `"student"` (the paper) or `"teacher"`, one value or one for each stage. With `"teacher"` the whole stage
-            is teacher-fed and L_hid is its only loss; not for a stage that trains LoRA.
+        recipe (`str`, *optional*, defaults to `"paper"`):
+            A list of stages that is shipped: `"paper"`, `"default"` (what was measured to be best) or `"quick"`.
+        stages (`str` or `Sequence[Stage | Mapping]`, *optional*):
+            A file of stages, YAML or JSON, in place of a recipe, or the stages themselves; see [`read_stages`].
+            `linmu-distill --print_stages` writes such a file.
+        stage_overrides (`list[str]`, *optional*):
+            Single values, such as `"stage-1.max_steps=100"`, or `"all.learning_rate=1e-4"` for every stage. A stage
+            of 0 steps is left out.
         temperature (`float`, *optional*, defaults to 1.0): tau of Eq. 7.
-        lambda_hid, lambda_tok, lambda_seq, lambda_sup (`float`, *optional*, defaults to 0.5):
-            Weights of the losses. L_hid is a sum over the width, as printed: look at `loss_hid` in the logs, and lower
-            its weight if it drowns the others.
-        seq_kd (`bool`, *optional*, defaults to `True`):
-            Whether the last stage learns from teacher-decoded answers (Eq. 8): from the column `pseudo_messages` if
-            the dataset has it, else decoded once before that stage. `False` leaves L_seq out.
         max_completion_length (`int`, *optional*, defaults to 128): longest answer that the teacher decodes, in tokens.
         pseudo_targets (`str`, *optional*):
             Folder of teacher answers that `linmu-pseudo-targets` or [`decode_pseudo_targets`] made of this dataset, in
             place of decoding them now.
-        lora_r (`int`, *optional*, defaults to 8): rank of the adapters on the decoder's FFNs in stage 3; 0 for none.
-        lora_alpha (`float`, *optional*, defaults to `lora_r`): their scale is `lora_alpha / lora_r`; Eq. 12 has 1.
         slow_lr_multiplier (`float`, *optional*, defaults to 0.2):
             Learning rate of decays, step widths and gates, relative to the stage's.
         position_shift (`int`, *optional*, defaults to 0):
@@ -95,39 +84,22 @@ class DistillConfig(TrainingArguments):
         default=None, metadata={"help": "Keyword arguments for loading the teacher, as JSON."}
     )
 
-    stage_steps: list[int] = field(
-        default_factory=lambda: [stage.max_steps for stage in PAPER_STAGES],
-        metadata={"help": "Optimizer steps of the three stages. 0 leaves a stage out."},
+    recipe: str | None = field(
+        default=None, metadata={"help": f"Stages that are shipped: {', '.join(RECIPES)}. By default {DEFAULT_RECIPE}."}
     )
-    stage_learning_rates: list[float] = field(
-        default_factory=lambda: [stage.learning_rate for stage in PAPER_STAGES],
-        metadata={"help": "Peak learning rates of the three stages."},
+    stages: list[Any] | str | None = field(
+        default=None, metadata={"help": "File of stages, YAML or JSON, in place of a recipe; see --print_stages."}
     )
-    align_steps: list[int] = field(
-        default_factory=lambda: [0, 0, 0], metadata={"help": "Teacher-fed steps in front of each stage."}
-    )
-    align_learning_rate: float = field(
-        default=1e-3, metadata={"help": "Peak learning rate of the teacher-fed steps in front of a stage."}
-    )
-    hidden_input: list[str] = field(
-        default_factory=lambda: ["student"],
-        metadata={"help": "What M-MATE blocks are fed with: `student` or `teacher`, once or for each stage."},
+    stage_overrides: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Single values: stage-1.max_steps=100 all.learning_rate=1e-4. 0 steps leave a stage out."},
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the token-level distillation loss."})
-    lambda_hid: float = field(default=0.5, metadata={"help": "Weight of the mixer output loss (stages 1 and 2)."})
-    lambda_tok: float = field(default=0.5, metadata={"help": "Weight of the token-level distillation loss."})
-    lambda_seq: float = field(default=0.5, metadata={"help": "Weight of the sequence-level loss (stage 3)."})
-    lambda_sup: float = field(default=0.5, metadata={"help": "Weight of the ground-truth loss (stage 3)."})
-    seq_kd: bool = field(default=True, metadata={"help": "Whether stage 3 learns from teacher-decoded answers."})
     max_completion_length: int = field(
         default=128, metadata={"help": "Longest answer that the teacher decodes, in tokens."}
     )
     pseudo_targets: str | None = field(
         default=None, metadata={"help": "Folder of teacher answers that linmu-pseudo-targets made of this dataset."}
-    )
-    lora_r: int = field(default=8, metadata={"help": "Rank of the adapters on the decoder's FFNs in stage 3."})
-    lora_alpha: float | None = field(
-        default=None, metadata={"help": "Scale of the adapters times their rank, by default `lora_r`: a scale of 1."}
     )
     slow_lr_multiplier: float = field(
         default=0.2, metadata={"help": "Learning rate of decays, step widths and gates, relative to the stage's."}
@@ -166,18 +138,7 @@ class DistillConfig(TrainingArguments):
         settle_packing(self)
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
-        if len(self.hidden_input) == 1:
-            self.hidden_input = list(self.hidden_input) * 3
-        for name in ("stage_steps", "stage_learning_rates", "align_steps", "hidden_input"):
-            value = getattr(self, name)
-            if len(value) != 3:
-                raise ValueError(f"{name}={value} must have 3 entries, one for each stage")
-        for name in ("stage_steps", "align_steps"):
-            if min(getattr(self, name)) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if self.lora_alpha is None:
-            self.lora_alpha = max(self.lora_r, 1)
-        for name in ("temperature", "slow_lr_multiplier", "lora_alpha", "align_learning_rate"):
+        for name in ("temperature", "slow_lr_multiplier"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
         for name in ("logits_chunk_size", "max_completion_length"):
@@ -198,7 +159,10 @@ class DistillConfig(TrainingArguments):
                 "checkpoint has none to resume from"
             )
         self.teacher_options()
-        self.stages()
+        stages = self.get_stages()
+        if self.stages is not None and not isinstance(self.stages, str):
+            # Trackers want arguments that are JSON.
+            self.stages, self.stage_overrides = [stage_values(stage) for stage in stages], []
 
     def teacher_options(self) -> dict[str, Any]:
         """Returns those of `dtype`, `revision` and `attn_implementation` that are given for the teacher."""
@@ -228,36 +192,11 @@ class DistillConfig(TrainingArguments):
                 "linmu_hf.hub.push_folder(output_dir, hub_model_id) afterwards"
             )
 
-    def stages(self) -> tuple[Stage, ...]:
-        """Returns the stages that these arguments ask for, teacher-fed steps as stages of their own."""
-        stages = []
-        for index, paper in enumerate(PAPER_STAGES):
-            teacher_fed = self.hidden_input[index] == "teacher"
-            if self.align_steps[index]:
-                stages.append(
-                    Stage(
-                        f"{paper.name}-align",
-                        trains=paper.trains,
-                        max_steps=self.align_steps[index],
-                        learning_rate=self.align_learning_rate,
-                        hid=self.lambda_hid,
-                        hidden_input="teacher",
-                    )
-                )
-            if self.stage_steps[index]:
-                stages.append(
-                    replace(
-                        paper,
-                        max_steps=self.stage_steps[index],
-                        learning_rate=self.stage_learning_rates[index],
-                        hid=self.lambda_hid if paper.hid else 0.0,
-                        tok=self.lambda_tok if paper.tok and not teacher_fed else 0.0,
-                        seq=self.lambda_seq if paper.seq and self.seq_kd else 0.0,
-                        sup=self.lambda_sup if paper.sup else 0.0,
-                        lora_r=self.lora_r if paper.lora_r else 0,
-                        hidden_input=self.hidden_input[index],  # type: ignore[arg-type]
-                    )
-                )
-        if not stages:
-            raise ValueError(f"stage_steps={self.stage_steps} and align_steps={self.align_steps} leave nothing to do")
-        return tuple(stages)
+    def get_stages(self) -> tuple[Stage, ...]:
+        """Returns the stages that these arguments ask for."""
+        if self.stages is not None and self.recipe is not None:
+            raise ValueError(
+                f"recipe={self.recipe!r} has no effect beside stages={self.stages!r}: leave one of them out"
+            )
+        source = recipe_file(self.recipe or DEFAULT_RECIPE) if self.stages is None else self.stages
+        return read_stages(source, self.stage_overrides)

@@ -26,7 +26,8 @@ from .config import DistillConfig
 from .fingerprint import fingerprint_processor, fingerprint_rows, fingerprint_weights
 from .lora import add_lora, merge_lora
 from .plots import plot_training_log
-from .stages import Stage, is_stage_name, set_trainable
+from .recipes import read_stages
+from .stages import Stage, check_stages, is_stage_name, set_trainable
 from .targets.encode import encode_stored
 from .targets.fill import decode_pseudo_targets, describe
 from .targets.store import HEADER, PseudoTargets
@@ -55,7 +56,6 @@ ARGUMENTS = (
     "muon",
     "position_shift",
     "temperature",
-    "lora_alpha",
     "max_completion_length",
 )
 
@@ -85,7 +85,7 @@ def distill(
         dataset (`datasets.Dataset` or `Sequence[Mapping]`, or a stream: `datasets.IterableDataset` or `Iterable`):
             conversational rows, see [`encode_rows`].
         processor (`ProcessorMixin`): the processor of both.
-        stages (`Sequence[Stage]`, *optional*): other stages than `config.stages()`.
+        stages (`Sequence[Stage]`, *optional*): other stages than those of `config`.
         finish_folder (`Callable`, *optional*):
             called with every stage's complete folder before it gets its name, the stages so far and the rows of their
             logs, for example to add a model card.
@@ -99,14 +99,12 @@ def distill(
         `FloatingPointError`: a loss that is not finite.
     """
     config.refuse_push_to_hub()
-    stages = config.stages() if stages is None else tuple(stages)
-    names = [stage.name for stage in stages]
-    if len(set(names)) < len(names):
-        raise ValueError(f"stages {names} must have names of their own: each names a folder")
+    stages = config.get_stages() if stages is None else read_stages(stages)
     out = Path(config.output_dir)
     check_output(config)
     features = open_rows(config, processor, dataset)
     _check_inputs(config, student, teacher, features)
+    check_stages(student, stages)
     _check_pseudo_targets(config, stages, teacher, features)
     settings = _settings(config, stages, student, teacher, features)
     with locked(out):
@@ -119,7 +117,7 @@ def distill(
             args = _stage_arguments(config, index, out / f"{stage.name}.running")
             _run_stage(args, stages[: index + 1], student, teacher, features, out, finish_folder)
         rows = _logged(out, stages)
-        _publish(out / names[-1], out, rows)
+        _publish(out / stages[-1].name, out, rows)
     return rows
 
 
@@ -136,7 +134,7 @@ def _run_stage(
     stage, running = stages[-1], Path(args.output_dir)
     set_seed(args.seed)  # LoRA starts from random numbers
     if stage.lora_r:
-        add_lora(student, stage.lora_r, args.lora_alpha)  # type: ignore[arg-type]  # None until it is validated
+        add_lora(student, stage.lora_r, stage.alpha())
     set_trainable(student, stage)
     dtypes = _train_in_fp32(student)
     # The Trainer writes its own choice into the config, which the stage's folder would keep.
@@ -239,9 +237,7 @@ def _check_pseudo_targets(config: DistillConfig, stages: Sequence[Stage], teache
         return
     given = f"pseudo_targets={config.pseudo_targets!r}"
     if not any(stage.seq for stage in stages):
-        raise ValueError(
-            f"{given} has no effect: no stage learns from the teacher's answers, see seq_kd and stage_steps"
-        )
+        raise ValueError(f"{given} has no effect: no stage learns from the teacher's answers, which `seq` weighs")
     if PSEUDO_COLUMN in first_row(features):
         raise ValueError(f"{given} has no effect: the dataset has a column {PSEUDO_COLUMN}; leave one of them out")
     made_of = describe(teacher, features.processor, config.max_completion_length)

@@ -1,12 +1,14 @@
-"""The three stages of Algorithm 2 as values: what trains, on which losses, at which rate, for how long."""
+"""The stages of Algorithm 2 as values: what trains, on which losses, at which rate, for how long."""
 
+import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import nn
 
+from ..modeling.adapters import lora_targets
 from ..modeling.mixers import STEERING, decays
 
 
@@ -14,6 +16,11 @@ from ..modeling.mixers import STEERING, decays
 FLEX = r"\.mixer\.(?!local_swin\.|[qkvo]_proj\.)"
 SWIN = r"\.mixer\.local_swin\."
 LORA = r"\.lora_[AB]\."
+TRAINS = {"flex": FLEX, "swin": SWIN, "lora": LORA}
+
+ALL = "all"  # an override of this name is one of every stage
+RESERVED = (ALL, "pseudo_targets")
+LOSSES = ("hid", "tok", "seq", "sup")
 
 # Projections whose rows are heads.
 TO_HEADS = r"\.mixer\..*\b[qkvbcx]_proj\.weight$"
@@ -26,11 +33,17 @@ class Stage:
 
     Args:
         name (`str`): the name of the folder that the stage leaves.
-        trains (`tuple[str, ...]`): regular expressions; a parameter trains if one of them is found in its name.
+        trains (`tuple[str, ...]`):
+            `"flex"`, `"swin"` and `"lora"`, or regular expressions; a parameter trains if one of them is found in its
+            name. Names become the expressions that they stand for.
         max_steps (`int`): optimizer steps.
         learning_rate (`float`): peak learning rate.
         hid, tok, seq, sup (`float`, *optional*, defaults to 0.0): the weights lambda of Eq. 6 to 9.
         lora_r (`int`, *optional*, defaults to 0): rank of the LoRA adapters on the decoder's FFNs; 0 for none.
+        lora_alpha (`float`, *optional*, defaults to `lora_r`): their scale is `lora_alpha / lora_r`; Eq. 12 has 1.
+        learning_rates (`Mapping[str, float]`, *optional*):
+            Multipliers of the learning rate by name or regular expression, as in `trains`; a parameter takes the first
+            that is found in its name. `slow_lr_multiplier` of [`DistillConfig`] comes on top.
         hidden_input (`"student"` or `"teacher"`, *optional*, defaults to `"student"`):
             What every M-MATE block is fed with. `"student"`: the student's own states, through its whole forward pass.
             `"teacher"`: the teacher's input of the same layer, which costs one forward pass of the teacher and one
@@ -46,20 +59,40 @@ class Stage:
     seq: float = 0.0
     sup: float = 0.0
     lora_r: int = 0
+    lora_alpha: float | None = None
+    learning_rates: Mapping[str, float] = field(default_factory=dict, hash=False)
     hidden_input: Literal["student", "teacher"] = "student"
 
     def __post_init__(self):
+        object.__setattr__(self, "trains", tuple(TRAINS.get(name, name) for name in self.trains))
+        rates = {TRAINS.get(name, name): rate for name, rate in self.learning_rates.items()}
+        object.__setattr__(self, "learning_rates", rates)
         if not is_stage_name(self.name):
-            raise ValueError(f"stage name {self.name!r} names a folder: use letters, digits, `-` and `_`")
+            raise ValueError(
+                f"stage name {self.name!r} names a folder: use letters, digits, `-` and `_`, and none of {RESERVED}"
+            )
+        if not self.trains:
+            raise ValueError(f"{self.name}: trains is empty: name some of {list(TRAINS)}, or regular expressions")
+        for pattern in (*self.trains, *rates):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{self.name}: {pattern!r} is no regular expression: {error}") from error
         if self.max_steps < 1:
             raise ValueError(f"{self.name}: max_steps={self.max_steps} must be at least 1")
-        if not self.learning_rate > 0:
-            raise ValueError(f"{self.name}: learning_rate={self.learning_rate} must be positive")
-        weights = {"hid": self.hid, "tok": self.tok, "seq": self.seq, "sup": self.sup}
-        if min(weights.values()) < 0 or not any(weights.values()):
+        for name, rate in {"learning_rate": self.learning_rate, **self._multipliers()}.items():
+            if not 0 < rate < math.inf:
+                raise ValueError(f"{self.name}: {name}={rate} must be positive")
+        weights = {key: getattr(self, key) for key in LOSSES}
+        if not all(0 <= weight < math.inf for weight in weights.values()) or not any(weights.values()):
             raise ValueError(f"{self.name}: loss weights {weights} must not be negative, and one must be positive")
         if self.lora_r < 0:
             raise ValueError(f"{self.name}: lora_r={self.lora_r} must not be negative")
+        if self.lora_r == 0 and (LORA in self.trains or self.lora_alpha is not None):
+            said = "trains lora" if LORA in self.trains else f"lora_alpha={self.lora_alpha} has no effect"
+            raise ValueError(f"{self.name}: {said}, but lora_r is 0: set the rank of the adapters, or leave lora out")
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
+            raise ValueError(f"{self.name}: lora_alpha={self.lora_alpha} must be positive")
         if self.hidden_input not in ("student", "teacher"):
             raise ValueError(f"{self.name}: hidden_input={self.hidden_input!r} must be 'student' or 'teacher'")
         if self.hidden_input == "teacher" and (self.hid == 0 or self.tok or self.seq or self.sup or self.lora_r):
@@ -68,11 +101,16 @@ class Stage:
                 "but `hid`: set tok=seq=sup=0, lora_r=0 and hid > 0, or use hidden_input='student'"
             )
 
+    def _multipliers(self) -> dict[str, float]:
+        return {f"learning_rates[{name!r}]": rate for name, rate in self.learning_rates.items()}
+
+    def alpha(self) -> float:
+        """Returns `lora_alpha`, which is `lora_r` where it is not given."""
+        return self.lora_r if self.lora_alpha is None else self.lora_alpha
+
     def objective(self) -> str:
         """Describes what it minimises, such as `0.5 hid + 0.5 tok, LoRA rank 8`."""
-        losses = " + ".join(
-            f"{getattr(self, key):g} {key}" for key in ("hid", "tok", "seq", "sup") if getattr(self, key)
-        )
+        losses = " + ".join(f"{getattr(self, key):g} {key}" for key in LOSSES if getattr(self, key))
         extra = f", LoRA rank {self.lora_r}" if self.lora_r else ""
         extra += ", fed by the teacher" if self.hidden_input == "teacher" else ""
         return losses + extra
@@ -80,16 +118,33 @@ class Stage:
 
 def is_stage_name(name: str) -> bool:
     """Returns whether a stage may have this name, which is that of its folder."""
-    return re.fullmatch(r"[\w-]+", name) is not None
+    return re.fullmatch(r"[\w-]+", name) is not None and name not in RESERVED
 
 
-PAPER_STAGES = (
-    Stage("stage-1", trains=(FLEX,), max_steps=10_000, learning_rate=5e-4, hid=0.5, tok=0.5),
-    Stage("stage-2", trains=(FLEX, SWIN), max_steps=15_000, learning_rate=5e-4, hid=0.5, tok=0.5),
-    Stage(
-        "stage-3", trains=(FLEX, SWIN, LORA), max_steps=25_000, learning_rate=2e-5, tok=0.5, seq=0.5, sup=0.5, lora_r=8
-    ),
-)
+def check_stages(model: nn.Module, stages: Sequence[Stage]) -> None:
+    """
+    Raises a `ValueError` for the first pattern of a stage that finds no parameter, and for adapters that do not train.
+
+    Args:
+        model (`nn.Module`): the student, without adapters.
+    """
+    own = [name for name, _ in model.named_parameters()]
+    targets = re.compile(lora_targets("mlp"))
+    modules = [name for name, module in model.named_modules() if targets.fullmatch(name)]
+    adapters = [f"{name}.lora_{side}.default.weight" for name in modules for side in "AB"]
+    for stage in stages:
+        names = own + adapters if stage.lora_r else own
+        for pattern in stage.trains:
+            if not any(re.search(pattern, name) for name in names):
+                raise ValueError(f"{stage.name}: trains={pattern!r} finds no parameter of the student: leave it out")
+        trained = [name for name in names if any(re.search(pattern, name) for pattern in stage.trains)]
+        if stage.lora_r and not any(re.search(LORA, name) for name in trained):
+            raise ValueError(f"{stage.name}: lora_r={stage.lora_r} adapters would not train: add lora to `trains`")
+        for pattern in stage.learning_rates:
+            if not any(re.search(pattern, name) for name in trained):
+                raise ValueError(
+                    f"{stage.name}: learning_rates[{pattern!r}] finds nothing that trains in this stage: leave it out"
+                )
 
 
 def set_trainable(model: nn.Module, stage: Stage) -> list[str]:
@@ -109,25 +164,32 @@ def set_trainable(model: nn.Module, stage: Stage) -> list[str]:
 
 
 def parameter_groups(
-    model: nn.Module, learning_rate: float, weight_decay: float, slow_lr_multiplier: float, muon: bool = False
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    slow_lr_multiplier: float,
+    multipliers: Mapping[str, float] | None = None,
+    muon: bool = False,
 ) -> list[dict]:
     """
     Returns the trainable parameters in optimizer groups: decays, step sizes and gates have a lower rate, and with
-    norms, biases and convolutions no weight decay. For [`Muon`] a group of matrices says how many `heads` each holds.
+    norms, biases and convolutions no weight decay; `multipliers` are those of `Stage.learning_rates`. For [`Muon`] a
+    group of matrices says how many `heads` each holds.
     """
-    groups: dict[tuple[bool, bool, int], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, int, float], list[nn.Parameter]] = {}
     for name, parameter in _trainable(model):
         slow = re.search(STEERING, name) is not None
         heads = _heads(model, name, parameter) if muon and not slow else 0
-        groups.setdefault((slow, not decays(name), heads), []).append(parameter)
+        factor = next((rate for pattern, rate in (multipliers or {}).items() if re.search(pattern, name)), 1.0)
+        groups.setdefault((slow, not decays(name), heads, factor), []).append(parameter)
     return [
         {
             "params": parameters,
-            "lr": learning_rate * (slow_lr_multiplier if slow else 1.0),
+            "lr": learning_rate * factor * (slow_lr_multiplier if slow else 1.0),
             "weight_decay": 0.0 if no_decay else weight_decay,
             **({"heads": heads} if muon else {}),
         }
-        for (slow, no_decay, heads), parameters in sorted(groups.items(), key=lambda item: item[0])
+        for (slow, no_decay, heads, factor), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 

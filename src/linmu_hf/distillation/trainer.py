@@ -206,8 +206,10 @@ class DistillTrainer(Trainer):
     def create_optimizer(self, model=None):
         if self.optimizer is None:
             kind, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.student)
-            a = self.args
-            groups = parameter_groups(self.student, a.learning_rate, a.weight_decay, a.slow_lr_multiplier, muon=a.muon)
+            a, rates = self.args, self.stage.learning_rates
+            groups = parameter_groups(
+                self.student, a.learning_rate, a.weight_decay, a.slow_lr_multiplier, rates, muon=a.muon
+            )
             self.optimizer = (Muon if a.muon else kind)(groups, **kwargs)
         return self.optimizer
 

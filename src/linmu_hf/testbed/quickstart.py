@@ -27,6 +27,7 @@ from ..commands import evaluate as evaluation
 from ..commands.common import Parser
 from ..data import load_rows
 from ..data.image import open_image
+from ..distillation.recipes import read_stages, recipe_file, stage_values
 from ..evaluation.retention import correct_answers, format_table
 from ..files import write_text
 from .ablate import WINDOWS
@@ -38,24 +39,19 @@ STAGES = ("stage-1", "stage-2", "stage-3")
 PICTURED_TASKS = ("cell", "below", "large")
 PICTURES_PER_TASK = 3
 LOGGING_STEPS = 5
-LORA_ALPHA = 16  # twice the scale of Eq. 12: few steps
-LAMBDA_HID = 0.02  # Eq. 6 sums over the width: at 0.5 it would outweigh the token loss tenfold here
+RECIPE = "quick"
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long each part of the way takes; lists of three hold one value for each stage."""
+    """How much each part of the way takes; `stage_overrides` change the recipe."""
 
     train_rows: int
     full_mosaics: bool
     test_rows_per_task: int
     calibration_rows: int
     batch_size: int
-    align_steps: tuple[int, int, int]
-    align_learning_rate: float
-    stage_steps: tuple[int, int, int]
-    stage_learning_rates: tuple[float, float, float]
-    seq_kd: bool
+    stage_overrides: tuple[str, ...] = ()
 
 
 QUICK = Schedule(
@@ -64,21 +60,20 @@ QUICK = Schedule(
     test_rows_per_task=100,
     calibration_rows=64,
     batch_size=16,
-    align_steps=(250, 0, 0),
-    align_learning_rate=2e-3,
-    stage_steps=(250, 300, 100),
-    stage_learning_rates=(5e-4, 6e-4, 3e-4),
-    seq_kd=False,  # decoding the teacher's answers would take longer than stage 3 itself
 )
 FULL = replace(
     QUICK,
     train_rows=12000,
     test_rows_per_task=500,
     calibration_rows=128,
-    align_steps=(1500, 0, 0),
-    stage_steps=(400, 1600, 500),
-    stage_learning_rates=(5e-4, 6e-4, 2e-4),
-    seq_kd=True,
+    stage_overrides=(
+        "stage-1-align.max_steps=1500",
+        "stage-1.max_steps=400",
+        "stage-2.max_steps=1600",
+        "stage-3.max_steps=500",
+        "stage-3.learning_rate=2e-4",
+        "stage-3.seq=0.5",
+    ),
 )
 # NVILA resizes every image to one canvas, so each size of mosaic is a task of its own: ours knows the two of the test.
 NVILA_QUICK = replace(QUICK, full_mosaics=True)
@@ -87,8 +82,13 @@ NVILA_FULL = replace(
     FULL,
     train_rows=8000,
     full_mosaics=True,
-    align_steps=(1000, 0, 0),
-    stage_steps=(200, 700, 200),
+    stage_overrides=(
+        *FULL.stage_overrides,
+        "stage-1-align.max_steps=1000",
+        "stage-1.max_steps=200",
+        "stage-2.max_steps=700",
+        "stage-3.max_steps=200",
+    ),
 )
 
 
@@ -160,7 +160,8 @@ def flags(options: dict[str, Any]) -> list[str]:
 
 def walk(output: Path, teacher: str, schedule: Schedule) -> dict[str, Any]:
     """Goes the whole way and returns what `results.json` holds."""
-    way = Way(output, {"teacher": teacher, "mixer_options": WINDOWS, **asdict(schedule)})
+    stages = [stage_values(stage) for stage in read_stages(recipe_file(RECIPE), schedule.stage_overrides)]
+    way = Way(output, {"teacher": teacher, "mixer_options": WINDOWS, "stages": stages, **asdict(schedule)})
     data, init, student, scores = (output / name for name in ("data", "init", "student", "retention.json"))
     way.run("data", lambda: make_data(data, schedule.train_rows, schedule.test_rows_per_task, schedule.full_mosaics))
     way.run(
@@ -177,14 +178,12 @@ def walk(output: Path, teacher: str, schedule: Schedule) -> dict[str, Any]:
             "linmu-distill", distillation.main,
             "--model", init, "--teacher", teacher, "--dataset", data, "--output_dir", student,
             "--per_device_train_batch_size", schedule.batch_size, "--logging_steps", LOGGING_STEPS,
-            "--lambda_hid", LAMBDA_HID, "--lora_alpha", LORA_ALPHA, "--feature_cache_gb", 6,
-            "--align_steps", schedule.align_steps, "--align_learning_rate", schedule.align_learning_rate,
-            "--stage_steps", schedule.stage_steps, "--stage_learning_rates", schedule.stage_learning_rates,
-            "--seq_kd", schedule.seq_kd,
+            "--feature_cache_gb", 6, "--recipe", RECIPE,
+            *(("--stage_overrides", *schedule.stage_overrides) if schedule.stage_overrides else ()),
         ),
     )  # fmt: skip
-    stages = [student / name for name in STAGES if (student / name).is_dir()]
-    models = [word for folder in (init, *stages) for word in ("--model", folder)]
+    folders = [student / name for name in STAGES if (student / name).is_dir()]
+    models = [word for folder in (init, *folders) for word in ("--model", folder)]
     way.run(
         "evaluate",
         command("linmu-eval", evaluation.main, *models, "--teacher", teacher, "--dataset", data, "--json", scores),
