@@ -10,6 +10,7 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
 from linmu_hf import LinMUConfig, LinMUForConditionalGeneration
 from linmu_hf.commands.distill import main
+from linmu_hf.distillation.recipes import RECIPES, read_stages, recipe_file
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def command(root, out, **changes):
         "teacher": root / "teacher",
         "dataset": root / "data",
         "output_dir": out,
-        "stage_steps": "1 1 1",
+        "stage_overrides": "all.max_steps=1",
         "per_device_train_batch_size": 2,
         "max_completion_length": 2,
         "use_cpu": True,
@@ -63,7 +64,9 @@ def test_rows_as_lines(folders, rows, tmp_path):
     rows[0]["images"][0].save(tmp_path / "a.png")
     lines = [{"messages": rows[0]["messages"], "images": ["a.png"] * len(rows[0]["images"])}] * 2
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert main(command(folders, tmp_path / "out", dataset=tmp_path / "rows.jsonl", stage_steps="1 0 1")) == 0
+    changes = {"dataset": tmp_path / "rows.jsonl", "stage_overrides": "all.max_steps=1 stage-2.max_steps=0"}
+    assert main(command(folders, tmp_path / "out", **changes)) == 0
+    assert not (tmp_path / "out" / "stage-2").exists()
 
 
 @pytest.mark.parametrize(
@@ -73,9 +76,9 @@ def test_rows_as_lines(folders, rows, tmp_path):
         ({"teacher": "/nowhere/teacher"}, "/nowhere/teacher"),
         ({"dataset": "/nowhere/data"}, "/nowhere/data"),
         ({"dataset_train_split": "dev"}, "has no split 'dev'"),
-        ({"stage_steps": "1 1"}, "stage_steps=[1, 1] must have 3 entries"),
+        ({"stage_overrides": "stage-9.max_steps=1"}, "has no stage 'stage-9', but stage-1, stage-2, stage-3"),
         ({"json": "/nowhere/report.json"}, "its folder does not exist"),
-        ({"max_steps": 1}, "max_steps=1 is not supported: set stage_steps"),
+        ({"max_steps": 1}, "max_steps=1 is not supported: every stage has its own: set stage_overrides"),
         ({"teacher_model_init_kwargs": '{"device_map":"auto"}'}, "device_map='auto' is not supported"),
         ({"teacher_model_init_kwargs": '{"attn_implementation":"none"}'}, "none"),
         ({"teacher_model_init_kwargs": '{"dtype":"int8"}'}, "int8"),
@@ -140,8 +143,20 @@ def test_help_shows_only_what_is_taken(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     shown = capsys.readouterr().out
-    assert "--stage_steps" in shown and "--weight_decay" in shown
+    assert "--stage_overrides" in shown and "--recipe" in shown and "--weight_decay" in shown
     assert not re.search(r"--(max_steps|do_eval|fsdp|eval_on_start)\b", shown)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_printed_stages_can_be_given_back(capsys, tmp_path, recipe):
+    changes = ["--stage_overrides", "stage-2.learning_rate=1e-4", "stage-2.learning_rates={swin: 0.5}"]
+    assert main(["--print_stages", "--recipe", recipe, *changes]) == 0
+    (tmp_path / "stages.yaml").write_text(capsys.readouterr().out)
+    stages = read_stages(recipe_file(recipe), changes[1:])
+    assert read_stages(tmp_path / "stages.yaml") == stages
+    assert next(stage for stage in stages if stage.name == "stage-2").learning_rate == 1e-4
+    assert main(["--print_stages", "--stages", str(tmp_path / "stages.yaml"), "--recipe", recipe]) == 2
+    assert "leave one of them out" in capsys.readouterr().err
 
 
 def test_unknown_flags_are_refused(folders, tmp_path, capsys):

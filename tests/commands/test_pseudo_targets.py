@@ -76,7 +76,8 @@ def test_distillation_takes_them(whole, folders, tmp_path, capsys):
     def run(*more):
         values = {
             "model": folders / "student", "teacher": folders / "teacher", "dataset": folders / "data",
-            "output_dir": tmp_path / "out", "stage_steps": "0 0 1", "per_device_train_batch_size": 2, "use_cpu": True,
+            "output_dir": tmp_path / "out", "stage_overrides": "all.max_steps=0 stage-3.max_steps=1",
+            "per_device_train_batch_size": 2, "use_cpu": True,
             "disable_tqdm": True, "pseudo_targets": whole[0],
         }  # fmt: skip
         return distill([*(p for name, value in values.items() for p in (f"--{name}", *str(value).split())), *more])

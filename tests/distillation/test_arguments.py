@@ -46,9 +46,9 @@ def test_a_field_that_nobody_decided_on_is_refused():
 @pytest.mark.parametrize(
     ("changes", "remedy"),
     [
-        ({"max_steps": 100}, "stage_steps"),
-        ({"num_train_epochs": 1.0}, "stage_steps"),
-        ({"learning_rate": 1.0}, "stage_learning_rates"),
+        ({"max_steps": 100}, "stage-1.max_steps"),
+        ({"num_train_epochs": 1.0}, "stage-1.max_steps"),
+        ({"learning_rate": 1.0}, "stage-1.learning_rate"),
         ({"resume_from_checkpoint": "/nonexistent"}, "output_dir"),
         ({"fp16": True}, "bf16"),
         ({"do_eval": True}, "linmu-eval"),
@@ -74,8 +74,10 @@ def test_defaults_may_be_repeated(tmp_path):
 
 
 def test_lora_has_the_scale_of_equation_12(tmp_path):
-    for changes, alpha in (({}, 8), ({"lora_r": 4}, 4), ({"lora_r": 4, "lora_alpha": 8}, 8)):
-        assert DistillConfig(output_dir=str(tmp_path), use_cpu=True, **changes).lora_alpha == alpha
+    for changes, alpha in (([], 8), (["lora_r=4"], 4), (["lora_r=4", "lora_alpha=8"], 8)):
+        overrides = [f"stage-3.{change}" for change in changes]
+        config = DistillConfig(output_dir=str(tmp_path), use_cpu=True, stage_overrides=overrides)
+        assert config.get_stages()[-1].alpha() == alpha
 
 
 @pytest.mark.parametrize(

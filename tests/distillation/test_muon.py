@@ -8,7 +8,8 @@ from torch.optim import AdamW
 
 from linmu_hf.distillation import DistillConfig
 from linmu_hf.distillation.muon import UPDATE_RMS, Muon, orthogonalise
-from linmu_hf.distillation.stages import PAPER_STAGES, parameter_groups, set_trainable
+from linmu_hf.distillation.recipes import read_stages, recipe_file
+from linmu_hf.distillation.stages import parameter_groups, set_trainable
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (6, 20), (20, 6)])
@@ -75,7 +76,7 @@ def test_state_is_saved_and_loaded():
 
 def test_groups_of_a_student(make_student):
     student = make_student()
-    set_trainable(student, PAPER_STAGES[1])
+    set_trainable(student, read_stages(recipe_file("paper"))[1])
     names = {parameter: name for name, parameter in student.named_parameters()}
     groups = parameter_groups(student, 1.0, 0.1, 0.2, muon=True)
     heads = {names[p].rpartition("mixer.")[2]: group["heads"] for group in groups for p in group["params"]}

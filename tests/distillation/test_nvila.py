@@ -52,7 +52,7 @@ def test_convert_distil_evaluate(kind, data, rows, tmp_path, capsys):
     assert distill(["--model", str(teacher), *flags]) == 2
     assert "is no LinMU model: make one of it with `linmu-convert` first" in capsys.readouterr().err
     flags += ["--model", str(student)]
-    flags += ["--stage_steps", "2", "2", "2", "--align_steps", "1", "0", "0", "--per_device_train_batch_size", "2"]
+    flags += ["--recipe", "default", "--stage_overrides", "all.max_steps=2", "--per_device_train_batch_size", "2"]
     flags += ["--max_completion_length", "3", "--use_cpu", "True", "--disable_tqdm", "True", "--json", str(report)]
     assert distill(flags) == 0, capsys.readouterr().err
     stages = json.loads(report.read_text())["stages"]

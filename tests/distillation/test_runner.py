@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from linmu_hf import files
-from linmu_hf.distillation import DistillConfig, distill
+from linmu_hf.distillation import DistillConfig, distill, read_stages, recipe_file
 from linmu_hf.distillation import runner as runner_module
 from linmu_hf.distillation.targets.fill import decode_pseudo_targets
 from linmu_hf.distillation.trainer import DistillTrainer
@@ -14,15 +14,28 @@ from linmu_hf.testbed.processor import build_processor
 
 
 STAGES = ["stage-1-align", "stage-1", "stage-2", "stage-3"]
+ALIGN = {"name": "stage-1-align", "trains": ["flex"], "learning_rate": 1e-3, "hid": 0.5, "hidden_input": "teacher"}
+CHANGES = [
+    "stage-1.learning_rate=3e-3",
+    "stage-2.learning_rate=3e-3",
+    "stage-3.learning_rate=1e-3",
+    "stage-3.lora_r=2",
+]
+
+
+def steps(*counts):
+    """The paper's stages, teacher-fed steps before them, with so many steps."""
+    stages = [{**ALIGN, "max_steps": 1}, *read_stages(recipe_file("paper"), CHANGES)]
+    overrides = [f"{name}.max_steps={count}" for name, count in zip(STAGES, counts)]
+    return read_stages(stages, overrides)
+
+
 ARGUMENTS = {
-    "stage_steps": [5, 3, 5],
-    "align_steps": [3, 0, 0],
-    "stage_learning_rates": [3e-3, 3e-3, 1e-3],
+    "stages": steps(3, 5, 3, 5),
     "per_device_train_batch_size": 4,
     "max_completion_length": 4,
     "save_steps": 2,
     "logging_steps": 2,
-    "lora_r": 2,
     "disable_tqdm": True,
 }
 
@@ -167,25 +180,24 @@ def test_a_finished_run_is_not_run_again(finished, run, monkeypatch):
 
 def test_other_settings_are_refused_and_overwritten_on_demand(finished, run, tmp_path):
     out = tmp_path / "out"
-    short = {"stage_steps": [2, 0, 0], "align_steps": [0, 0, 0]}
+    short = {"stages": steps(0, 2, 0, 0)}
     run(out, **short)
     with pytest.raises(ValueError, match=r"temperature was 1.0, now 2.0; stages\.stage-1\.max_steps was 2, now 3\."):
-        run(out, **short | {"stage_steps": [3, 0, 0], "temperature": 2.0})
+        run(out, **short | {"stages": steps(0, 3, 0, 0), "temperature": 2.0})
     run(out, **short | {"logging_steps": 1})  # what does not change the result may differ
-    run(out, **short | {"stage_steps": [0, 2, 0], "overwrite_output_dir": True})
+    run(out, **short | {"stages": steps(0, 0, 2, 0), "overwrite_output_dir": True})
     assert not (out / "stage-1").exists() and (out / "stage-2").exists()
 
 
 def test_other_rows_are_refused(run, rows, tmp_path):
-    short = {"stage_steps": [1, 0, 0], "align_steps": [0, 0, 0]}
-    run(tmp_path / "out", **short)
+    run(tmp_path / "out", **SHORT)
     turned = [{**row, "images": [image.rotate(180) for image in row["images"]]} for row in rows]
     for other in (rows[:5], turned):
         with pytest.raises(ValueError, match="dataset was"):
-            run(tmp_path / "out", rows=other, **short)
+            run(tmp_path / "out", rows=other, **SHORT)
 
 
-SHORT = {"stage_steps": [1, 0, 0], "align_steps": [0, 0, 0]}
+SHORT = {"stages": steps(0, 1, 0, 0)}
 
 
 def test_overwriting_deletes_only_what_a_run_wrote(run, tmp_path):
@@ -199,7 +211,7 @@ def test_overwriting_deletes_only_what_a_run_wrote(run, tmp_path):
     settings = json.loads((out / "distillation.json").read_text())
     settings["stages"] |= {name: {} for name in ("../outside", str(outside), "data", ".")}
     (out / "distillation.json").write_text(json.dumps(settings))
-    run(out, **SHORT | {"stage_steps": [0, 1, 0], "overwrite_output_dir": True})
+    run(out, **SHORT | {"stages": steps(0, 0, 1, 0), "overwrite_output_dir": True})
     assert not (out / "stage-1").exists() and (out / "stage-2").is_dir()
     assert [file.read_text() for file in mine] == ["mine"] * 4
 
@@ -263,7 +275,7 @@ def test_half_precision_needs_mixed_precision(rows, processor, make_student, mak
 
 
 def test_bf16_trains_fp32_masters(rows, processor, make_student, make_teacher, tmp_path):
-    values = ARGUMENTS | {"stage_steps": [2, 0, 1], "align_steps": [1, 0, 0], "lambda_seq": 0.0}
+    values = ARGUMENTS | {"stages": steps(1, 2, 0, 1), "stage_overrides": ["stage-3.seq=0"]}
     config = DistillConfig(output_dir=str(tmp_path / "out"), use_cpu=True, bf16=True, **values)
     seen = set()
     student, step = make_student().bfloat16(), DistillTrainer.training_step
@@ -303,14 +315,14 @@ def test_answers_that_do_not_fit_stop_before_training(answers, run, rows, tmp_pa
     refused("max_new_tokens is 4 there and 5 here: set max_completion_length to 4", max_completion_length=5)
     turned = [{**row, "images": [image.rotate(180) for image in row["images"]]} for row in rows[:2]]
     refused("has no answers to 2 rows, row 8 first: run linmu-pseudo-targets", [*rows[2:], *turned])
-    refused("no stage learns from the teacher's answers", seq_kd=False)
+    refused("no stage learns from the teacher's answers", stage_overrides=["stage-3.seq=0"])
     refused("no folder of teacher answers", pseudo_targets=str(tmp_path))
     with_column = [{**row, "pseudo_messages": row["messages"]} for row in rows]
     refused("the dataset has a column pseudo_messages; leave one of them out", with_column)
 
 
 def test_overwriting_deletes_the_answers_of_the_run_before(run, tmp_path):
-    arguments = {"stage_steps": [0, 0, 1], "align_steps": [0, 0, 0]}
+    arguments = {"stages": steps(0, 0, 0, 1)}
     run(tmp_path / "out", **arguments)
     old = tmp_path / "out" / "pseudo_targets" / "shard-00001"
     old.mkdir()

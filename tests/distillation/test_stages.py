@@ -1,14 +1,19 @@
+import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from linmu_hf.distillation.config import DistillConfig
 from linmu_hf.distillation.lora import add_lora, merge_lora
-from linmu_hf.distillation.stages import PAPER_STAGES, Stage, parameter_groups, set_trainable
+from linmu_hf.distillation.recipes import read_stages, recipe_file
+from linmu_hf.distillation.stages import Stage, check_stages, parameter_groups, set_trainable
 
 
 pytestmark = pytest.mark.core_training
+
+PAPER_STAGES = read_stages(recipe_file("paper"))
 
 
 def trainable(model):
@@ -24,7 +29,7 @@ def test_paper_stages_are_the_papers():
 
 
 def test_default_config_asks_for_the_papers_stages(tmp_path):
-    assert DistillConfig(output_dir=str(tmp_path)).stages() == PAPER_STAGES
+    assert DistillConfig(output_dir=str(tmp_path)).get_stages() == PAPER_STAGES
 
 
 def test_stages_train_exactly_their_parameters(make_student):
@@ -95,37 +100,61 @@ def test_slow_group_and_weight_decay(make_student):
     assert rates["model.language_model.layers.0.mlp.gate_proj.lora_A.default.weight"] == (1.0, 0.1)
 
 
-def test_teacher_fed_steps_are_stages_of_their_own(tmp_path):
-    config = DistillConfig(output_dir=str(tmp_path), stage_steps=[5, 0, 7], align_steps=[3, 4, 0])
-    stages = config.stages()
-    assert [(s.name, s.max_steps, s.hidden_input) for s in stages] == [
-        ("stage-1-align", 3, "teacher"),
-        ("stage-1", 5, "student"),
-        ("stage-2-align", 4, "teacher"),
-        ("stage-3", 7, "student"),
-    ]
-    assert (stages[0].hid, stages[0].tok) == (0.5, 0.0)
-    fed = DistillConfig(output_dir=str(tmp_path), hidden_input=["teacher", "student", "student"]).stages()[0]
-    assert (fed.hidden_input, fed.hid, fed.tok) == ("teacher", 0.5, 0.0)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"stage_steps": [1, 2]}, r"stage_steps=\[1, 2\] must have 3 entries"),
-        ({"stage_steps": [1, -2, 3]}, "must not be negative"),
-        ({"stage_steps": [0, 0, 0]}, "leave nothing to do"),
-        ({"stage_learning_rates": [1e-3, 0, 1e-3]}, "stage-2: learning_rate=0 must be positive"),
-        ({"hidden_input": ["oracle"]}, "hidden_input='oracle' must be"),
-        ({"hidden_input": ["teacher"]}, "stage-3: hidden_input='teacher' runs the mixers alone"),
+        ({"stage_overrides": ["stage-2.learning_rate=0"]}, "stage-2: learning_rate=0 must be positive"),
+        ({"stage_overrides": ["all.hidden_input=oracle"]}, "hidden_input='oracle' must be"),
+        (
+            {"stage_overrides": ["stage-3.hidden_input=teacher"]},
+            "stage-3: hidden_input='teacher' runs the mixers alone",
+        ),
+        ({"stage_overrides": ["all.max_steps=0"]}, "leaves nothing to do"),
+        ({"stage_overrides": ["stage-1.hid=-1"]}, "must not be negative"),
+        ({"recipe": "best"}, "recipe='best' is none of paper, default, quick"),
+        ({"recipe": "quick", "stages": "stages.yaml"}, "leave one of them out"),
+        ({"stages": "/nowhere/stages.yaml"}, "/nowhere/stages.yaml cannot be read"),
         ({"temperature": 0.0}, "temperature=0.0 must be positive"),
         ({"save_total_limit": 1}, "save_total_limit=1 must be at least 2"),
-        ({"lambda_hid": -1.0}, "must not be negative"),
     ],
 )
 def test_impossible_arguments(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         DistillConfig(output_dir=str(tmp_path), **changes)
+
+
+def test_stages_in_python_are_kept_as_json(tmp_path):
+    stages = [Stage("one", ("flex", "swin"), 3, 1e-3, hid=0.5, learning_rates={"swin": 0.1})]
+    config = DistillConfig(output_dir=str(tmp_path), stages=stages, stage_overrides=["one.max_steps=5"])
+    assert config.get_stages() == (replace(stages[0], max_steps=5),)
+    json.loads(config.to_json_string())
+
+
+def test_a_pattern_that_finds_nothing_is_refused(make_student):
+    student = make_student()
+    check_stages(student, PAPER_STAGES)
+    for changes, message in (
+        ({"trains": ("flex", "no_such")}, "trains='no_such' finds no parameter of the student"),
+        ({"trains": ("flex",), "lora_r": 2}, "lora_r=2 adapters would not train: add lora"),
+        ({"trains": ("flex",), "learning_rates": {"swin": 2.0}}, "finds nothing that trains in this stage"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            check_stages(student, [Stage("one", max_steps=1, learning_rate=1.0, hid=1.0, **changes)])
+
+
+def test_rates_by_name_multiply(make_student):
+    student = make_student()
+    stage = Stage("one", ("flex", "swin"), 1, 1.0, hid=1.0, learning_rates={r"layers\.0\.": 3.0, "swin": 0.5})
+    names = {parameter: name for name, parameter in student.named_parameters()}
+    set_trainable(student, stage)
+    groups = parameter_groups(student, 1.0, 0.0, 0.2, stage.learning_rates)
+    rates = {names[p]: group["lr"] for group in groups for p in group["params"]}
+    assert rates.keys() == trainable(student)
+    mixer = "model.language_model.layers.{}.mixer.{}".format
+    assert rates[mixer(0, "local_swin.q_proj.weight")] == 3.0  # the first that is found
+    assert rates[mixer(1, "local_swin.q_proj.weight")] == 0.5
+    assert rates[mixer(1, "flex_ma.o_proj.weight")] == 1.0
+    assert rates[mixer(0, "flex_ma.forward_scan.A_log")] == pytest.approx(0.6)
 
 
 def test_stage_names_are_folder_names():

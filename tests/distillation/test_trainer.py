@@ -27,7 +27,7 @@ def make_trainer(tmp_path, processor, rows, make_student, make_teacher):
         config = DistillConfig(output_dir=str(tmp_path), use_cpu=True, **values | arguments)
         student = student or make_student()
         if stage.lora_r:
-            add_lora(student, stage.lora_r, config.lora_alpha)
+            add_lora(student, stage.lora_r, stage.alpha())
         set_trainable(student, stage)
         encode_pseudo = pseudo and (lambda row, index: encode_row(processor, {**row, "messages": pseudo[index]}))
         dataset = EncodedDataset(processor, rows, encode_pseudo)

@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import linmu_hf
 from linmu_hf.commands.push import main
-from linmu_hf.distillation import PAPER_STAGES, runner
+from linmu_hf.distillation import read_stages, recipe_file, runner
 from linmu_hf.hub import Origin, add_retention, find_origin, model_card, push_folder, write_model_card
 
 
@@ -70,7 +70,7 @@ def python_blocks(card):
 
 def test_metadata_and_text(folder, rows):
     (folder / "loss_curves.png").write_bytes(b"picture")
-    stages = PAPER_STAGES[:2]
+    stages = read_stages(recipe_file("paper"))[:2]
     write_model_card(folder, Origin(TEACHER, TEACHER, RESEARCH), stages=stages, rows=rows, dataset="org/data")
     card = ModelCard.load(folder / "README.md")
     assert card.data.to_dict() == {

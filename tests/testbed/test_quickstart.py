@@ -19,8 +19,7 @@ TINY = replace(
     test_rows_per_task=2,
     calibration_rows=4,
     batch_size=4,
-    align_steps=(1, 0, 0),
-    stage_steps=(1, 1, 1),
+    stage_overrides=("all.max_steps=1",),
 )
 
 

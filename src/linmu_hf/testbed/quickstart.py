@@ -35,7 +35,6 @@ from .check_teacher import TEACHERS, is_nvila
 from .make_data import make_data
 
 
-STAGES = ("stage-1", "stage-2", "stage-3")
 PICTURED_TASKS = ("cell", "below", "large")
 PICTURES_PER_TASK = 3
 LOGGING_STEPS = 5
@@ -160,8 +159,9 @@ def flags(options: dict[str, Any]) -> list[str]:
 
 def walk(output: Path, teacher: str, schedule: Schedule) -> dict[str, Any]:
     """Goes the whole way and returns what `results.json` holds."""
-    stages = [stage_values(stage) for stage in read_stages(recipe_file(RECIPE), schedule.stage_overrides)]
-    way = Way(output, {"teacher": teacher, "mixer_options": WINDOWS, "stages": stages, **asdict(schedule)})
+    stages = read_stages(recipe_file(RECIPE), schedule.stage_overrides)
+    settings = {"mixer_options": WINDOWS, "stages": [stage_values(stage) for stage in stages], **asdict(schedule)}
+    way = Way(output, {"teacher": teacher, **settings})
     data, init, student, scores = (output / name for name in ("data", "init", "student", "retention.json"))
     way.run("data", lambda: make_data(data, schedule.train_rows, schedule.test_rows_per_task, schedule.full_mosaics))
     way.run(
@@ -182,7 +182,7 @@ def walk(output: Path, teacher: str, schedule: Schedule) -> dict[str, Any]:
             *(("--stage_overrides", *schedule.stage_overrides) if schedule.stage_overrides else ()),
         ),
     )  # fmt: skip
-    folders = [student / name for name in STAGES if (student / name).is_dir()]
+    folders = [student / stage.name for stage in stages if stage.hidden_input == "student"]
     models = [word for folder in (init, *folders) for word in ("--model", folder)]
     way.run(
         "evaluate",
