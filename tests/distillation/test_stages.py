@@ -107,7 +107,7 @@ def test_slow_group_and_weight_decay(make_student):
         ({"stage_overrides": ["all.hidden_input=oracle"]}, "hidden_input='oracle' must be"),
         (
             {"stage_overrides": ["stage-3.hidden_input=teacher"]},
-            "stage-3: hidden_input='teacher' runs the mixers alone",
+            "'teacher' runs the mixers alone",
         ),
         ({"stage_overrides": ["all.max_steps=0"]}, "leaves nothing to do"),
         ({"stage_overrides": ["stage-1.hid=-1"]}, "must not be negative"),

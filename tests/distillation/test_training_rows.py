@@ -15,14 +15,20 @@ from linmu_hf.distillation.trainer import DistillTrainer
 
 pytestmark = pytest.mark.core_training
 
+
+
+def steps(*counts):
+    """The paper's stages with so many steps, faster and with smaller adapters."""
+    changes = ["all.learning_rate=3e-3", "stage-3.learning_rate=1e-3", "stage-3.lora_r=2"]
+    return [*changes, *(f"stage-{number}.max_steps={count}" for number, count in enumerate(counts, 1))]
+
+
 ARGUMENTS = {
-    "stage_steps": [0, 4, 4],
-    "stage_learning_rates": [3e-3, 3e-3, 1e-3],
+    "stage_overrides": steps(0, 4, 4),
     "per_device_train_batch_size": 2,
     "max_completion_length": 4,
     "save_steps": 2,
     "logging_steps": 2,
-    "lora_r": 2,
     "disable_tqdm": True,
     "max_grad_norm": 0.5,
 }
@@ -84,15 +90,15 @@ def killed(monkeypatch):
 
 def test_streamed_equals_map_style(run, rows, tmp_path):
     """In order, up to the end of the rows: then a stream goes on where map-style data has a short batch."""
-    steps = {"train_sampling_strategy": "sequential", "stage_steps": [0, 5, 3]}
-    equal(run(tmp_path / "a", Rows(rows), **steps), run(tmp_path / "b", rows, **steps))
+    changes = {"train_sampling_strategy": "sequential", "stage_overrides": steps(0, 5, 3)}
+    equal(run(tmp_path / "a", Rows(rows), **changes), run(tmp_path / "b", rows, **changes))
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_workers_change_nothing(run, rows, tmp_path, stream):
     source = Rows(rows) if stream else rows
-    alone = run(tmp_path / "a", source, shuffle_buffer_size=4, stage_steps=[0, 4, 0])
-    equal(run(tmp_path / "b", source, shuffle_buffer_size=4, stage_steps=[0, 4, 0], dataloader_num_workers=2), alone)
+    alone = run(tmp_path / "a", source, shuffle_buffer_size=4, stage_overrides=steps(0, 4, 0))
+    equal(run(tmp_path / "b", source, shuffle_buffer_size=4, stage_overrides=steps(0, 4, 0), dataloader_num_workers=2), alone)
 
 
 CASES = {
@@ -139,15 +145,15 @@ def test_packed_equals_padded(run, tmp_path):
 @pytest.mark.parametrize("stream", [True, False])
 def test_bad_rows(run, some_bad, tmp_path, stream, caplog):
     data = Rows(some_bad) if stream else some_bad
-    steps = {"stage_steps": [0, 6, 0], "train_sampling_strategy": "sequential"}
+    changes = {"stage_overrides": steps(0, 6, 0), "train_sampling_strategy": "sequential"}
     with pytest.raises(ValueError, match=r"^row 3, id 'r3' .*none\.png does not exist: give a file, [^\n]*$"):
-        run(tmp_path / "none", data, **steps)
+        run(tmp_path / "none", data, **changes)
     with pytest.raises(
         ValueError, match=r"^2 rows cannot be read, and max_bad_rows=1: rows 3, and now row 7, id 'r7'"
     ):
-        run(tmp_path / "one", data, max_bad_rows=1, **steps)
+        run(tmp_path / "one", data, max_bad_rows=1, **changes)
     with caplog.at_level(logging.WARNING, logger="linmu_hf"):
-        run(tmp_path / "two", data, max_bad_rows=2, **steps)
+        run(tmp_path / "two", data, max_bad_rows=2, **changes)
     assert ["row 3, id 'r3'" in caplog.messages[-2], "row 7, id 'r7'" in caplog.messages[-1]] == [True, True]
 
 
@@ -158,9 +164,9 @@ def test_all_rows_bad(run, some_bad, tmp_path):
 
 
 def test_mixtures_train(run, rows, tmp_path):
-    steps = {"stage_steps": [0, 3, 0]}
-    _, losses = run(tmp_path / "a", Mixture([rows[:4], rows[4:]], [1, 1]), **steps)
-    _, streamed = run(tmp_path / "b", StreamMixture([rows[:4], rows[4:]], [1, 1]), **steps)
+    changes = {"stage_overrides": steps(0, 3, 0)}
+    _, losses = run(tmp_path / "a", Mixture([rows[:4], rows[4:]], [1, 1]), **changes)
+    _, streamed = run(tmp_path / "b", StreamMixture([rows[:4], rows[4:]], [1, 1]), **changes)
     assert len(losses) == len(streamed) == 2
 
 
@@ -183,9 +189,9 @@ def test_arguments_without_effect_are_refused(run, rows, tmp_path, stream, argum
 
 def test_other_rows_are_other_settings(run, rows, tmp_path):
     assert fingerprint_rows(Rows(rows)) == fingerprint_rows(Rows(rows)) != fingerprint_rows(Rows(rows[1:]))
-    run(tmp_path / "out", Rows(rows), stage_steps=[0, 1, 0])
+    run(tmp_path / "out", Rows(rows), stage_overrides=steps(0, 1, 0))
     settings = json.loads((tmp_path / "out" / "distillation.json").read_text())
     assert settings["packing"] is False and settings["max_length"] is None
     for changes in ({"shuffle_buffer_size": 3}, {"max_length": 99})[: 1 + TAKES_PACKED]:
         with pytest.raises(ValueError, match=f"{next(iter(changes))} was"):
-            run(tmp_path / "out", Rows(rows), stage_steps=[0, 1, 0], **changes)
+            run(tmp_path / "out", Rows(rows), stage_overrides=steps(0, 1, 0), **changes)
