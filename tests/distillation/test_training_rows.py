@@ -16,7 +16,6 @@ from linmu_hf.distillation.trainer import DistillTrainer
 pytestmark = pytest.mark.core_training
 
 
-
 def steps(*counts):
     """The paper's stages with so many steps, faster and with smaller adapters."""
     changes = ["all.learning_rate=3e-3", "stage-3.learning_rate=1e-3", "stage-3.lora_r=2"]
@@ -97,8 +96,12 @@ def test_streamed_equals_map_style(run, rows, tmp_path):
 @pytest.mark.parametrize("stream", [True, False])
 def test_workers_change_nothing(run, rows, tmp_path, stream):
     source = Rows(rows) if stream else rows
-    alone = run(tmp_path / "a", source, shuffle_buffer_size=4, stage_overrides=steps(0, 4, 0))
-    equal(run(tmp_path / "b", source, shuffle_buffer_size=4, stage_overrides=steps(0, 4, 0), dataloader_num_workers=2), alone)
+    changes = {"shuffle_buffer_size": 4, "stage_overrides": steps(0, 4, 0)}
+    alone = run(tmp_path / "a", source, **changes)
+    equal(
+        run(tmp_path / "b", source, shuffle_buffer_size=4, stage_overrides=steps(0, 4, 0), dataloader_num_workers=2),
+        alone,
+    )
 
 
 CASES = {
