@@ -16,7 +16,10 @@ from linmu_hf.commands.evaluate import main as evaluate
 from linmu_hf.conversion.teacher import load_processor, load_teacher
 from linmu_hf.data import encode_prompts
 from linmu_hf.distillation.collator import DistillCollator, EncodedDataset
+from linmu_hf.distillation.model import DistillationModel
+from linmu_hf.distillation.stages import Stage
 from linmu_hf.distillation.targets.decode import decode_rows
+from linmu_hf.distillation.teacher import SeparateTeacher
 from linmu_hf.hub import check_folder
 
 
@@ -73,23 +76,26 @@ def test_convert_distil_evaluate(kind, data, rows, tmp_path, capsys):
     assert set(json.loads(report.read_text())["models"]) == {"teacher", "out"}
 
 
-def test_vision_is_encoded_once_and_shared(tmp_path, rows):
-    """What the trainer gives both models: features, positions and layout instead of pixels."""
-    from linmu_hf.distillation.trainer import _encode_vision
-
+def test_a_teacher_reads_the_students_vision_features(tmp_path, rows):
+    """NVILA's images and clips are encoded once; what the teacher makes of them is what it makes of pixels."""
     make_nvila(tmp_path / "teacher", kind="lite")
     teacher, processor = load_teacher(tmp_path / "teacher"), load_processor(tmp_path / "teacher")
     dataset = EncodedDataset(processor, rows)
     batch = DistillCollator(processor.tokenizer.pad_token_id)([dataset[i] for i in range(4)])
-    batch.pop("labels")
+    model = DistillationModel(
+        teacher,
+        SeparateTeacher(teacher, shares_vision=True),
+        Stage("s", trains=(".",), max_steps=1, learning_rate=1.0, tok=1.0),
+    )
     with torch.no_grad():
-        expected = teacher.model(**batch, use_cache=False).last_hidden_state
-        batch["position_ids"], batch["vision_layout"] = teacher.model.get_positions(**batch)
-        batch["mm_encoder_outputs"] = _encode_vision(teacher.model, batch)
-        assert "pixel_values" not in batch and set(batch["mm_encoder_outputs"]) == {"image", "video"}
-        shared = teacher.model(**batch, use_cache=False).last_hidden_state
+        _, teach, _ = model._read({key: value for key, value in batch.items() if key != "labels"})
+        teacher.model.visual = None
+        shared = teach()
+    teacher = load_teacher(tmp_path / "teacher")
+    batch.pop("labels")
     real = batch["attention_mask"].bool()
-    torch.testing.assert_close(shared[real], expected[real])
+    with torch.no_grad():
+        torch.testing.assert_close(shared[real], teacher.model(**batch, use_cache=False).last_hidden_state[real])
 
 
 def test_teacher_never_answers_with_an_untrained_token(tmp_path, rows):

@@ -6,6 +6,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from linmu_hf import files
 from linmu_hf.distillation import DistillConfig, distill, read_stages, recipe_file
+from linmu_hf.distillation import folders as folders_module
 from linmu_hf.distillation import runner as runner_module
 from linmu_hf.distillation.targets.fill import decode_pseudo_targets
 from linmu_hf.distillation.trainer import DistillTrainer
@@ -145,8 +146,8 @@ def kill_at(monkeypatch, owner, name, call):
         (DistillTrainer, "compute_loss", 3 + 5 + 3 + 1, 3),  # before its first checkpoint
         (DistillTrainer, "_save_rng_state", 4, 1),  # half a checkpoint in stage 1, one whole before it
         (files.os, "replace", 2, 0),  # with stage-1-align written but not in place
-        (runner_module, "plot_training_log", 4, 3),  # with stage 3 written but for its curves
-        (runner_module, "_publish", 1, 4),  # with all stages done
+        (folders_module, "plot_training_log", 4, 3),  # with stage 3 written but for its curves
+        (runner_module, "publish", 1, 4),  # with all stages done
     ],
 )
 def test_a_killed_run_continues_with_the_same_result(finished, run, tmp_path, monkeypatch, owner, name, call, done):
@@ -160,7 +161,7 @@ def test_a_killed_run_continues_with_the_same_result(finished, run, tmp_path, mo
         load(out)
     trained = []
     with monkeypatch.context() as patch:
-        patch.setattr(runner_module, "plot_training_log", lambda *args: None)  # slow
+        patch.setattr(folders_module, "plot_training_log", lambda *args: None)  # slow
         compute_loss = DistillTrainer.compute_loss
         patch.setattr(DistillTrainer, "compute_loss", lambda *a, **k: trained.append(1) or compute_loss(*a, **k))
         student = run(out)

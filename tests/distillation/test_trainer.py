@@ -8,8 +8,10 @@ from linmu_hf.distillation.config import DistillConfig
 from linmu_hf.distillation.lora import add_lora
 from linmu_hf.distillation.losses import IGNORE_INDEX, hidden_loss, squared_errors
 from linmu_hf.distillation.stages import FLEX, LORA, SWIN, Stage, set_trainable
+from linmu_hf.distillation.teacher import SeparateTeacher, SharedTeacher
 from linmu_hf.distillation.trainer import DistillTrainer
 from linmu_hf.modeling import decoder
+from linmu_hf.modeling.layout.prompt import Prompt
 
 
 pytestmark = pytest.mark.core_training
@@ -47,7 +49,7 @@ def gradients(trainer, batches):
     counts = trainer._get_num_items_in_batch(batches, "cpu")
     for batch in batches:
         trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=counts).backward()
-    return {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+    return {n: p.grad.clone() for n, p in trainer.student.named_parameters() if p.grad is not None}
 
 
 def assert_same(one, other, **tolerance):
@@ -61,12 +63,12 @@ def test_loss_equals_the_naive_formulas(make_trainer, rows):
     pseudo[1][-1]["content"] = "many more"
     weights = {"hid": 0.3, "tok": 0.5, "seq": 0.7, "sup": 0.9}
     trainer = make_trainer(stage(**weights), pseudo=pseudo, temperature=2.0)
-    student, teacher = trainer.student.eval(), trainer.teacher
+    student, teacher = trainer.student.eval(), trainer.teacher.as_model()
     batch = batch_of(trainer, range(4))
     labels, pseudo_labels = batch["labels"], batch["pseudo_labels"]
     inputs = {key: value for key, value in batch.items() if "labels" not in key}
     with torch.no_grad():
-        loss = trainer.compute_loss(student, dict(batch))
+        loss = trainer.compute_loss(trainer.model, dict(batch))
         s, t = (model(**inputs, output_mixer_states=True) for model in (student, teacher))
 
     def at(logits, targets):
@@ -83,25 +85,78 @@ def test_loss_equals_the_naive_formulas(make_trainer, rows):
     torch.testing.assert_close(loss, 0.3 * hid + 0.5 * tok + 0.7 * seq + 0.9 * sup, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_vision_features_are_shared_only_if_the_towers_are_equal(make_trainer, make_teacher, shared):
-    teacher = make_teacher()
-    if not shared:
+def spoil_vision(teacher):
+    with torch.no_grad():
+        next(teacher.model.visual.parameters()).add_(0.1)
+    return teacher
+
+
+VALUES = {
+    "student-fed": {"sup": 0.3},
+    "teacher-fed": {"tok": 0.0, "hidden_input": "teacher"},
+    "lora": {"trains": (FLEX, SWIN, LORA), "lora_r": 2},
+}
+
+
+@pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
+@pytest.mark.parametrize("kept", [(), (1,)], ids=["all", "hybrid"])
+def test_shared_and_separate_teachers_are_equal(make_trainer, make_student, values, kept):
+    """Losses, errors and gradients, adapters in place; and one copy of the backbone in place of two."""
+    found = []
+    for shared in (True, False):
+        student = make_student(keep_attention=kept)
+        trainer = make_trainer(stage(**values), student=student, shared_teacher=shared)
+        assert isinstance(trainer.teacher, SharedTeacher) == shared
+        torch.manual_seed(2)
         with torch.no_grad():
-            next(teacher.model.visual.parameters()).add_(0.1)
+            for name, parameter in student.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.3)
+        batch = batch_of(trainer, range(6))
+        _, sums = trainer.model(dict(batch), trainer._count([batch]), True)
+        owned = sum(p.numel() for p in trainer.model.parameters())
+        found.append((sums, gradients(trainer, [batch]), owned, sum(p.numel() for p in student.parameters())))
+    (sums, grads, owned, own), (separate_sums, separate_grads, separate_owned, _) = found
+    assert sums.keys() >= {"hid", "errors", "energies"}
+    assert_same(sums, separate_sums, rtol=1e-5, atol=1e-6)
+    assert_same(grads, separate_grads, rtol=1e-4, atol=1e-6)
+    assert owned - own < 0.2 * (separate_owned - own)
+
+
+def test_a_shared_teacher_as_a_model_answers_like_the_one_it_came_from(make_trainer, make_teacher):
+    trainer, teacher = make_trainer(stage()), make_teacher()
+    batch = {key: value for key, value in batch_of(trainer, range(6)).items() if key != "labels"}
+    with torch.no_grad():
+        torch.testing.assert_close(trainer.teacher.as_model()(**batch).logits, teacher(**batch).logits)
+    prompt = {key: value[:1] if key in ("input_ids", "attention_mask") else value for key, value in batch.items()}
+    prompt = {"input_ids": prompt["input_ids"][:, :1], "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(trainer.teacher.as_model().generate(**prompt), teacher.generate(**prompt))
+
+
+def test_a_teacher_with_a_backbone_of_its_own_is_kept_apart(make_trainer, make_teacher):
+    teacher = spoil_vision(make_teacher())
     trainer = make_trainer(stage(), teacher=teacher)
-    assert trainer.shares_vision == shared
-    separate = make_trainer(stage(), student=trainer.student, teacher=teacher)
-    separate.shares_vision = False
+    assert isinstance(trainer.teacher, SeparateTeacher) and not trainer.teacher.shares_vision
+    with pytest.raises(ValueError, match=r"shared_teacher=True, but the weights model\.visual\..* differ"):
+        make_trainer(stage(), teacher=teacher, shared_teacher=True)
+
+
+def test_vision_features_serve_both_only_if_the_towers_are_equal(make_trainer, make_teacher):
+    trainer = make_trainer(stage(), shared_teacher=False)
+    assert trainer.teacher.shares_vision
     batch = batch_of(trainer, range(6))
     with torch.no_grad():
-        losses = [each.compute_loss(each.model, dict(batch)) for each in (trainer, separate)]
-    torch.testing.assert_close(*losses)
+        one = trainer.compute_loss(trainer.model, dict(batch))
+        trainer.teacher.shares_vision = False
+        torch.testing.assert_close(trainer.compute_loss(trainer.model, dict(batch)), one)
+        spoil_vision(trainer.teacher.model)
+        assert not torch.allclose(trainer.compute_loss(trainer.model, dict(batch)), one)
 
 
-def test_a_padded_teacher_needs_no_square_mask(make_trainer, monkeypatch):
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_padded_teacher_needs_no_square_mask(make_trainer, monkeypatch, shared):
     """And what it says about the real tokens is the same."""
-    trainer = make_trainer(stage())
+    trainer = make_trainer(stage(), shared_teacher=shared)
     batch = batch_of(trainer, range(6))
     assert not batch["attention_mask"].all()
     with torch.no_grad():
@@ -109,7 +164,9 @@ def test_a_padded_teacher_needs_no_square_mask(make_trainer, monkeypatch):
         monkeypatch.setattr(decoder, "create_causal_mask", lambda **kw: masks.append(make_mask(**kw)) or masks[-1])
         loss = trainer.compute_loss(trainer.model, dict(batch))
         assert masks == [None]
-        trainer.teacher_is_causal = False
+        if shared:
+            return
+        trainer.teacher.is_causal = False
         masked = trainer.compute_loss(trainer.model, dict(batch))
     assert masks[1].shape[-2:] == (batch["input_ids"].shape[1],) * 2
     torch.testing.assert_close(loss, masked)
@@ -152,6 +209,7 @@ def test_a_step_changes_what_trains_and_nothing_else(make_trainer):
     trainer = make_trainer(stage(trains=(FLEX,)))
     student = {name: value.clone() for name, value in trainer.student.state_dict().items()}
     teacher = {name: value.clone() for name, value in trainer.teacher.state_dict().items()}
+    assert teacher
     trainer.train()
     changed = {name for name, value in trainer.student.state_dict().items() if not torch.equal(value, student[name])}
     assert changed and all(".mixer." in name and ".local_swin." not in name for name in changed)
@@ -165,6 +223,7 @@ def test_teacher_fed_mixers_alone_get_gradients(make_trainer):
     trainer.student.requires_grad_(True)
     found = gradients(trainer, [batch_of(trainer, range(6))])
     assert found and all(".mixer." in name for name in found)
+    assert set(found) >= {n for n, p in trainer.student.named_parameters() if "flex_ma" in n}
     # Each block sees the teacher's input: spoiling an earlier block leaves the later ones' gradients alone.
     with torch.no_grad():
         trainer.student.model.language_model.layers[0].mixer.flex_ma.o_proj.weight.mul_(3)
@@ -249,13 +308,14 @@ def test_rows_start_at_any_position(make_trainer):
     trainer = make_trainer(stage(), position_shift=50)
     positions = torch.arange(15).view(3, 1, 5).repeat(1, 4, 1)
     torch.manual_seed(0)
-    shift = trainer._shift(positions) - positions
+    shift = trainer.distillation._shift(Prompt(positions=positions)) - positions
     assert torch.equal(shift, shift[:1, :, :1].expand_as(shift))
     assert 0 <= shift.min() and shift.max() <= 50 and len(shift.unique()) > 1
     # the teacher knows differences alone, features of the student where a token is
     found = {}
     for one in (trainer, make_trainer(stage(), student=trainer.student, teacher=trainer.teacher)):
-        one.compute_loss(one.student, batch_of(one, range(4)))
+        one.model.train()
+        one.compute_loss(one.model, batch_of(one, range(4)))
         found[one.args.position_shift] = one._sums
     torch.testing.assert_close(found[50]["energies"], found[0]["energies"], rtol=1e-4, atol=0)
     assert not torch.allclose(found[50]["errors"], found[0]["errors"], rtol=1e-4)

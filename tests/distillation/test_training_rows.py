@@ -8,7 +8,6 @@ import torch
 
 from linmu_hf.data.mixture import Mixture, StreamMixture
 from linmu_hf.distillation import DistillConfig, distill
-from linmu_hf.distillation.arguments import TAKES_PACKED
 from linmu_hf.distillation.fingerprint import fingerprint_rows
 from linmu_hf.distillation.trainer import DistillTrainer
 
@@ -116,7 +115,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if TAKES_PACKED or "pack" not in name])
+@pytest.mark.parametrize("name", CASES)
 def test_a_killed_run_continues_with_the_same_result(run, killed, some_bad, rows, tmp_path, name):
     changes = dict(CASES[name])
     data = some_bad if changes.pop("bad", False) else rows
@@ -140,7 +139,6 @@ def some_bad(rows, tmp_path_factory):
     ]
 
 
-@pytest.mark.skipif(not TAKES_PACKED, reason="the trainer takes padded batches")
 def test_packed_equals_padded(run, tmp_path):
     equal(run(tmp_path / "a", packing=True), run(tmp_path / "b", packing=False), tolerance=2e-4)
 
@@ -182,7 +180,6 @@ def test_mixtures_train(run, rows, tmp_path):
         (False, {"max_bad_rows": -1}, "max_bad_rows=-1 must not be negative"),
         (False, {"shuffle_buffer_size": -1}, "shuffle_buffer_size=-1 must not be negative"),
         (True, {"train_sampling_strategy": "group_by_length"}, "needs rows that have a length.*packing=True"),
-        (True, {"dataloader_drop_last": True}, "has no effect on a stream"),
     ],
 )
 def test_arguments_without_effect_are_refused(run, rows, tmp_path, stream, arguments, message):
@@ -195,6 +192,6 @@ def test_other_rows_are_other_settings(run, rows, tmp_path):
     run(tmp_path / "out", Rows(rows), stage_overrides=steps(0, 1, 0))
     settings = json.loads((tmp_path / "out" / "distillation.json").read_text())
     assert settings["packing"] is False and settings["max_length"] is None
-    for changes in ({"shuffle_buffer_size": 3}, {"max_length": 99})[: 1 + TAKES_PACKED]:
+    for changes in ({"shuffle_buffer_size": 3}, {"max_length": 99}):
         with pytest.raises(ValueError, match=f"{next(iter(changes))} was"):
             run(tmp_path / "out", Rows(rows), stage_overrides=steps(0, 1, 0), **changes)

@@ -238,7 +238,7 @@ def _states(student, teacher, batches) -> Iterator[list[tuple]]:
             output_mixer_states=True,
         )
         inputs = [state.to(device, text.embed_tokens.weight.dtype) for state in known.mixer_inputs]
-        rope, layout, _ = text._prepare(inputs[0], mask, positions, vision_layout, None)
+        rope, layout, _ = text.prepare(inputs[0], mask, positions, vision_layout, None)
         yield [
             (mixer_input, target.to(device), rope, layout)
             for mixer_input, target in zip(inputs, known.mixer_outputs, strict=True)

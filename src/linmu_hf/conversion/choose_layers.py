@@ -47,8 +47,8 @@ def replacement_costs(student: nn.Module, teacher: nn.Module, batches: Sequence[
         batch, mask, positions, vision_layout = positions_of(student, batch)
         where = {"position_ids": positions, "vision_layout": vision_layout, "use_cache": False}
         hidden = teacher.model(**batch, **where, output_hidden_states=True).hidden_states[0]
-        rope, layout, _ = student.model.language_model._prepare(hidden, mask, positions, vision_layout, None)
-        attention = teacher.model.language_model._prepare(hidden, mask, positions, vision_layout, None)[2]
+        rope, layout, _ = student.model.language_model.prepare(hidden, mask, positions, vision_layout, None)
+        attention = teacher.model.language_model.prepare(hidden, mask, positions, vision_layout, None)[2]
         real, inputs = next(iter(layout.orders.values())), []
         for layer in theirs:
             inputs.append(hidden)

@@ -7,13 +7,16 @@ from transformers import TrainingArguments
 
 # Honoured, and they decide the result: a run is continued only with the same values.
 RESULT = (
-    "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed", "train_sampling_strategy",
-    "dataloader_drop_last", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "seed", "data_seed", "train_sampling_strategy",
+    "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
     "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "bf16",
 )  # fmt: skip
 
 # Honoured, and free to differ when a run is continued. `do_train` asks for what happens anyway.
 FREE = (
+    "per_device_train_batch_size", "gradient_accumulation_steps",  # their product, times the processes, is not
+    "fsdp", "fsdp_config", "deepspeed", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
+    "ddp_timeout", "ddp_backend", "local_rank", "accelerator_config",
     "output_dir", "tf32", "use_cpu", "full_determinism", "torch_empty_cache_steps", "do_train",
     "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
     "gradient_checkpointing_kwargs",
@@ -35,6 +38,7 @@ REMEDIES = {
     "resume_from_checkpoint": "the same call with the same output_dir continues a run by itself",
     "save_only_model": "checkpoints hold only what trains, and a run could not be continued",
     "auto_find_batch_size": "set per_device_train_batch_size and gradient_accumulation_steps",
+    "dataloader_drop_last": "rows are drawn pass after pass, so that every batch is full",
     "remove_unused_columns": "rows are encoded whole, with images and messages",
     "fp16": "use bf16=True",
     "load_best_model_at_end": "nothing is evaluated in between: compare the stages by linmu-eval",
@@ -42,8 +46,8 @@ REMEDIES = {
     ("eval", "per_device_eval", "do_eval", "do_predict", "bf16_full_eval", "fp16_full_eval", "metric", "include_for"),
     "evaluate the stages by linmu-eval",
 ) | dict.fromkeys(
-    ("ddp", "fsdp", "deepspeed", "parallelism", "average_tokens", "local_rank", "save_on_each", "log_on_each"),
-    "distillation runs on one device so far",
+    ("parallelism", "average_tokens", "save_on_each", "log_on_each"),
+    "processes share the rows of a step by DDP, FSDP2 or DeepSpeed, and the first one writes and logs",
 )  # fmt: skip
 
 # Values, by their start, of arguments that are honoured otherwise: they need evaluation, lengths of the rows, or
@@ -54,8 +58,6 @@ REFUSED_VALUES = {
     "train_sampling_strategy": ("batch_rebalance",),
     "optim": ("galore", "apollo", "lomo", "adalomo"),
 }
-
-TAKES_PACKED = False  # whether `DistillTrainer` computes its losses on packed batches
 
 
 def refused_fields() -> list[str]:
@@ -100,11 +102,9 @@ def settle_packing(config) -> None:
     for name in ("max_bad_rows", "shuffle_buffer_size"):
         if getattr(config, name) < 0:
             raise ValueError(f"{name}={getattr(config, name)} must not be negative")
-    if not TAKES_PACKED and (config.packing or config.max_length is not None):
-        raise ValueError("packing is not supported yet: leave packing and max_length out, or group rows by length")
     if config.packing is None:
         asked = config.max_length is not None or config.device.type == "cuda"
-        config.packing = TAKES_PACKED and asked and not grouped
+        config.packing = asked and not grouped
     # Batches that one process cuts into the others' would cut pixels by the number of rows.
     if config.accelerator_config.dispatch_batches:
         raise ValueError(

@@ -37,6 +37,9 @@ class DistillConfig(TrainingArguments):
         teacher_model_revision (`str`, *optional*): revision of the teacher on the Hub.
         teacher_model_init_kwargs (`dict`, *optional*):
             Keyword arguments for loading the teacher: `dtype` (or `torch_dtype`), `revision`, `attn_implementation`.
+        shared_teacher (`bool`, *optional*):
+            Whether the teacher runs on the student's own backbone, with its attention beside M-MATE: one model in
+            memory in place of two. By default where all other weights are equal and no stage trains them.
         recipe (`str`, *optional*, defaults to `"paper"`):
             A list of stages that is shipped: `"paper"`, `"default"` (what was measured to be best) or `"quick"`.
         stages (`str` or `Sequence[Stage | Mapping]`, *optional*):
@@ -82,6 +85,9 @@ class DistillConfig(TrainingArguments):
     teacher_model_revision: str | None = field(default=None, metadata={"help": "Revision of the teacher on the Hub."})
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Keyword arguments for loading the teacher, as JSON."}
+    )
+    shared_teacher: bool | None = field(
+        default=None, metadata={"help": "Whether teacher and student share one backbone, by default where they can."}
     )
 
     recipe: str | None = field(

@@ -72,6 +72,10 @@ class LengthBuckets(Sampler[int]):
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
+    def __call__(self, epoch: int) -> Iterator[int]:
+        self.set_epoch(epoch)
+        return iter(self)
+
     def __len__(self) -> int:
         return len(self.lengths)
 

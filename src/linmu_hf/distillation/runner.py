@@ -4,7 +4,8 @@ import copy
 import json
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
@@ -13,38 +14,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 from transformers import TrainerState, set_seed
 
 from ..conversion.teacher import check_pair
-from ..files import copy_file, locked, whole_folder, write_text
+from ..files import locked
 from ..modeling.mixers import recurrent_layers
 from .arguments import RESULT
+from .checkpoints import load_trained
 from .collator import EncodePseudo, encode_row
 from .config import DistillConfig
+from .engines import is_sharded
 from .fingerprint import fingerprint_processor, fingerprint_rows, fingerprint_weights
+from .folders import (
+    PSEUDO_TARGETS,
+    FinishFolder,
+    check_output,
+    last_checkpoint,
+    logged,
+    prepare_output,
+    publish,
+    write_stage,
+)
 from .lora import add_lora, merge_lora
-from .plots import plot_training_log
+from .processes import on_main
 from .recipes import read_stages
-from .stages import Stage, check_stages, is_stage_name, set_trainable
+from .stages import Stage, check_stages, set_trainable
 from .targets.encode import encode_stored
 from .targets.fill import decode_pseudo_targets, describe
-from .targets.store import HEADER, PseudoTargets
+from .targets.store import PseudoTargets
+from .teacher import Teacher, as_teacher
 from .trainer import DistillTrainer
 from .training_rows import TrainingRows, check_rows, first_row, open_rows, readable_rows
 
 
-SETTINGS = "distillation.json"
-LOG = "training_log.jsonl"
-CURVES = "loss_curves.png"
-CARD = "README.md"
-PSEUDO_TARGETS = "pseudo_targets"
 PSEUDO_COLUMN = "pseudo_messages"
-WEIGHTS = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
-
-# Gets a stage's complete folder, the stages so far and the rows of their logs.
-FinishFolder = Callable[[Path, Sequence[Stage], list[dict[str, Any]]], object]
 
 # The arguments that decide the result, apart from the stages. Everything else may differ when a run is continued.
 ARGUMENTS = (
@@ -101,31 +105,53 @@ def distill(
     config.refuse_push_to_hub()
     stages = config.get_stages() if stages is None else read_stages(stages)
     out = Path(config.output_dir)
-    check_output(config)
+    on_main(lambda: check_output(config))
     features = open_rows(config, processor, dataset)
     _check_inputs(config, student, teacher, features)
     check_stages(student, stages)
+    teacher = _teacher(config, stages, student, teacher)
     _check_pseudo_targets(config, stages, teacher, features)
-    settings = _settings(config, stages, student, teacher, features)
-    with locked(out):
-        _prepare_output(out, settings, config.overwrite_output_dir)
-        finished = list(takewhile(lambda stage: (out / stage.name).is_dir(), stages))
+    with ExitStack() as held:
+        on_main(lambda: held.enter_context(locked(out)) and None)
+
+        def prepare() -> int:
+            settings = _settings(config, stages, student, teacher, features)
+            prepare_output(out, settings, config.overwrite_output_dir)
+            return len(list(takewhile(lambda stage: (out / stage.name).is_dir(), stages)))
+
+        finished = on_main(prepare)
         if finished:
-            _load_weights(student, out / finished[-1].name)
-        for index, stage in enumerate(stages[len(finished) :], len(finished)):
+            _load_weights(student, out / stages[finished - 1].name)
+        for index, stage in enumerate(stages[finished:], finished):
             features.encode_pseudo = _pseudo_encoder(config, teacher, features, out) if stage.seq else None
             args = _stage_arguments(config, index, out / f"{stage.name}.running")
             _run_stage(args, stages[: index + 1], student, teacher, features, out, finish_folder)
-        rows = _logged(out, stages)
-        _publish(out / stages[-1].name, out, rows)
-    return rows
+        on_main(lambda: publish(out / stages[-1].name, out, logged(out, stages)))
+        return on_main(lambda: logged(out, stages))
+
+
+def _teacher(config: DistillConfig, stages: Sequence[Stage], student, teacher) -> Teacher:
+    """The teacher as a value: on the student's backbone where that stays what it is to the end."""
+    replaced = recurrent_layers(student.config.text_config.layer_types)
+    mixers = tuple(f"model.language_model.layers.{index}.mixer." for index in replaced)
+    backbone = [name for name, _ in student.named_parameters() if not name.startswith(mixers)]
+    reason = None
+    for stage in stages:
+        trained = [name for name in backbone if any(re.search(pattern, name) for pattern in stage.trains)]
+        if trained:
+            reason = f"{stage.name} trains {trained[0]}"
+        elif stage.lora_r and stage is not stages[-1]:
+            reason = f"{stage.name} merges LoRA into the backbone before other stages"
+    if config.shared_teacher and reason:
+        raise ValueError(f"shared_teacher=True, but {reason}: leave it out, and the teacher gets memory of its own")
+    return as_teacher(student, teacher, False if reason else config.shared_teacher)
 
 
 def _run_stage(
     args: DistillConfig,
     stages: Sequence[Stage],
     student,
-    teacher,
+    teacher: Teacher,
     features: TrainingRows,
     out: Path,
     finish_folder: FinishFolder | None,
@@ -137,27 +163,42 @@ def _run_stage(
         add_lora(student, stage.lora_r, stage.alpha())
     set_trainable(student, stage)
     dtypes = _train_in_fp32(student)
+    rows = _train(args, stage, student, teacher, features, running)
+    _finish_training(student, stage, dtypes)
+    rows = [{"stage": stage.name, **row} for row in rows]
+    on_main(lambda: write_stage(out, stages, student, features.processor, rows, finish_folder))
+    on_main(lambda: shutil.rmtree(running, ignore_errors=True))
+
+
+def _train(
+    args: DistillConfig, stage: Stage, student, teacher: Teacher, features: TrainingRows, running: Path
+) -> list[dict[str, Any]]:
+    """Trains the student, from the last checkpoint on if there is one; returns the rows of the log."""
+    # FSDP2 and ZeRO-3 take a model apart for good: they get one of their own.
+    ours = (student, teacher)
+    student, teacher = copy.deepcopy(ours) if is_sharded(args) else ours
     # The Trainer writes its own choice into the config, which the stage's folder would keep.
     use_cache = student.config.__dict__.get("use_cache")
     trainer = DistillTrainer(student, teacher, args, stage, features)
-    checkpoint = _last_checkpoint(running)
+    checkpoint = on_main(lambda: last_checkpoint(running))
     state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json") if checkpoint else TrainerState()
     if state.global_step < stage.max_steps:
         trainer.train(resume_from_checkpoint=checkpoint)
-    else:  # killed after the last step, which the Trainer would follow by one more
+        state = trainer.state
+    else:  # killed after the last step; resuming would train one step too many
         trainer._load_from_checkpoint(checkpoint)
-        trainer.state = state
 
+    if student is not ours[0]:
+        trainer.save_model(str(running / "trained"))
+        on_main(lambda: None)
+        load_trained(ours[0], running / "trained")
+        return state.log_history
     student.config.__dict__.pop("use_cache", None)
     if use_cache is not None:
         student.config.use_cache = use_cache
     if args.gradient_checkpointing:  # the name in every Transformers of the range
         student.gradient_checkpointing_disable()
-        student.disable_input_require_grads()
-    _finish_training(student, stage, dtypes)
-    rows = [{"stage": stage.name, **row} for row in trainer.state.log_history]
-    _write_stage(out, stages, student, features.processor, rows, finish_folder)
-    shutil.rmtree(running, ignore_errors=True)
+    return state.log_history
 
 
 def _finish_training(student: nn.Module, stage: Stage, dtypes: dict[str, torch.dtype]) -> None:
@@ -193,7 +234,7 @@ def _train_in_fp32(student: nn.Module) -> dict[str, torch.dtype]:
     return dtypes
 
 
-def _pseudo_encoder(config: DistillConfig, teacher, features: TrainingRows, out: Path) -> EncodePseudo:
+def _pseudo_encoder(config: DistillConfig, teacher: Teacher, features: TrainingRows, out: Path) -> EncodePseudo:
     """Returns what encodes a row with the teacher's answers: from a column, from a store, or decoded into one now."""
     processor = features.processor
     if PSEUDO_COLUMN in first_row(features):
@@ -201,7 +242,7 @@ def _pseudo_encoder(config: DistillConfig, teacher, features: TrainingRows, out:
     folder = out / PSEUDO_TARGETS if config.pseudo_targets is None else Path(config.pseudo_targets)
     if config.pseudo_targets is None:
         decode_pseudo_targets(
-            teacher.eval().to(config.device),
+            teacher.as_model().to(config.device),
             processor,
             readable_rows(features),
             folder,
@@ -209,7 +250,7 @@ def _pseudo_encoder(config: DistillConfig, teacher, features: TrainingRows, out:
             batch_size=config.per_device_train_batch_size,
             shard=(config.process_index, config.world_size),
         )
-        PartialState().wait_for_everyone()
+        on_main(lambda: None)  # all shards are there
     return partial(encode_stored, PseudoTargets(folder), processor)
 
 
@@ -231,7 +272,9 @@ def _check_inputs(config: DistillConfig, student, teacher, features: TrainingRow
         raise ValueError("the student has no M-MATE layer to train: convert the teacher with `linmu-convert` first")
 
 
-def _check_pseudo_targets(config: DistillConfig, stages: Sequence[Stage], teacher, features: TrainingRows) -> None:
+def _check_pseudo_targets(
+    config: DistillConfig, stages: Sequence[Stage], teacher: Teacher, features: TrainingRows
+) -> None:
     """Raises a `ValueError` unless `pseudo_targets` is used and holds this teacher's answers to all rows."""
     if config.pseudo_targets is None:
         return
@@ -240,138 +283,25 @@ def _check_pseudo_targets(config: DistillConfig, stages: Sequence[Stage], teache
         raise ValueError(f"{given} has no effect: no stage learns from the teacher's answers, which `seq` weighs")
     if PSEUDO_COLUMN in first_row(features):
         raise ValueError(f"{given} has no effect: the dataset has a column {PSEUDO_COLUMN}; leave one of them out")
-    made_of = describe(teacher, features.processor, config.max_completion_length)
+    made_of = describe(teacher.as_model(), features.processor, config.max_completion_length)
     PseudoTargets(config.pseudo_targets, made_of).check_rows(readable_rows(features))
 
 
 def _settings(config, stages, student, teacher, features) -> dict[str, Any]:
     """All that decides the result; a run is continued only if it is the same."""
     settings = {name: getattr(config, name) for name in ARGUMENTS}
+    rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     settings |= {
+        "rows_per_step": rows_per_step,  # however they are split
         "stages": {stage.name: asdict(stage) for stage in stages},
         "student": fingerprint_weights(student),
-        "teacher": fingerprint_weights(teacher),
+        "teacher": fingerprint_weights(teacher.as_model()),
         "processor": fingerprint_processor(features.processor),
         "dataset": fingerprint_rows(features.rows),
     }
     return json.loads(json.dumps(settings, default=str))
 
 
-def check_output(config: DistillConfig) -> None:
-    """Raises a `ValueError` if `output_dir` is a file, or holds a model that no distillation put there."""
-    out = Path(config.output_dir)
-    if out.is_file():
-        raise ValueError(f"{out} is a file: name a folder as output_dir")
-    if (out / "config.json").exists() and not (out / SETTINGS).exists():
-        raise ValueError(f"{out} holds a model that no distillation put there: choose another output_dir")
-
-
-def _prepare_output(out: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    file = out / SETTINGS
-    old = _read_settings(file) if file.exists() else None
-    if old and overwrite:
-        _delete_run(out, [*old["stages"], *settings["stages"]])
-        old = None
-    if old:
-        differing = _differences(old, settings)
-        if differing:
-            raise ValueError(
-                f"{out} holds a distillation with other settings: {'; '.join(differing)}. Use these to continue it, "
-                "another output_dir, or --overwrite_output_dir to start anew"
-            )
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(settings, indent=2) + "\n")
-
-
-def _read_settings(file: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(file.read_text())
-        if isinstance(settings["stages"], dict):
-            return settings
-    except (ValueError, TypeError, KeyError):
-        pass
-    raise ValueError(f"{file} is none that a distillation wrote: delete it, or choose another output_dir")
-
-
-def _delete_run(out: Path, names: Sequence[str]) -> None:
-    """Deletes what a run wrote into `out`: the folders of its stages, whose names are checked, and its own files."""
-    for name in filter(is_stage_name, names):
-        if (out / name / LOG).is_file():
-            shutil.rmtree(out / name, ignore_errors=True)
-        for suffix in (".running", ".partial", ".old"):
-            shutil.rmtree(out / f"{name}{suffix}", ignore_errors=True)
-    if (out / PSEUDO_TARGETS / HEADER).is_file():
-        shutil.rmtree(out / PSEUDO_TARGETS)
-    weights = (path for path in out.glob("model*.safetensors*") if re.fullmatch(WEIGHTS, path.name))
-    for path in (*weights, *(out / name for name in ("config.json", LOG, CURVES, CARD, SETTINGS))):
-        path.unlink(missing_ok=True)
-
-
-def _differences(old: Any, new: Any, name: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = dict.fromkeys([*old, *new])
-        return [text for key in keys for text in _differences(old.get(key), new.get(key), f"{name}.{key}".strip("."))]
-    return [] if old == new else [f"{name} was {_brief(old)}, now {_brief(new)}"]
-
-
-def _brief(value: Any) -> str:
-    return "absent" if value is None else "there" if isinstance(value, dict) else str(value)
-
-
-# ---- Folders
-
-
-def _last_checkpoint(running: Path) -> str | None:
-    """The newest complete checkpoint: the Trainer writes its state last, so one without it is half written."""
-    numbered = {int(path.name.split("-")[1]): path for path in running.glob("checkpoint-*")}
-    for _, path in sorted(numbered.items(), reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-            return str(path)
-        except (OSError, ValueError):
-            shutil.rmtree(path)
-    return None
-
-
-def _write_stage(
-    out: Path,
-    stages: Sequence[Stage],
-    student,
-    processor,
-    rows: list[dict[str, Any]],
-    finish_folder: FinishFolder | None,
-) -> None:
-    """Writes the folder under another name first, so that it is there whole or not at all."""
-    with whole_folder(out / stages[-1].name) as folder:
-        student.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        (folder / LOG).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        rows = _logged(out, stages[:-1]) + rows
-        plot_training_log(rows, folder / CURVES)
-        if finish_folder is not None:
-            finish_folder(folder, stages, rows)
-
-
-def _logged(out: Path, stages: Sequence[Stage]) -> list[dict[str, Any]]:
-    """The rows of the logs of finished stages."""
-    return [json.loads(line) for stage in stages for line in (out / stage.name / LOG).read_text().splitlines()]
-
-
 def _load_weights(student, folder: Path) -> None:
     saved = type(student).from_pretrained(folder, dtype=student.dtype)
     student.load_state_dict(saved.state_dict())
-
-
-def _publish(stage: Path, out: Path, rows: list[dict[str, Any]]) -> None:
-    """
-    Copies the last stage into `out`; the config comes last, so `out` loads only when it is complete. A card that is
-    there may have been edited, and stays.
-    """
-    files = (path for path in stage.rglob("*") if path.is_file())
-    for path in sorted(files, key=lambda path: path.name == "config.json"):
-        target = out / path.relative_to(stage)
-        if path.name != LOG and not (path.name == CARD and target.exists()):
-            target.parent.mkdir(exist_ok=True, parents=True)
-            copy_file(path, target)
-    write_text(out / LOG, "".join(json.dumps(row) + "\n" for row in rows))

@@ -1,43 +1,44 @@
 """One stage of a distillation as a `transformers.Trainer`."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from ..conversion.teacher import check_pair
-from ..modeling.mixers import recurrent_layers
+from .checkpoints import load_optimizer, load_trained, save_optimizer, save_trained
 from .config import DistillConfig
-from .losses import IGNORE_INDEX, hidden_loss, next_token_targets, output_losses, squared_errors
+from .engines import prepare_fsdp, touch_parameters
+from .losses import IGNORE_INDEX
+from .model import WEIGHTS, DistillationModel
 from .muon import Muon
 from .packing import LengthBuckets, arrange
 from .plots import LAYER_PREFIX
+from .sampling import Order, StageSampler, shuffled
 from .stages import Stage, parameter_groups
+from .teacher import as_teacher
 from .training_rows import GROUPED, TrainingRows
-
-
-TRAINED_WEIGHTS = "trained.safetensors"
 
 
 class DistillTrainer(Trainer):
     """
-    Trains the student's trainable parameters on one stage's losses against a frozen teacher.
+    Trains the student's trainable parameters on one stage's losses against a frozen teacher, on any number of
+    processes.
 
     Logs every loss term (`loss_hid`, `loss_tok`, `loss_seq`, `loss_sup`, without their weights), `agreement` (share of
     answer tokens that student and teacher both prefer), and the squared error of the mixers relative to the teacher's,
-    `relative_error`, for each layer and as their mean. Checkpoints hold the trainable parameters alone.
+    `relative_error`, for each layer and as their mean; all of them over the whole batch of all processes. Checkpoints
+    hold the trainable parameters alone, and fit any number of processes.
 
     Args:
         model (`LinMUForConditionalGeneration`):
             The student, with LoRA in place and [`set_trainable`] done; see [`distill`] for the whole way.
-        teacher (`LinMUForConditionalGeneration`):
-            The teacher, as [`load_teacher`] gives it; it is frozen and put into evaluation mode.
+        teacher (`Teacher` or `LinMUForConditionalGeneration`):
+            The teacher, as [`as_teacher`] or [`load_teacher`] gives it; it is frozen and put into evaluation mode.
         args (`DistillConfig`): the arguments.
         stage (`Stage`): the losses, the steps and the learning rate.
         train_dataset (`EncodedDataset` or `EncodedStream`): the rows, which are packed or padded as `args` say.
@@ -73,32 +74,48 @@ class DistillTrainer(Trainer):
             seed=args.seed if args.data_seed is None else args.data_seed,
         )
         args.max_steps, args.learning_rate = stage.max_steps, stage.learning_rate
-        super().__init__(model=model, args=args, train_dataset=dataset, data_collator=collator, **kwargs)
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {args.n_gpu} GPUs: start one for each, `torchrun --nproc_per_node {args.n_gpu} -m "
+                "linmu_hf.commands.distill ...`, or set CUDA_VISIBLE_DEVICES"
+            )
+        wrapped = DistillationModel(
+            model,
+            as_teacher(model, teacher, args.shared_teacher),
+            stage,
+            temperature=args.temperature,
+            logits_chunk_size=args.logits_chunk_size,
+            checkpoints=args.gradient_checkpointing,  # the name in every Transformers of the range
+            position_shift=args.position_shift,
+        )
+        super().__init__(model=wrapped, args=args, train_dataset=dataset, data_collator=collator, **kwargs)
         self.model_accepts_loss_kwargs = True
-        if args.world_size > 1 or args.n_gpu > 1:
-            raise ValueError(f"found {max(args.world_size, args.n_gpu)} devices; distillation runs on one so far")
-        self.stage = stage
-        self.student = model
-        self.teacher = teacher.requires_grad_(False).eval().to(args.device)
-        self.teacher_is_causal = set(teacher.config.text_config.layer_types) == {"full_attention"}
-        self.replaced = recurrent_layers(model.config.text_config.layer_types)
-        self.shares_vision = _equal_weights(model.model.visual, teacher.model.visual)
-        if args.gradient_checkpointing:  # the name in every Transformers of the range
-            # Nothing in front of the first mixer trains: a reentrant checkpoint would find no input to differentiate
-            # and silently drop all gradients.
-            model.enable_input_require_grads()
+        self.stage, self.distillation = stage, wrapped
         self._sums: dict[str, Tensor] = {}
         self._first_unlogged_step = 0
+        if args.world_size > 1:
+            for index in wrapped.replaced:
+                touch_parameters(model.model.language_model.layers[index].mixer)
+        self.add_callback(FillGradients)
         self.add_callback(LogLastStep)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(StageProgress(stage.name))
 
+    @property
+    def student(self):
+        return self.distillation.student
+
+    @property
+    def teacher(self):
+        return self.distillation.teacher
+
     # ---- Losses
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """
-        Computes the weighted sum of the stage's losses on one micro-batch.
+        Computes the weighted sum of the stage's losses on one micro-batch, times the number of processes, over which
+        engines take the mean of the gradients.
 
         Args:
             inputs (`dict[str, Tensor]`): a batch of [`DistillCollator`].
@@ -107,99 +124,49 @@ class DistillTrainer(Trainer):
         """
         counts = self._count([inputs]) if num_items_in_batch is None else num_items_in_batch
         with self.accelerator.autocast():
-            losses = self._losses(dict(inputs), counts.to(self.args.device))
-        weights = {key: getattr(self.stage, key) for key in ("hid", "tok", "seq", "sup")}
-        loss = sum(weight * losses[key] for key, weight in weights.items() if weight)
+            loss, sums = model(dict(inputs), counts.to(self.args.device), self._logs_after(self.state.global_step + 1))
         if not torch.isfinite(loss):
-            terms = ", ".join(f"{key} {losses[key].item():.4g}" for key, weight in weights.items() if weight)
+            terms = ", ".join(f"{key} {sums[key].item():.4g}" for key in WEIGHTS if key in sums)
             raise FloatingPointError(
                 f"{self.stage.name}: the loss of step {self.state.global_step + 1} is not finite ({terms}). Lower the "
                 f"stage's learning rate ({self.stage.learning_rate}), warm up longer, or lower max_grad_norm "
                 f"({self.args.max_grad_norm})"
             )
+        self._add(**sums)
+        loss = loss * self.args.world_size
         return (loss, None) if return_outputs else loss
 
-    def _losses(self, inputs: dict[str, Tensor], counts: Tensor) -> dict[str, Tensor]:
-        stage, student, teacher = self.stage, self.student, self.teacher
-        num_tokens, num_answers, num_pseudo = counts
-        labels, pseudo_labels = inputs.pop("labels"), inputs.pop("pseudo_labels", None)
-        mask = inputs["attention_mask"]
-        compares = stage.hid > 0 or self._logs_after(self.state.global_step + 1)
-
-        with torch.no_grad():
-            positions, inputs["vision_layout"] = student.model.get_positions(**inputs)
-            inputs["position_ids"] = self._shift(positions)
-            if self.shares_vision:
-                inputs["mm_encoder_outputs"] = _encode_vision(student.model, inputs)
-            target: Any = None
-            if compares or stage.tok:
-                # Padding is on the right, where no real token sees it: full attention then needs no mask of t x t.
-                masked = {} if self.teacher_is_causal else {"attention_mask": mask}
-                others = {key: value for key, value in inputs.items() if key != "attention_mask"}
-                target = teacher.model(**others, **masked, use_cache=False, output_mixer_states=compares)
-
-        if stage.hidden_input == "teacher":
-            outputs = student.model.language_model.run_mixers(
-                target.mixer_inputs,
-                attention_mask=mask,
-                position_ids=inputs["position_ids"],
-                vision_layout=inputs["vision_layout"],
-            )
-        else:
-            answer = student.model(**inputs, use_cache=False, output_mixer_states=compares)
-            outputs = answer.mixer_outputs
-
-        losses: dict[str, Tensor] = {}
-        if compares:
-            outputs = [outputs[index] if stage.hid else outputs[index].detach() for index in self.replaced]
-            errors, energies = squared_errors(outputs, [target.mixer_outputs[index] for index in self.replaced], mask)
-            self._add(errors=errors, energies=energies)
-            if stage.hid:
-                losses["hid"] = hidden_loss(errors, num_tokens)
-
-        targets = {"tok": labels} if stage.tok else {}
-        if stage.sup:
-            targets["sup"] = labels
-        if stage.seq:
-            targets["seq"] = pseudo_labels
-        if targets:
-            targets = {key: next_token_targets(value) for key, value in targets.items()}
-            counted = torch.stack([value != IGNORE_INDEX for value in targets.values()]).any(0)
-            losses |= output_losses(
-                answer.last_hidden_state[counted],
-                student.lm_head,
-                {key: value[counted] for key, value in targets.items()},
-                {"tok": num_answers, "sup": num_answers, "seq": num_pseudo},
-                teacher_hidden=target.last_hidden_state[counted] if stage.tok else None,
-                teacher_head=teacher.lm_head,
-                temperature=self.args.temperature,
-                chunk_size=self.args.logits_chunk_size,
-            )
-        self._add(**losses)
-        return losses
-
-    def _shift(self, positions: Tensor) -> Tensor:
-        """Adds one number to all positions [3, b, t] or [b, t] of a row, another for every row."""
-        if not self.args.position_shift:
-            return positions
-        shift = torch.randint(self.args.position_shift + 1, (positions.shape[-2], 1))
-        return positions + shift.to(positions.device)
-
     def _get_num_items_in_batch(self, batch_samples, device):
-        return self._count(batch_samples).to(device)
+        counts = self._count(batch_samples).to(device)
+        if self.args.world_size > 1:
+            counts = self.accelerator.reduce(counts, "sum")
+        return counts.clamp_min(1)
 
     def _count(self, batches: list[dict[str, Tensor]]) -> Tensor:
-        """Real tokens, answer tokens and pseudo-target tokens of one accumulated batch, [3]."""
+        """Real tokens, answer tokens and pseudo-target tokens of one accumulated batch of this process, [3]."""
         keys = ("labels", "pseudo_labels")
         answers = [sum((b[key][:, 1:] != IGNORE_INDEX).sum() for b in batches if key in b) for key in keys]
-        return torch.tensor([sum(b["attention_mask"].sum() for b in batches), *answers]).clamp_min(1)
+        tokens = sum(b["attention_mask"].sum() if "attention_mask" in b else b["input_ids"].numel() for b in batches)
+        return torch.tensor([tokens, *answers])
+
+    # ---- Rows
+
+    @property
+    def rows_per_step(self) -> int:
+        args = self.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
     def _get_train_sampler(self, train_dataset=None):
-        args = self.args
-        if args.train_sampling_strategy != GROUPED:
-            return super()._get_train_sampler(train_dataset)
-        seed = args.seed if args.data_seed is None else args.data_seed
-        return LengthBuckets(self.features.lengths(), args.train_batch_size * args.world_size, seed)
+        args, dataset = self.args, self.train_dataset
+        if not hasattr(dataset, "__len__"):
+            return None
+        rows, seed = len(dataset), args.seed if args.data_seed is None else args.data_seed
+        order: Order = shuffled(rows, seed)
+        if args.train_sampling_strategy == GROUPED:
+            order = LengthBuckets(self.features.lengths(), args.per_device_train_batch_size * args.world_size, seed)
+        elif args.train_sampling_strategy == "sequential":
+            order = lambda number: range(rows)  # noqa: E731
+        return StageSampler(order, self.stage.max_steps * self.rows_per_step)
 
     # ---- Optimizer
 
@@ -230,35 +197,61 @@ class DistillTrainer(Trainer):
             self._sums[key] = self._sums.get(key, 0.0) + value.detach()
 
     def log(self, logs, start_time=None):
+        # the Trainer's own count takes all the rows of a stage for one pass
+        if hasattr(self.train_dataset, "__len__"):
+            self.state.epoch = self.state.global_step * self.rows_per_step / len(self.train_dataset)
         if "loss" in logs and self._sums:
             steps = max(self.state.global_step - self._first_unlogged_step, 1)
             sums, self._sums = self._sums, {}
+            if self.args.world_size > 1:
+                sums = {key: self.accelerator.reduce(value, "sum") for key, value in sorted(sums.items())}
             errors, energies = sums.pop("errors", None), sums.pop("energies", None)
             for key, value in sums.items():
                 logs[key if key == "agreement" else f"loss_{key}"] = float(value) / steps
             if errors is not None:
                 relative = (errors / energies.clamp_min(torch.finfo(energies.dtype).tiny)).tolist()
                 logs["relative_error"] = sum(relative) / len(relative)
-                logs.update({f"{LAYER_PREFIX}{index}": e for index, e in zip(self.replaced, relative, strict=True)})
+                layers = zip(self.distillation.replaced, relative, strict=True)
+                logs.update({f"{LAYER_PREFIX}{index}": error for index, error in layers})
         super().log(logs, start_time)
+
+    # ---- Engines
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = prepare_fsdp(self.accelerator, self.args.fsdp_plugin_args)
 
     # ---- Checkpoints: what trains, and no more
 
-    def _save(self, output_dir=None, state_dict=None):
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: p.detach().contiguous() for name, p in self.student.named_parameters() if p.requires_grad}
-        save_file(tensors, folder / TRAINED_WEIGHTS, metadata={"format": "pt"})
+    def save_model(self, output_dir=None, _internal_call=False):
+        save_trained(self.student, output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        saved = load_file(Path(resume_from_checkpoint) / TRAINED_WEIGHTS)
-        trained = {name: p for name, p in self.student.named_parameters() if p.requires_grad}
-        if saved.keys() != trained.keys():
-            names = sorted(saved.keys() ^ trained.keys())
-            raise ValueError(f"{resume_from_checkpoint} was written by another stage or model: {names[:3]} differ")
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(saved[name])
+        load_trained(self.student, resume_from_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+        else:
+            save_optimizer(self.student, self.optimizer, self.lr_scheduler, output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            load_optimizer(self.student, self.optimizer, self.lr_scheduler, checkpoint)
+
+
+class FillGradients(TrainerCallback):
+    """
+    Gives parameters that a batch did not use a gradient of zeros, as those of several processes have where one of them
+    did: the optimizer then does the same on any number of processes.
+    """
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
 
 class LogLastStep(TrainerCallback):
@@ -283,22 +276,3 @@ class StageProgress(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         shown = {key: value for key, value in (logs or {}).items() if not key.startswith(LAYER_PREFIX)}
         super().on_log(args, state, control, logs=shown, **kwargs)
-
-
-def _encode_vision(model: nn.Module, inputs: dict[str, Tensor]) -> dict:
-    """Vision features for both models; takes the pixels out of `inputs`."""
-    images, videos = inputs.pop("pixel_values", None), inputs.pop("pixel_values_videos", None)
-    encoded = {}
-    if images is not None:
-        encoded["image"] = model.get_image_features(images, inputs["image_grid_thw"], return_dict=True)
-    if videos is not None:
-        encoded["video"] = model.get_video_features(videos, inputs["video_grid_thw"], return_dict=True)
-    return encoded
-
-
-def _equal_weights(one: nn.Module, other: nn.Module) -> bool:
-    a, b = one.state_dict(), other.state_dict()
-    return a.keys() == b.keys() and all(
-        a[key].dtype == b[key].dtype and a[key].shape == b[key].shape and torch.equal(a[key], b[key].to(a[key].device))
-        for key in a
-    )

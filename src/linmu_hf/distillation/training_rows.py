@@ -38,8 +38,6 @@ def open_rows(config, processor, dataset) -> TrainingRows:
             f"train_sampling_strategy={GROUPED!r} needs rows that have a length, and these are streamed: use "
             "packing=True, or load them without streaming"
         )
-    if config.dataloader_drop_last:
-        raise ValueError("dataloader_drop_last=True has no effect on a stream, which has no last batch: leave it out")
     buffer_size = 0 if config.train_sampling_strategy == "sequential" else config.shuffle_buffer_size
     return EncodedStream(processor, dataset, buffer_size=buffer_size, skipped=skipped)
 
@@ -59,9 +57,6 @@ def check_rows(config, features: TrainingRows) -> None:
         features.skipped.skip(number, error)
     if not any(features[index] is not None for index in range(len(features))):
         raise ValueError("no row of the dataset can be read")
-    reached = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    if config.dataloader_drop_last and len(features) < reached:
-        raise ValueError(f"{len(features)} rows do not fill one batch of {reached}: lower per_device_train_batch_size")
 
 
 def readable_rows(features: TrainingRows):

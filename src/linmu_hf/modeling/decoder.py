@@ -79,12 +79,24 @@ class LinMUDecoderLayer(GradientCheckpointingLayer):
             return self.mixer(mixer_input, rope, layout, cache_layer)
         return self.mixer(mixer_input, position_embeddings=rope, **{CACHE: past_key_values}, **attention)[0]
 
-    def forward(self, hidden_states, rope, layout=None, attention=None, past_key_values=None):
+    def after_mixer(self, hidden_states, mixer_output):
+        """Returns the layer's output `[b, t, d]`: both residual sums and the MLP."""
+        hidden_states = hidden_states + mixer_output
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+    def forward(self, hidden_states, rope=None, layout=None, attention=None, past_key_values=None, run=None):
+        """
+        Returns the layer's output, its mixer's input and its mixer's output, each `[b, t, d]`.
+
+        Args:
+            run (`Callable`, *optional*): Is called with the layer and `hidden_states` instead, for its result. Inside
+                `__call__` the hooks of FSDP, DeepSpeed and accelerate have loaded this layer's parameters.
+        """
+        if run is not None:
+            return run(self, hidden_states)
         mixer_input = self.input_layernorm(hidden_states)
         mixer_output = self.mix(mixer_input, rope, layout, attention, past_key_values)
-        hidden_states = hidden_states + mixer_output
-        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states, mixer_input, mixer_output
+        return self.after_mixer(hidden_states, mixer_output), mixer_input, mixer_output
 
 
 class LinMUPreTrainedModel(InstalledCode, PreTrainedModel):
@@ -174,7 +186,7 @@ class LinMUTextModel(LinMUPreTrainedModel):
                 cu_seq_lens_q,
             )  # fmt: skip
         cache = prompt.cache
-        rope, layout, attention = self._prepare(
+        rope, layout, attention = self.prepare(
             inputs_embeds, prompt.mask, prompt.positions, prompt.vision_layout, cache, prompt.lengths
         )
 
@@ -213,14 +225,27 @@ class LinMUTextModel(LinMUPreTrainedModel):
         Returns:
             `tuple[torch.Tensor | None]`: Mixer outputs `[b, t, d]`; `None` for layers with full attention.
         """
-        rope, layout, _ = self._prepare(mixer_inputs[0], attention_mask, position_ids, vision_layout, None)
+        rope, layout, _ = self.prepare(mixer_inputs[0], attention_mask, position_ids, vision_layout)
         return tuple(
             layer.mix(mixer_input, rope, layout) if layer.recurrent else None
             for layer, mixer_input in zip(self.layers, mixer_inputs, strict=True)
         )
 
-    def _prepare(self, embeds, attention_mask, position_ids, vision_layout, past_key_values, packed=None):
-        """Rotary embeddings, and what M-MATE layers and those with full attention need: once per forward pass."""
+    def rope(self, embeds, position_ids):
+        """Returns cos and sin, `[b, t, p]` each, at positions `[b, t]`, `[3, b, t]` or `[4, b, t]`."""
+        if position_ids.ndim == 2:
+            position_ids = position_ids[None].expand(3, -1, -1)
+        return self.rotary_emb(embeds, position_ids[-3:])
+
+    def prepare(
+        self, embeds, attention_mask, position_ids, vision_layout, past_key_values=None, packed=None, layer_types=None
+    ):
+        """
+        Returns rotary embeddings, and what M-MATE layers and those with full attention need: once per forward pass.
+
+        Args:
+            layer_types (`Sequence[str]`, *optional*): The mixers that will run, by default the model's own.
+        """
         b, t, _ = embeds.shape
         # a device_map may put the embeddings elsewhere than the ids
         attention_mask, position_ids, vision_layout = (
@@ -228,17 +253,15 @@ class LinMUTextModel(LinMUPreTrainedModel):
             for value in (attention_mask, position_ids, vision_layout)
         )
         text_positions = None if packed is None else positions_within(packed, embeds.device)
-        if position_ids.ndim == 2:
-            position_ids = position_ids[None].expand(3, -1, -1)
-        elif position_ids.shape[0] == 4:
-            text_positions, position_ids = position_ids[0], position_ids[1:]
-        rope = self.rotary_emb(embeds, position_ids)
+        if position_ids.ndim == 3 and position_ids.shape[0] == 4:
+            text_positions = position_ids[0]
+        rope = self.rope(embeds, position_ids)
 
         layout: TextStep | TokenLayout | None = None
-        attention, layer_types = None, self.config.layer_types or []
+        attention, layer_types = None, layer_types or self.config.layer_types or []
         if "full_attention" in layer_types:
             causal = attention_mask["full_attention"] if isinstance(attention_mask, dict) else attention_mask
-            attention = self._attention(embeds, causal, text_positions, past_key_values, packed)
+            attention = attention_arguments(self.config, embeds, causal, text_positions, past_key_values, packed)
         if recurrent_layers(layer_types):
             mask = padding_mask(attention_mask)
             if mask is not None:
@@ -257,21 +280,30 @@ class LinMUTextModel(LinMUPreTrainedModel):
                 layout = TokenLayout.build(self.config, b, t, embeds.device, mask, vision_layout, packed, past)
         return rope, layout, attention
 
-    def _attention(self, embeds, causal_mask, text_positions, past_key_values, packed):
-        """Keyword arguments of full attention: its mask, and where the sequences of a packed row begin."""
-        bounds = {}
-        if packed is not None:  # kernels that take no mask are told so what belongs together
-            at, longest = lengths_to_bounds(packed, embeds.device).int(), max(packed)
-            bounds = {"cu_seq_lens_q": at, "cu_seq_lens_k": at, "max_length_q": longest, "max_length_k": longest}
-            if self.config._attn_implementation == varlen.NAME:
-                return {"attention_mask": None, **bounds}
-        if causal_mask is None or causal_mask.ndim == 2:
-            causal_mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=embeds,
-                attention_mask=causal_mask,
-                position_ids=text_positions,
-                layer_idx=self.config.layer_types.index("full_attention"),
-                **{CACHE: past_key_values},
-            )
-        return {"attention_mask": causal_mask, **bounds}
+
+def attention_arguments(config, embeds, causal_mask, text_positions, past_key_values=None, packed=None) -> dict:
+    """
+    Returns the keyword arguments of full attention: its mask, and where the sequences of a packed row begin.
+
+    Args:
+        config (`LinMUTextConfig`): Of the attention.
+        embeds (`torch.Tensor` of shape `[b, t, d]`), causal_mask, text_positions, past_key_values: As in a forward
+            pass.
+        packed (`list[int]`, *optional*): Lengths of the sequences of a packed row.
+    """
+    bounds = {}
+    if packed is not None:  # kernels that take no mask are told so what belongs together
+        at, longest = lengths_to_bounds(packed, embeds.device).int(), max(packed)
+        bounds = {"cu_seq_lens_q": at, "cu_seq_lens_k": at, "max_length_q": longest, "max_length_k": longest}
+        if config._attn_implementation in (varlen.NAME, varlen.BY_SEQUENCE):
+            return {"attention_mask": None, **bounds}
+    if causal_mask is None or causal_mask.ndim == 2:
+        causal_mask = create_causal_mask(
+            config=config,
+            inputs_embeds=embeds,
+            attention_mask=causal_mask,
+            position_ids=text_positions,
+            layer_idx=None if past_key_values is None else config.layer_types.index("full_attention"),
+            **{CACHE: past_key_values},
+        )
+    return {"attention_mask": causal_mask, **bounds}

@@ -3,6 +3,9 @@
 any lengths, which needs neither the flash-attn package nor a mask of t x t. Everything else is as with `"sdpa"`.
 """
 
+from itertools import pairwise
+
+import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -11,6 +14,7 @@ from ...ops.attention.varlen import varlen_attention, why_unfit
 
 
 NAME = "torch_varlen"
+BY_SEQUENCE = "sdpa_by_sequence"  # packed rows without a mask of t x t, on any device
 
 
 def varlen_attention_forward(
@@ -40,5 +44,25 @@ def varlen_attention_forward(
     return varlen_attention(q, k, v, cu_seq_lens_q, int(max_length_q), NAME, causal=True, scale=scaling)[None], None
 
 
-AttentionInterface.register(NAME, varlen_attention_forward)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+def by_sequence_forward(
+    module, query, key, value, attention_mask, dropout=0.0, scaling=None, cu_seq_lens_q=None, max_length_q=None,
+    **kwargs,
+):  # fmt: skip
+    """
+    Attends as `varlen_attention_forward` where its kernel can, else by `"sdpa"` one sequence of a packed row after the
+    other. Arguments and result are the same.
+    """
+    if cu_seq_lens_q is None or (why_unfit(NAME, query[0].transpose(0, 1)) is None and not dropout):
+        return varlen_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, cu_seq_lens_q, max_length_q, **kwargs
+        )
+    parts, bounds = [], cu_seq_lens_q.tolist()
+    for start, end in pairwise(bounds):
+        own = (states[:, :, start:end] for states in (query, key, value))
+        parts.append(sdpa_attention_forward(module, *own, None, dropout=dropout, scaling=scaling, **kwargs)[0])
+    return torch.cat(parts, dim=1), None
+
+
+for name, forward in ((NAME, varlen_attention_forward), (BY_SEQUENCE, by_sequence_forward)):
+    AttentionInterface.register(name, forward)
+    AttentionMaskInterface.register(name, sdpa_mask)

@@ -1,0 +1,76 @@
+"""
+One process of a distillation on CPUs, to be started by torchrun:
+
+    distil_worker.py FOLDER OUT [--batch N] [--fsdp] [--die STEP] [--stages N] [--temperature T]
+
+FOLDER holds `student`, `teacher` and `rows.pt`. Prints what the trained parameters were while training.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoProcessor
+
+from linmu_hf import LinMUForConditionalGeneration
+from linmu_hf.distillation import DistillConfig, DistillTrainer, Stage, distill
+from linmu_hf.distillation.stages import FLEX, LORA, SWIN
+
+
+STAGES = (
+    Stage("align", trains=(FLEX, SWIN), max_steps=3, learning_rate=1e-3, hid=0.1, hidden_input="teacher"),
+    Stage("fed", trains=(FLEX,), max_steps=3, learning_rate=1e-3, hid=0.1, tok=0.5),
+    Stage("lora", trains=(FLEX, SWIN, LORA), max_steps=3, learning_rate=1e-3, tok=0.5, sup=0.5, lora_r=2),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--fsdp", action="store_true")
+    parser.add_argument("--die", type=int, default=-1, help="step, counted over all stages, in which to be killed")
+    parser.add_argument("--stages", type=int, default=3)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    student, teacher = (
+        LinMUForConditionalGeneration.from_pretrained(arguments.folder / name) for name in ("student", "teacher")
+    )
+    config = DistillConfig(
+        output_dir=arguments.out,
+        use_cpu=True,
+        per_device_train_batch_size=arguments.batch,
+        gradient_accumulation_steps=arguments.accumulate,
+        logging_steps=1,
+        save_steps=2,
+        temperature=arguments.temperature,
+        adam_epsilon=1e-3,  # else rounding decides the sign of steps whose gradients are next to zero
+        disable_tqdm=True,
+        **({"fsdp": True, "fsdp_config": {"version": 2}} if arguments.fsdp else {}),
+    )
+    kinds, steps, step = set(), [], DistillTrainer.training_step
+
+    def watched(self, model, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == arguments.die:
+            os.kill(os.getpid(), 9)
+        kinds.update((type(p.data).__name__, str(p.dtype)) for p in self.student.parameters() if p.requires_grad)
+        return step(self, model, *args, **kwargs)
+
+    DistillTrainer.training_step = watched
+    processor = AutoProcessor.from_pretrained(arguments.folder / "student")
+    rows = torch.load(arguments.folder / "rows.pt", weights_only=False)
+    try:
+        distill(config, student, teacher, rows, processor, stages=STAGES[: arguments.stages])
+    except ValueError as error:
+        sys.exit(f"refused: {error}")
+    print(f"trained {sorted(kinds)} in {len(steps)} steps of {config.world_size} processes", flush=True)
+
+
+if __name__ == "__main__":
+    main()
