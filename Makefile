@@ -9,7 +9,7 @@ ON = $(if $(filter qwen,$(TEACHER)),,-$(notdir $(TEACHER)))
 # glibc returns large freed tensors to the system and then pays for every page again: these settings keep them.
 HEAP := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 
-.PHONY: real quickstart testbed-full check-teacher bench-cpu test conformance test-matrix test-newest kernels-check gpu-packages lint format typecheck clean
+.PHONY: ablations ablations-quick real quickstart testbed-full check-teacher bench-cpu test conformance test-matrix test-newest kernels-check gpu-packages lint format typecheck clean
 
 quickstart: $(READY)
 	$(BIN)/python -m linmu_hf.testbed.quickstart --output $(RUNS)/quickstart$(ON) --teacher $(TEACHER) $(ARGS)
@@ -17,6 +17,16 @@ quickstart: $(READY)
 testbed-full: $(READY)
 	$(BIN)/python -m linmu_hf.testbed.quickstart --full --output $(RUNS)/testbed-full$(ON) --teacher $(TEACHER) \
 		$(ARGS)
+
+# The paper's Tables 2 to 4 and how students start, three seeds: hours. What is measured is kept; `make` again goes on.
+ablations: $(READY)
+	$(BIN)/python -m linmu_hf.testbed.ablate --plan all --seeds 0 1 2 --output $(RUNS)/ablations \
+		--markdown docs/ablations.md $(ARGS)
+
+# Two plans with hardly any budget: that everything runs, not what it shows.
+ablations-quick: $(READY)
+	$(BIN)/python -m linmu_hf.testbed.ablate --plan stages branches --seeds 0 1 --output $(RUNS)/ablations-quick \
+		--steps_factor 0.03 --train_rows 400 --test_rows 20 $(ARGS)
 
 # A pre-trained decoder of 135 M parameters, from the package index: docs/real.md. An hour; ARGS=--quick ten minutes.
 real: .venv/.real

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "linmu_hf"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = {"linmu-eval": "evaluate", "linmu-pseudo-targets": "pseudo_targets"}
+TESTBED = {"linmu-ablate": "ablate"}
 
 
 def test_every_folder_is_described():
@@ -43,7 +44,8 @@ def commands():
 @pytest.mark.parametrize("line", sorted(set(commands())))
 def test_commands_have_these_flags(line, capsys):
     name, *words = shlex.split(line, comments=True)
-    command = importlib.import_module(f"linmu_hf.commands.{COMMANDS.get(name, name.removeprefix('linmu-'))}")
+    module = f"testbed.{TESTBED[name]}" if name in TESTBED else f"commands.{COMMANDS.get(name, name[6:])}"
+    command = importlib.import_module(f"linmu_hf.{module}")
     with pytest.raises(SystemExit):
         command.main(["--help"])
     known = set(re.findall(r"--[a-z_]+", capsys.readouterr().out))

@@ -21,7 +21,7 @@ from linmu_hf.distillation.config import DistillConfig
 from linmu_hf.distillation.stages import FLEX, SWIN, Stage, set_trainable
 from linmu_hf.distillation.trainer import DistillTrainer
 from linmu_hf.evaluation.retention import generate_answers
-from linmu_hf.testbed.ablate import WINDOWS
+from linmu_hf.testbed.ablations.plans import WINDOWS
 from linmu_hf.testbed.data import TASKS, evaluation_rows, training_rows
 
 

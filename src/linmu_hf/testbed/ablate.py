@@ -1,176 +1,176 @@
-"""One choice inside M-MATE changed at a time, same budget, several seeds: what docs/decisions.md is made of.
+"""`linmu-ablate`: the paper's Tables 2 to 4, and more, over several seeds.
 
-    python -m linmu_hf.testbed.ablate --output runs/ablation --seeds 0 1
+    linmu-ablate --plan loss_terms --seeds 0 1 2 --output runs/ablations
 
-Every variant is converted from the testbed's teacher, aligned on the teacher's own layer inputs, then distilled end to
-end for the same number of steps. Run again after it was killed, it goes on with the runs that are missing.
+Every student is converted, distilled by `distill`, and measured as `linmu-eval` does. What is measured stays in
+`students` of the output folder: the same command goes on after a kill, and other plans or seeds take what is there.
 """
 
 import json
-import tempfile
-import time
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm.auto import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+from datasets import disable_progress_bars
 from transformers.utils import logging
 
-from ..commands.common import Parser
-from ..conversion.convert import convert
-from ..conversion.teacher import load_teacher
-from ..distillation import DistillCollator, DistillConfig, DistillTrainer, EncodedDataset, Stage
-from ..distillation.losses import IGNORE_INDEX, next_token_targets
-from ..distillation.stages import FLEX, SWIN, set_trainable
-from ..modeling.configuration_linmu import PRESETS
-from .data import TASKS, evaluation_rows, training_rows
+from ..commands.common import Parser, check_positive, run_command, write_report
+from ..distillation.recipes import RECIPES, read_stages, recipe_file
+from ..evaluation.loading import library_versions
+from ..files import check_report, locked, whole_folder, write_text
+from .ablations.plans import PLANS, WINDOWS, Row, scale_steps
+from .ablations.run import Bench
+from .ablations.tables import format_plan, plot_plan, summarise
+from .check_teacher import TEACHERS
+from .make_data import make_data
 
 
-TEACHER = Path(__file__).parent / "teacher"
-BOTH = (FLEX, SWIN)
-COLUMNS = ("aligned_error", *TASKS, "mean")
-
-# The testbed's grids are small: windows of 4x4 tokens and two moments make Local-Swin local there.
-WINDOWS = {"window_size": [2, 2, 2], "image_window_size": [1, 4, 4], "timescale_range": [4.0, 1024.0]}
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "scan_rope=False": {"scan_rope": False},
-    "bc_feature_map=None": {"bc_feature_map": None},
-    "timescale_init=mamba2": {"timescale_init": "mamba2"},
-    "output_norm=layer_norm": {"output_norm": "layer_norm"},
-    "gate=channel": {"gate": "channel"},
-    "conv_kernel=1": {"conv_kernel": 1},
-    "reverse_scope=sequence": {"reverse_scope": "sequence"},
-    "scan_orders=thw": {"scan_orders": ["thw"]},
-    "window_wrap=True": {"window_wrap": True},
-    "preset=paper": PRESETS["paper"],
-    "state_size=64": {"state_size": 64},
-    "state_size=128": {"state_size": 128},
-    "state_size=512": {"state_size": 512},
-}
+ALL = "all"
+IN_ALL = [name for name in PLANS if name != "block"]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("runs/ablation"))
-    parser.add_argument("--teacher", default=str(TEACHER))
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--align_steps", type=int, default=120)
-    parser.add_argument("--steps", type=int, default=0, help="end-to-end steps after the alignment")
+def parse_arguments(argv: Sequence[str] | None = None):
+    parser = Parser(prog="linmu-ablate", description=__doc__.splitlines()[0].split(": ", 1)[1])
+    parser.add_argument(
+        "--plan", nargs="+", required=True, choices=[*PLANS, ALL], metavar="PLAN",
+        help=f"{', '.join(PLANS)}; {ALL} is every one but block",
+    )  # fmt: skip
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--teacher", default="qwen", help=f"{', '.join(TEACHERS)}, a folder or a Hub id")
+    parser.add_argument("--dataset", help="rows with splits train and test; by default the testbed's")
+    parser.add_argument("--mixer_options", help="M-MATE fields of all students, as JSON; the testbed's by default")
+    parser.add_argument("--recipe", help=f"stages of the students: {', '.join(RECIPES)}; quick by default")
+    parser.add_argument("--stages", help="file of stages in place of a recipe")
+    parser.add_argument("--stage_overrides", nargs="+", default=[], help="as of linmu-distill")
+    parser.add_argument("--steps_factor", type=float, default=1.0, help="times the steps of every stage")
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--rows", type=int, default=2000, help="training rows")
-    parser.add_argument("--test_rows", type=int, default=100, help="test rows per task")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table here too")
-    args = parser.parse_args(argv)
-    logging.disable_progress_bar()
-    args.output.mkdir(parents=True, exist_ok=True)
-
-    processor = AutoProcessor.from_pretrained(args.teacher)
-    teacher = load_teacher(args.teacher)
-    cache = 4 * 2**30
-    train = EncodedDataset(processor, list(training_rows(7, args.rows)), cache_bytes=cache)
-    tests = {
-        task: EncodedDataset(processor, list(evaluation_rows(task, args.test_rows)), cache_bytes=cache)
-        for task in TASKS
-    }
-    file = args.output / "results.jsonl"
-    done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    known = {(row["variant"], row["seed"]) for row in done}
-    runs = [(name, seed) for seed in args.seeds for name in args.variants if (name, seed) not in known]
-    for name, seed in tqdm(runs, desc="ablation"):
-        row = {"variant": name, "seed": seed} | run(name, seed, args, teacher, train, tests)
-        done.append(row)
-        with file.open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
-        tqdm.write(f"{name} seed {seed}: error {row['aligned_error']:.3f}, mean accuracy {row['mean']:.3f}")
-    table = summarise(done)
-    (args.output / "table.md").write_text(format_table(table))
-    if args.json:
-        args.json.write_text(json.dumps(table, indent=2) + "\n")
-    print(format_table(table))
+    parser.add_argument("--train_rows", type=int, default=3000, help="of the testbed's data")
+    parser.add_argument("--test_rows", type=int, default=100, help="of the testbed's data, for each task")
+    parser.add_argument("--limit", type=int, help="test rows at most")
+    parser.add_argument("--markdown", type=Path, help="file for the tables, OUTPUT/ablations.md by default")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the tables here too")
+    return parser.parse_args(argv)
 
 
-def run(
-    name: str, seed: int, args, teacher, train: EncodedDataset, tests: dict[str, EncodedDataset]
-) -> dict[str, Any]:
-    """Converts, aligns, distils and measures one variant."""
-    start = time.perf_counter()
-    options = WINDOWS | VARIANTS[name]
-    with tempfile.TemporaryDirectory(dir=args.output) as scratch:
-        convert(args.teacher, f"{scratch}/init", mixer_options=options)
-        student = AutoModelForImageTextToText.from_pretrained(f"{scratch}/init")
-        stages = [Stage("align", BOTH, args.align_steps, 2e-3, hid=1.0, hidden_input="teacher")]
-        if args.steps:
-            stages.append(Stage("distil", BOTH, args.steps, 5e-4, hid=0.02, tok=0.5))
-        log: list[dict] = []
-        for stage in stages:
-            log += train_stage(stage, student, teacher, train, args.batch_size, seed, scratch)
-    aligned = [row["relative_error"] for row in log if row["stage"] == "align" and "relative_error" in row][-1]
-    scores = {task: accuracy(student, rows) for task, rows in tests.items()}
-    return {
-        "aligned_error": round(aligned, 4),
-        **{task: round(score, 4) for task, score in scores.items()},
-        "mean": round(sum(scores.values()) / len(scores), 4),
-        "seconds": round(time.perf_counter() - start, 1),
-    }
-
-
-def train_stage(
-    stage: Stage, student, teacher, train: EncodedDataset, batch_size: int, seed: int, folder: str
-) -> list:
-    config = DistillConfig(
-        output_dir=folder,
-        per_device_train_batch_size=batch_size,
-        seed=seed,
-        logging_steps=10,
-        save_strategy="no",
-        disable_tqdm=True,
-        report_to=[],
-        use_cpu=not torch.cuda.is_available(),
+def run(arguments) -> dict[str, Any]:
+    """Runs the plans and returns their tables."""
+    check_positive(arguments, "batch_size", "train_rows", "test_rows", "limit")
+    if not arguments.steps_factor > 0:
+        raise ValueError(f"--steps_factor {arguments.steps_factor} must be positive")
+    if len(set(arguments.seeds)) < len(arguments.seeds):
+        raise ValueError(f"--seeds {arguments.seeds} names one twice, which would make the error bars too small")
+    if arguments.stages and arguments.recipe:
+        raise ValueError(f"--recipe {arguments.recipe} has no effect beside --stages: leave one of them out")
+    check_report(arguments.json)
+    base = scale_steps(
+        read_stages(arguments.stages or recipe_file(arguments.recipe or "quick"), arguments.stage_overrides),
+        arguments.steps_factor,
     )
-    set_seed(seed)
-    set_trainable(student, stage)
-    trainer = DistillTrainer(student, teacher, config, stage, train)
-    trainer.train()
-    return [{"stage": stage.name, **row} for row in trainer.state.log_history]
+    names = IN_ALL if ALL in arguments.plan else list(dict.fromkeys(arguments.plan))
+    plans = {name: _scaled_block(name, PLANS[name](base), arguments.steps_factor) for name in names}
+    options = WINDOWS if arguments.dataset is None else {}
+    if arguments.mixer_options:
+        options = _read_options(arguments.mixer_options)
+    output = arguments.output
+    with locked(output):
+        output.mkdir(parents=True, exist_ok=True)
+        teacher = str(TEACHERS.get(arguments.teacher, arguments.teacher))
+        dataset = arguments.dataset or _testbed_data(output, arguments.train_rows, arguments.test_rows)
+        bench = Bench(output, teacher, dataset, arguments.batch_size, arguments.limit, options)
+        right = bench.teacher_right()
+        results = bench.measure([row for rows in plans.values() for row in rows], arguments.seeds)
+        tables = {}
+        for name, rows in plans.items():
+            tables[name] = summarise(
+                [_figures(bench, results, row, arguments.seeds) for row in rows], bench.tasks, right
+            )
+        report = {
+            "plans": tables,
+            "seeds": arguments.seeds,
+            "teacher": teacher,
+            "dataset": dataset,
+            "test_rows": len(bench.tasks),
+            "command": ["linmu-ablate", *arguments.words],
+            "versions": library_versions(),
+        }
+        _write(report, bench.tasks, output, arguments.markdown or output / "ablations.md")
+    return report
 
 
-@torch.no_grad()
-def accuracy(model, rows: EncodedDataset, batch_size: int = 50) -> float:
-    """Returns the share of rows that greedy decoding would get right: every answer token is the likeliest one."""
-    collate = DistillCollator(rows.processor.tokenizer.pad_token_id)
-    model.eval()
-    right = 0
-    for start in range(0, len(rows), batch_size):
-        batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
-        targets = next_token_targets(batch.pop("labels"))
-        predicted = model(**batch, use_cache=False).logits.argmax(-1)
-        right += int(((predicted == targets) | (targets == IGNORE_INDEX)).all(1).sum())
-    return right / len(rows)
+def _scaled_block(name: str, rows: list[Row], factor: float) -> list[Row]:
+    """The plan `block` has stages of its own, which the recipe's factor has not reached."""
+    if name != "block":
+        return rows
+    return [Row(row.label, scale_steps(row.stages, factor), row.start) for row in rows]
 
 
-def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns for every variant the means over its seeds, and the spread of the mean accuracy."""
-    table = []
-    for variant in dict.fromkeys(row["variant"] for row in rows):
-        of = [row for row in rows if row["variant"] == variant]
-        means = {column: round(sum(row[column] for row in of) / len(of), 4) for column in COLUMNS}
-        spread = max(row["mean"] for row in of) - min(row["mean"] for row in of)
-        table.append({"variant": variant, "seeds": len(of), **means, "spread": round(spread, 4)})
-    return table
+def _read_options(text: str) -> dict[str, Any]:
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--mixer_options {text!r} is no JSON: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"--mixer_options {text!r} must be a JSON object, such as {json.dumps(WINDOWS)}")
+    return options
 
 
-def format_table(table: list[dict[str, Any]]) -> str:
-    """Returns the table in Markdown."""
-    lines = ["| " + " | ".join(table[0]) + " |", "|---" * len(table[0]) + "|"]
-    for row in table:
-        lines.append("| " + " | ".join(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()) + " |")
-    return "\n".join(lines) + "\n"
+def _testbed_data(output: Path, train: int, test: int) -> str:
+    folder = output / f"data-{train}-{test}"
+    if not folder.exists():
+        with whole_folder(folder) as part:
+            make_data(part, train, test)
+    return str(folder)
+
+
+def _figures(bench: Bench, results: dict[str, dict[str, Any]], row: Row, seeds: Sequence[int]):
+    students = [results[bench.key(row, seed)] for seed in seeds]
+    errors = [student["error"][row.measured] for student in students if row.measured in student["error"]]
+    return row.label, row.paper, [student["right"][row.measured] for student in students], errors
+
+
+def _write(report: dict[str, Any], tasks: Sequence[str], output: Path, markdown: Path) -> None:
+    """Writes a section, a JSON and a picture for every plan, and all sections as one page."""
+    markdown.parent.mkdir(parents=True, exist_ok=True)
+    sections = []
+    for name, table in report["plans"].items():
+        picture = markdown.parent / f"ablations_{name}.png"
+        plot_plan(name, table, picture)
+        sections.append(format_plan(name, table, tasks, picture.name))
+        write_text(output / f"{name}.json", json.dumps(table, indent=2) + "\n")
+    write_text(markdown, "\n".join([_introduction(report), *sections]))
+
+
+def _introduction(report: dict[str, Any]) -> str:
+    seeds = len(report["seeds"])
+    bars = f"± is one standard deviation over {seeds} seeds" if seeds > 1 else "one seed, so there are no error bars"
+    return f"""# Ablations
+
+Accuracy in percent on {report["test_rows"]} held-out questions; {bars}. `retention` is the mean over tasks as a
+share of the teacher's, `difference` that mean less the first row's of the same seed, `error` the relative error of the
+mixers at the end of the stage, and `paper` the mean of the paper's own benchmarks, with its difference from the first
+row. Tasks, model and budget are others than the paper's: only the order of the rows can be compared. Made by
+
+    {" ".join(report["command"])}
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+
+    def work() -> None:
+        arguments = parse_arguments(argv)
+        arguments.words = list(sys.argv[1:] if argv is None else map(str, argv))
+        report = run(arguments)
+        write_report(arguments.json, report)
+        page = arguments.markdown or arguments.output / "ablations.md"
+        print(page.read_text())
+
+    return run_command("linmu-ablate", work, "; the same command goes on with what is missing")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

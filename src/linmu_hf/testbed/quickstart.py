@@ -30,7 +30,7 @@ from ..data.image import open_image
 from ..distillation.recipes import read_stages, recipe_file, stage_values
 from ..evaluation.retention import correct_answers, format_table
 from ..files import write_text
-from .ablate import WINDOWS
+from .ablations.plans import WINDOWS
 from .check_teacher import TEACHERS, is_nvila
 from .make_data import make_data
 

@@ -1,0 +1,128 @@
+"""What the plans show: means and error bars over seeds, as values, Markdown and a picture."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .plans import TITLES
+
+
+def spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """Returns the mean and the sample standard deviation (n - 1), `None` for a single value."""
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return mean, None
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+def accuracies(right: Sequence[int], tasks: Sequence[str]) -> dict[str, float]:
+    """Returns the accuracy per task and `mean`, the mean over tasks."""
+    counted = np.array(right, dtype=float)
+    by_task = {task: float(counted[[name == task for name in tasks]].mean()) for task in dict.fromkeys(tasks)}
+    return {**by_task, "mean": float(np.mean(list(by_task.values())))}
+
+
+def summarise(
+    rows: Sequence[tuple[str, tuple[float, ...], Sequence[Sequence[int]], Sequence[float]]],
+    tasks: Sequence[str],
+    teacher: Sequence[int],
+) -> list[dict[str, Any]]:
+    """
+    Returns the rows of a table.
+
+    Args:
+        rows (`Sequence[tuple]`):
+            Label, the paper's figures, for every seed which test rows are right (0 or 1), and the relative errors.
+        tasks (`Sequence[str]`): the task of every test row.
+        teacher (`Sequence[int]`): which of them the teacher has right.
+
+    Returns:
+        `list[dict]`: `label`, `seeds`, and by task, for `mean`, `retention` (mean accuracy over the teacher's),
+        `error` and `difference` (of the mean accuracy from the first row's, seed by seed) a mean and a standard
+        deviation; `paper`, the mean of the paper's figures as a share, and its difference from the first row's.
+    """
+    known = accuracies(teacher, tasks)["mean"]
+    table: list[dict[str, Any]] = []
+    first: list[float] = []
+    for label, paper, seeds, errors in rows:
+        scores = [accuracies(right, tasks) for right in seeds]
+        means = [score["mean"] for score in scores]
+        first = first or means
+        columns = {name: [score[name] for score in scores] for name in scores[0]}
+        columns["retention"] = [mean / known if known else math.nan for mean in means]
+        columns["difference"] = [mean - base for mean, base in zip(means, first)]
+        if errors:
+            columns["error"] = list(errors)
+        figures = {name: dict(zip(("mean", "deviation"), spread(values))) for name, values in columns.items()}
+        shown = math.fsum(paper) / len(paper) / 100 if paper else None
+        base = table[0]["paper"] if table else shown
+        lead = shown - base if shown is not None and base is not None else None
+        table.append({"label": label, "seeds": len(seeds), **figures, "paper": shown, "paper_difference": lead})
+    return table
+
+
+def disagreements(table: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Says for which rows the difference from the first one has another sign than the paper's."""
+    texts = []
+    for row in table[1:]:
+        here, paper = row["difference"]["mean"], row["paper_difference"]
+        if paper and here * paper <= 0:
+            texts.append(f"{row['label']} {100 * here:+.1f} points here, {100 * paper:+.1f} in the paper")
+    return texts
+
+
+def format_plan(
+    plan: str, table: Sequence[Mapping[str, Any]], tasks: Sequence[str], picture: str | None = None
+) -> str:
+    """Returns a plan's section in Markdown."""
+    names = list(dict.fromkeys(tasks))
+    with_error = all("error" in row for row in table)
+    head = ["", "seeds", *names, "mean", "retention", "difference", *(["error"] if with_error else []), "paper"]
+    lines = [f"## {TITLES[plan]}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in table:
+        cells = [row["label"], str(row["seeds"]), *(_percent(row[name]) for name in (*names, "mean", "retention"))]
+        cells.append(_percent(row["difference"], sign="+"))
+        if with_error:
+            cells.append(_plus_minus(row["error"], 1, 3))
+        paper = "" if row["paper"] is None else f"{100 * row['paper']:.1f} ({100 * row['paper_difference']:+.1f})"
+        lines.append("| " + " | ".join([*cells, paper]) + " |")
+    if any(row["paper"] is not None for row in table):
+        other = disagreements(table)
+        said = "; ".join(other) if other else "none"
+        lines += ["", f"Differences with another sign than the paper's: {said}."]
+    if picture:
+        lines += ["", f"![{TITLES[plan]}]({picture})"]
+    return "\n".join(lines) + "\n"
+
+
+def plot_plan(plan: str, table: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Draws the mean accuracy of every row with a bar of one standard deviation."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 1 + 0.4 * len(table)))
+    means = [100 * row["mean"]["mean"] for row in table]
+    deviations = [100 * (row["mean"]["deviation"] or 0) for row in table]
+    axis.barh([row["label"] for row in table], means, xerr=deviations, color="steelblue", capsize=3)
+    axis.invert_yaxis()
+    axis.set_xlabel("accuracy, percent; bars are one standard deviation over seeds")
+    axis.set_title(TITLES[plan])
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def _percent(value: Mapping[str, float | None], sign: str = "") -> str:
+    return _plus_minus(value, 100, 1, sign)
+
+
+def _plus_minus(value: Mapping[str, float | None], factor: float, digits: int, sign: str = "") -> str:
+    mean, deviation = value["mean"], value["deviation"]
+    assert mean is not None
+    text = f"{factor * mean:{sign}.{digits}f}"
+    return text if deviation is None else f"{text} ± {factor * deviation:.{digits}f}"

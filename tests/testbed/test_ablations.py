@@ -1,0 +1,191 @@
+"""Ablations: what the plans compare, the figures of the tables by hand, and a run that is killed."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from linmu_hf.distillation.recipes import read_stages, recipe_file
+from linmu_hf.distillation.stages import LORA, SWIN, Stage
+from linmu_hf.testbed import ablate
+from linmu_hf.testbed.ablations import run as runs
+from linmu_hf.testbed.ablations.plans import FLEX_WITHOUT_FUSION, PLANS, WINDOWS, scale_steps
+from linmu_hf.testbed.ablations.tables import accuracies, disagreements, format_plan, spread, summarise
+
+
+PAPER, QUICK = (read_stages(recipe_file(name)) for name in ("paper", "quick"))
+
+
+def by_label(plan, stages):
+    return {row.label: row for row in PLANS[plan](stages)}
+
+
+# ---- Plans
+
+
+@pytest.mark.parametrize("stages", [PAPER, QUICK], ids=["paper", "quick"])
+def test_loss_terms_change_one_weight_and_no_number_of_steps(stages):
+    rows = by_label("loss_terms", stages)
+    base = rows.pop("all terms").stages
+    steps = sum(stage.max_steps for stage in base)
+    for label, row in rows.items():
+        loss = label.split("L_")[1]
+        assert sum(stage.max_steps for stage in row.stages) == steps
+        factor = 0 if label.startswith("without") else 2
+        for stage in row.stages:
+            before = next(each for each in base if each.name == stage.name)
+            for key in ("hid", "tok", "seq", "sup"):
+                assert getattr(stage, key) == getattr(before, key) * (factor if key == loss else 1), (label, key)
+
+
+def test_stages_are_measured_on_the_way_and_one_stage_has_all_their_steps():
+    rows = by_label("stages", PAPER)
+    assert [row.measured for row in rows.values()] == ["stage-3", "stage-2", "stage-1", "init", "all-in-one"]
+    (one,) = rows["all in one stage"].stages
+    assert one.max_steps == 50_000 and LORA in one.trains and SWIN in one.trains
+    assert (one.hid, one.tok, one.seq, one.sup, one.lora_r, one.learning_rate) == (0.5, 0.5, 0.5, 0.5, 8, 5e-4)
+
+
+def test_branches_train_what_is_left():
+    rows = by_label("branches", PAPER)
+    assert [s.trains for s in rows["Flex-MA alone"].stages] == [
+        (FLEX_WITHOUT_FUSION,), (FLEX_WITHOUT_FUSION,), (FLEX_WITHOUT_FUSION, LORA),
+    ]  # fmt: skip
+    assert [s.trains for s in rows["Local-Swin alone"].stages] == [(SWIN,), (SWIN,), (SWIN, LORA)]
+
+
+def test_a_plan_that_does_not_fit_the_recipe_is_refused():
+    fed = Stage("one", ("flex",), 3, 1e-3, hid=1.0, hidden_input="teacher")
+    with pytest.raises(ValueError, match="changes L_seq, which no stage"):
+        PLANS["loss_terms"]((fed,))
+    with pytest.raises(ValueError, match="needs a stage with hidden_input: student"):
+        PLANS["stages"]((fed,))
+
+
+# ---- Tables
+
+
+def test_figures_equal_those_by_hand():
+    tasks = ["a", "a", "b", "b"]
+    rows = [
+        ("first", (60.0, 70.0), [[1, 1, 1, 0], [1, 1, 1, 1]], [0.1, 0.3]),
+        ("second", (50.0, 60.0), [[1, 0, 1, 1], [1, 1, 1, 1]], [0.2, 0.2]),
+    ]
+    first, second = summarise(rows, tasks, [1, 1, 1, 0])  # the teacher: 1 and 0.5, mean 0.75
+    assert first["mean"] == {"mean": 0.875, "deviation": pytest.approx(0.25 / math.sqrt(2))}
+    assert first["b"]["mean"] == 0.75 and first["b"]["deviation"] == pytest.approx(0.5 / math.sqrt(2))
+    assert first["retention"]["mean"] == pytest.approx((0.75 / 0.75 + 1 / 0.75) / 2)
+    assert first["difference"] == {"mean": 0.0, "deviation": 0.0}
+    assert first["error"]["mean"] == pytest.approx(0.2)
+    assert second["a"]["mean"] == 0.75 and second["difference"] == {"mean": 0.0, "deviation": 0.0}
+    assert second["paper"] == pytest.approx(0.55) and second["paper_difference"] == pytest.approx(-0.1)
+    assert disagreements([first, second]) == ["second +0.0 points here, -10.0 in the paper"]
+    text = format_plan("branches", [first, second], tasks)
+    assert "| first | 2 | 100.0 ± 0.0 | 75.0 ± 35.4 | 87.5 ± 17.7 |" in text
+    assert "| 0.200 ± 0.141 | 65.0 (+0.0) |" in text
+
+
+def test_spread():
+    mean, deviation = spread([0.2, 0.4, 0.9])
+    assert mean == pytest.approx(0.5) and deviation == pytest.approx(math.sqrt((0.09 + 0.01 + 0.16) / 2))
+    assert spread([0.3]) == (0.3, None)
+    assert accuracies([1, 0, 0], ["a", "a", "b"]) == {"a": 0.5, "b": 0.0, "mean": 0.25}
+
+
+# ---- Runs
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ablations")
+    (folder / "stages.yaml").write_text(
+        "- {name: one, trains: [flex, swin], max_steps: 2, learning_rate: 1e-3, hid: 0.1, tok: 0.5}\n"
+    )
+    return [
+        "--stages", str(folder / "stages.yaml"), "--seeds", "0", "1", "--train_rows", "8", "--test_rows", "1",
+        "--batch_size", "4",
+    ]  # fmt: skip
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_run_goes_on_with_the_same_tables(arguments, tmp_path, monkeypatch, capsys):
+    def command(name):
+        return ["--plan", "branches", *arguments, "--output", str(tmp_path / name)]
+
+    assert ablate.main(command("whole")) == 0, capsys.readouterr().err
+    distilled, distill = [], runs.distill
+
+    def dies(*args, **kwargs):
+        distilled.append(1)
+        if len(distilled) == 3:
+            raise Killed
+        return distill(*args, **kwargs)
+
+    monkeypatch.setattr(runs, "distill", dies)
+    with pytest.raises(Killed):
+        ablate.main(command("killed"))
+    # The data of both are the same; the runs are named by it.
+    assert not (tmp_path / "killed" / "branches.json").exists()
+    assert ablate.main(command("killed")) == 0
+    assert len(distilled) == 7  # three students, two seeds, one of them twice
+    tables = [json.loads((tmp_path / name / "branches.json").read_text()) for name in ("whole", "killed")]
+    assert tables[0] == tables[1]
+    assert [row["seeds"] for row in tables[0]] == [2, 2, 2]
+    assert (tmp_path / "killed" / "ablations_branches.png").stat().st_size > 5_000
+    assert "# Ablations" in (tmp_path / "killed" / "ablations.md").read_text()
+    assert not [path for path in (tmp_path / "killed" / "students").iterdir() if path.is_dir()]
+    assert ablate.main(command("killed")) == 0 and len(distilled) == 7  # all is there
+
+
+@pytest.mark.parametrize("keep", ["flex", "swin"])
+def test_a_closed_branch_has_no_effect(tmp_path, keep):
+    """Spoiling the closed branch changes nothing, spoiling the other one does."""
+    ablation = runs.Bench(tmp_path, str(ablate.TEACHERS["qwen"]), "none", mixer_options=WINDOWS)
+    start = by_label("branches", PAPER)["Flex-MA alone" if keep == "flex" else "Local-Swin alone"].start
+    student = ablation.start(start, tmp_path / "init").eval()
+    row = next(iter(ablate.make_data(tmp_path / "data", 1, 1)["test"]))
+    batch = dict(runs.encode_rows(ablation.processor, [row]))
+    batch.pop("labels")
+
+    @torch.no_grad()
+    def logits(spoiled):
+        mixer = student.model.language_model.layers[1].mixer
+        weight = getattr(mixer, spoiled).o_proj.weight
+        before = weight.clone()
+        weight.normal_()
+        result = student(**batch).logits
+        weight.copy_(before)
+        return result
+
+    plain = student(**batch).logits
+    open_branch, closed = ("flex_ma", "local_swin") if keep == "flex" else ("local_swin", "flex_ma")
+    torch.testing.assert_close(logits(closed), plain, rtol=1e-5, atol=1e-5)
+    assert (logits(open_branch) - plain).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--plan", "optimizers"], "invalid choice: 'optimizers'"),
+        (["--plan", "stages", "--seeds", "0", "0"], "names one twice"),
+        (["--plan", "stages", "--steps_factor", "0"], "--steps_factor 0.0 must be positive"),
+        (["--plan", "stages", "--recipe", "best"], "recipe='best' is none of paper, default, quick"),
+        (["--plan", "stages", "--mixer_options", "[]"], "must be a JSON object"),
+    ],
+)
+def test_one_line_for_each_error(tmp_path, capsys, changes, message):
+    try:
+        code = ablate.main([*changes, "--output", str(tmp_path / "out")])
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_scaled_steps():
+    assert [stage.max_steps for stage in scale_steps(PAPER, 0.01)] == [100, 150, 250]
+    assert [stage.max_steps for stage in scale_steps(PAPER, 1e-9)] == [1, 1, 1]
