@@ -11,7 +11,7 @@ from linmu_hf.distillation.stages import LORA, SWIN, Stage
 from linmu_hf.testbed import ablate
 from linmu_hf.testbed.ablations import run as runs
 from linmu_hf.testbed.ablations.plans import FLEX_WITHOUT_FUSION, PLANS, WINDOWS, scale_steps
-from linmu_hf.testbed.ablations.tables import accuracies, disagreements, format_plan, spread, summarise
+from linmu_hf.testbed.ablations.tables import accuracies, against_paper, format_plan, spread, summarise
 
 
 PAPER, QUICK = (read_stages(recipe_file(name)) for name in ("paper", "quick"))
@@ -80,10 +80,19 @@ def test_figures_equal_those_by_hand():
     assert first["error"]["mean"] == pytest.approx(0.2)
     assert second["a"]["mean"] == 0.75 and second["difference"] == {"mean": 0.0, "deviation": 0.0}
     assert second["paper"] == pytest.approx(0.55) and second["paper_difference"] == pytest.approx(-0.1)
-    assert disagreements([first, second]) == ["second +0.0 points here, -10.0 in the paper"]
+    assert against_paper([first, second]) == {"as": [], "other": [], "undecided": ["second"]}
     text = format_plan("branches", [first, second], tasks)
     assert "| first | 2 | 100.0 ± 0.0 | 75.0 ± 35.4 | 87.5 ± 17.7 |" in text
     assert "| 0.200 ± 0.141 | 65.0 (+0.0) |" in text
+
+
+def test_orders_are_compared_with_the_papers():
+    def row(label, here, deviation, paper):
+        return {"label": label, "difference": {"mean": here, "deviation": deviation}, "paper_difference": paper}
+
+    rows = [row("base", 0, 0, 0), row("a", -0.1, 0.05, -0.2), row("b", 0.1, 0.05, -0.2), row("c", 0.1, 0.2, -0.2)]
+    rows += [row("d", -0.1, None, -0.1), row("e", 0.1, 0.0, None)]
+    assert against_paper(rows) == {"as": ["a", "d"], "other": ["b"], "undecided": ["c"]}
 
 
 def test_spread():

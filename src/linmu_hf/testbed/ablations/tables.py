@@ -64,14 +64,19 @@ def summarise(
     return table
 
 
-def disagreements(table: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Says for which rows the difference from the first one has another sign than the paper's."""
-    texts = []
+def against_paper(table: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """
+    Sorts the rows after the first by the sign of their difference from it: `"as"` in the paper, `"other"`, or
+    `"undecided"` where the mean over seeds is not more than its standard deviation.
+    """
+    sorted_rows: dict[str, list[str]] = {"as": [], "other": [], "undecided": []}
     for row in table[1:]:
-        here, paper = row["difference"]["mean"], row["paper_difference"]
-        if paper and here * paper <= 0:
-            texts.append(f"{row['label']} {100 * here:+.1f} points here, {100 * paper:+.1f} in the paper")
-    return texts
+        here, deviation, paper = row["difference"]["mean"], row["difference"]["deviation"], row["paper_difference"]
+        if paper is not None:
+            decided = abs(here) > (deviation or 0)
+            kind = "undecided" if not decided else "as" if here * paper > 0 else "other"
+            sorted_rows[kind].append(row["label"])
+    return sorted_rows
 
 
 def format_plan(
@@ -79,20 +84,23 @@ def format_plan(
 ) -> str:
     """Returns a plan's section in Markdown."""
     names = list(dict.fromkeys(tasks))
-    with_error = all("error" in row for row in table)
+    with_error = any("error" in row for row in table)
     head = ["", "seeds", *names, "mean", "retention", "difference", *(["error"] if with_error else []), "paper"]
     lines = [f"## {TITLES[plan]}", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in table:
         cells = [row["label"], str(row["seeds"]), *(_percent(row[name]) for name in (*names, "mean", "retention"))]
         cells.append(_percent(row["difference"], sign="+"))
         if with_error:
-            cells.append(_plus_minus(row["error"], 1, 3))
+            cells.append(_plus_minus(row["error"], 1, 3) if "error" in row else "")
         paper = "" if row["paper"] is None else f"{100 * row['paper']:.1f} ({100 * row['paper_difference']:+.1f})"
         lines.append("| " + " | ".join([*cells, paper]) + " |")
     if any(row["paper"] is not None for row in table):
-        other = disagreements(table)
-        said = "; ".join(other) if other else "none"
-        lines += ["", f"Differences with another sign than the paper's: {said}."]
+        found = {kind: ", ".join(labels) or "none" for kind, labels in against_paper(table).items()}
+        lines += [
+            "",
+            f"Order against the first row: as in the paper: {found['as']}; the other way round: {found['other']}; not "
+            f"told apart by these seeds: {found['undecided']}.",
+        ]
     if picture:
         lines += ["", f"![{TITLES[plan]}]({picture})"]
     return "\n".join(lines) + "\n"
