@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,9 @@ PAPER, QUICK = (read_stages(recipe_file(name)) for name in ("paper", "quick"))
 
 def by_label(plan, stages):
     return {row.label: row for row in PLANS[plan](stages)}
+
+
+STUDENT = Path(ablate.__file__).parent / "student"
 
 
 # ---- Plans
@@ -150,6 +154,15 @@ def test_a_killed_run_goes_on_with_the_same_tables(arguments, tmp_path, monkeypa
     assert ablate.main(command("killed")) == 0 and len(distilled) == 7  # all is there
 
 
+def test_a_converted_model_is_taken_as_it_is(tmp_path):
+    ablation = runs.Bench(tmp_path, str(ablate.TEACHERS["qwen"]), "none", student=str(STUDENT))
+    start = by_label("stages", PAPER)["all stages"].start
+    expected = runs.AutoModelForImageTextToText.from_pretrained(STUDENT, dtype="float32").state_dict()
+    for name, value in ablation.start(start, tmp_path / "init").state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    assert not (tmp_path / "init").exists()
+
+
 @pytest.mark.parametrize("keep", ["flex", "swin"])
 def test_a_closed_branch_has_no_effect(tmp_path, keep):
     """Spoiling the closed branch changes nothing, spoiling the other one does."""
@@ -184,6 +197,9 @@ def test_a_closed_branch_has_no_effect(tmp_path, keep):
         (["--plan", "stages", "--steps_factor", "0"], "--steps_factor 0.0 must be positive"),
         (["--plan", "stages", "--recipe", "best"], "recipe='best' is none of paper, default, quick"),
         (["--plan", "stages", "--mixer_options", "[]"], "must be a JSON object"),
+        (["--plan", "stages", "--model", "/nowhere/model"], "/nowhere/model is not a folder"),
+        (["--plan", "branches", "--model", str(STUDENT)], "--model fits no plan branches"),
+        (["--plan", "stages", "--model", str(STUDENT), "--mixer_options", "{}"], "has no effect on the converted"),
     ],
 )
 def test_one_line_for_each_error(tmp_path, capsys, changes, message):

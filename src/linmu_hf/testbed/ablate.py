@@ -17,9 +17,9 @@ from transformers.utils import logging
 
 from ..commands.common import Parser, check_positive, run_command, write_report
 from ..distillation.recipes import RECIPES, read_stages, recipe_file
-from ..evaluation.loading import library_versions
+from ..evaluation.loading import check_model, library_versions
 from ..files import check_report, locked, whole_folder, write_text
-from .ablations.plans import PLANS, WINDOWS, Row, scale_steps
+from .ablations.plans import PLANS, WINDOWS, Row, Start, scale_steps
 from .ablations.run import Bench
 from .ablations.tables import format_plan, plot_plan, summarise
 from .check_teacher import TEACHERS
@@ -39,6 +39,9 @@ def parse_arguments(argv: Sequence[str] | None = None):
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--teacher", default="qwen", help=f"{', '.join(TEACHERS)}, a folder or a Hub id")
+    parser.add_argument(
+        "--model", help="converted student that all runs start from, in place of a conversion"
+    )
     parser.add_argument("--dataset", help="rows with splits train and test; by default the testbed's")
     parser.add_argument("--mixer_options", help="M-MATE fields of all students, as JSON; the testbed's by default")
     parser.add_argument("--recipe", help=f"stages of the students: {', '.join(RECIPES)}; quick by default")
@@ -70,7 +73,10 @@ def run(arguments) -> dict[str, Any]:
     )
     names = IN_ALL if ALL in arguments.plan else list(dict.fromkeys(arguments.plan))
     plans = {name: _scaled_block(name, PLANS[name](base), arguments.steps_factor) for name in names}
-    options = WINDOWS if arguments.dataset is None else {}
+    options = WINDOWS if arguments.dataset is None and arguments.model is None else {}
+    if arguments.model:
+        check_model(arguments.model)
+        _refuse_starts(plans, arguments.mixer_options)
     if arguments.mixer_options:
         options = _read_options(arguments.mixer_options)
     output = arguments.output
@@ -78,7 +84,7 @@ def run(arguments) -> dict[str, Any]:
         output.mkdir(parents=True, exist_ok=True)
         teacher = str(TEACHERS.get(arguments.teacher, arguments.teacher))
         dataset = arguments.dataset or _testbed_data(output, arguments.train_rows, arguments.test_rows)
-        bench = Bench(output, teacher, dataset, arguments.batch_size, arguments.limit, options)
+        bench = Bench(output, teacher, dataset, arguments.batch_size, arguments.limit, arguments.model, options)
         right = bench.teacher_right()
         results = bench.measure([row for rows in plans.values() for row in rows], arguments.seeds)
         tables = {}
@@ -104,6 +110,14 @@ def _scaled_block(name: str, rows: list[Row], factor: float) -> list[Row]:
     if name != "block":
         return rows
     return [Row(row.label, scale_steps(row.stages, factor), row.start) for row in rows]
+
+
+def _refuse_starts(plans: dict[str, list[Row]], mixer_options: str | None) -> None:
+    for name, rows in plans.items():
+        if any(row.start != Start() for row in rows):
+            raise ValueError(f"--model fits no plan {name}, whose students start in ways of their own: leave one out")
+    if mixer_options:
+        raise ValueError(f"--mixer_options {mixer_options} has no effect on the converted --model: leave one out")
 
 
 def _read_options(text: str) -> dict[str, Any]:

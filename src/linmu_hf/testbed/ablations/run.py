@@ -43,6 +43,7 @@ class Bench:
         dataset (`str`): rows with the splits `train` and `test`.
         batch_size (`int`): rows of a step.
         limit (`int`, *optional*): test rows at most.
+        student (`str`, *optional*): a converted model to start from, in place of converting the teacher.
         mixer_options (`dict`): M-MATE fields of every student, under those of a plan.
         calibration_rows (`int`): for starts that are calibrated.
     """
@@ -52,6 +53,7 @@ class Bench:
     dataset: str
     batch_size: int = 16
     limit: int | None = None
+    student: str | None = None
     mixer_options: dict[str, Any] = field(default_factory=dict)
     calibration_rows: int = 64
 
@@ -85,7 +87,8 @@ class Bench:
     def key(self, row: Row, seed: int) -> str:
         """Names a student: by all that decides what it becomes."""
         values = [
-            self.teacher, self.dataset, self.batch_size, self.limit, self.mixer_options, self.calibration_rows,
+            self.teacher, self.student, self.dataset, self.batch_size, self.limit, self.mixer_options,
+            self.calibration_rows,
             asdict(row.start), [stage_values(stage) for stage in row.stages], seed,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
@@ -160,6 +163,8 @@ class Bench:
 
     def start(self, start: Start, folder: Path):
         """Returns a converted student."""
+        if self.student is not None:
+            return AutoModelForImageTextToText.from_pretrained(self.student, dtype="float32").to(self.device)
         options = {**self.mixer_options, **start.options}
         convert(self.teacher, str(folder), preset=start.preset, mixer_options=options, overwrite=True)
         student = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32").to(self.device)
