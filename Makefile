@@ -26,7 +26,7 @@ ablations: $(READY)
 # Two plans with hardly any budget: that everything runs, not what it shows.
 ablations-quick: $(READY)
 	$(BIN)/python -m linmu_hf.testbed.ablate --plan stages branches --seeds 0 1 --output $(RUNS)/ablations-quick \
-		--steps_factor 0.03 --train_rows 400 --test_rows 20 $(ARGS)
+		--steps_factor 0.02 --train_rows 400 --test_rows 10 $(ARGS)
 
 # A pre-trained decoder of 135 M parameters, from the package index: docs/real.md. An hour; ARGS=--quick ten minutes.
 real: .venv/.real

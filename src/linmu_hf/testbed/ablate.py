@@ -39,9 +39,7 @@ def parse_arguments(argv: Sequence[str] | None = None):
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--teacher", default="qwen", help=f"{', '.join(TEACHERS)}, a folder or a Hub id")
-    parser.add_argument(
-        "--model", help="converted student that all runs start from, in place of a conversion"
-    )
+    parser.add_argument("--model", help="converted student that all runs start from, in place of a conversion")
     parser.add_argument("--dataset", help="rows with splits train and test; by default the testbed's")
     parser.add_argument("--mixer_options", help="M-MATE fields of all students, as JSON; the testbed's by default")
     parser.add_argument("--recipe", help=f"stages of the students: {', '.join(RECIPES)}; quick by default")
