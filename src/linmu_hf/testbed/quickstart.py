@@ -38,19 +38,20 @@ from .make_data import make_data
 PICTURED_TASKS = ("cell", "below", "large")
 PICTURES_PER_TASK = 3
 LOGGING_STEPS = 5
-RECIPE = "quick"
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How much each part of the way takes; `stage_overrides` change the recipe."""
+    """How much each part of the way takes; `stage_overrides` change the recipe, `arguments` go to `linmu-distill`."""
 
     train_rows: int
     full_mosaics: bool
     test_rows_per_task: int
     calibration_rows: int
     batch_size: int
+    recipe: str
     stage_overrides: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
 
 
 QUICK = Schedule(
@@ -59,23 +60,43 @@ QUICK = Schedule(
     test_rows_per_task=100,
     calibration_rows=64,
     batch_size=16,
+    recipe="quick",
+    arguments=("--muon", "True", "--adam_beta2", "0.98", "--position_shift", "16"),
 )
-FULL = replace(
-    QUICK,
+FULL = Schedule(
     train_rows=12000,
+    full_mosaics=False,
     test_rows_per_task=500,
     calibration_rows=128,
+    batch_size=16,
+    recipe="default",
     stage_overrides=(
         "stage-1-align.max_steps=1500",
+        "stage-1-align.learning_rate=2e-3",
         "stage-1.max_steps=400",
         "stage-2.max_steps=1600",
+        "stage-2.learning_rate=6e-4",
         "stage-3.max_steps=500",
         "stage-3.learning_rate=2e-4",
-        "stage-3.seq=0.5",
     ),
 )
 # NVILA resizes every image to one canvas, so each size of mosaic is a task of its own: ours knows the two of the test.
-NVILA_QUICK = replace(QUICK, full_mosaics=True)
+NVILA_QUICK = replace(
+    FULL,
+    train_rows=3000,
+    full_mosaics=True,
+    test_rows_per_task=100,
+    calibration_rows=64,
+    stage_overrides=(
+        *FULL.stage_overrides,
+        "stage-1-align.max_steps=250",
+        "stage-1.max_steps=250",
+        "stage-2.max_steps=300",
+        "stage-3.max_steps=100",
+        "stage-3.learning_rate=3e-4",
+        "stage-3.seq=0",  # decoding the teacher's answers would take longer than the stage itself
+    ),
+)
 # Its rows are longer; this fits into little more than an hour on one core.
 NVILA_FULL = replace(
     FULL,
@@ -159,7 +180,7 @@ def flags(options: dict[str, Any]) -> list[str]:
 
 def walk(output: Path, teacher: str, schedule: Schedule) -> dict[str, Any]:
     """Goes the whole way and returns what `results.json` holds."""
-    stages = read_stages(recipe_file(RECIPE), schedule.stage_overrides)
+    stages = read_stages(recipe_file(schedule.recipe), schedule.stage_overrides)
     settings = {"mixer_options": WINDOWS, "stages": [stage_values(stage) for stage in stages], **asdict(schedule)}
     way = Way(output, {"teacher": teacher, **settings})
     data, init, student, scores = (output / name for name in ("data", "init", "student", "retention.json"))
@@ -178,7 +199,7 @@ def walk(output: Path, teacher: str, schedule: Schedule) -> dict[str, Any]:
             "linmu-distill", distillation.main,
             "--model", init, "--teacher", teacher, "--dataset", data, "--output_dir", student,
             "--per_device_train_batch_size", schedule.batch_size, "--logging_steps", LOGGING_STEPS,
-            "--feature_cache_gb", 6, "--recipe", RECIPE,
+            "--feature_cache_gb", 6, "--recipe", schedule.recipe, *schedule.arguments,
             *(("--stage_overrides", *schedule.stage_overrides) if schedule.stage_overrides else ()),
         ),
     )  # fmt: skip
