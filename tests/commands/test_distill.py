@@ -127,8 +127,10 @@ def test_the_teacher_is_loaded_as_asked(folders, tmp_path, kwargs, capsys, monke
         runner, "distill", lambda config, student, teacher, *args, **kwargs: seen.append(teacher) or []
     )
     assert main(command(folders, tmp_path / "out", teacher_model_init_kwargs=kwargs)) == 0, capsys.readouterr().err
-    expected = "eager" if "eager" in kwargs else "sdpa"
-    assert seen[0].model.language_model.config._attn_implementation == expected and seen[0].dtype == torch.float32
+    teacher = seen[0].as_model()
+    assert teacher.dtype == torch.float32
+    expected = "eager" if "eager" in kwargs else "sdpa_by_sequence"
+    assert seen[0].attention["0"].config._attn_implementation == expected
 
 
 def test_a_missing_extra_is_one_line():

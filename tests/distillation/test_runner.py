@@ -8,6 +8,7 @@ from linmu_hf import files
 from linmu_hf.distillation import DistillConfig, distill, read_stages, recipe_file
 from linmu_hf.distillation import folders as folders_module
 from linmu_hf.distillation import runner as runner_module
+from linmu_hf.distillation.stages import Stage
 from linmu_hf.distillation.targets.fill import decode_pseudo_targets
 from linmu_hf.distillation.trainer import DistillTrainer
 from linmu_hf.files import locked
@@ -329,3 +330,20 @@ def test_overwriting_deletes_the_answers_of_the_run_before(run, tmp_path):
     old.mkdir()
     run(tmp_path / "out", **arguments, overwrite_output_dir=True)
     assert not old.exists() and (old.parent / "shard-00000").is_dir()
+
+
+def test_stored_log_probabilities_end_where_the_teacher_ends(rows, processor, make_student, make_teacher, tmp_path):
+    """All of the vocabulary stored; and with the same store a temperature is refused."""
+    store, vocabulary = tmp_path / "store", len(processor.tokenizer)
+    decode_pseudo_targets(make_teacher(), processor, rows, store, max_new_tokens=4, top_k=vocabulary)
+    values = {"use_cpu": True, "disable_tqdm": True, "max_completion_length": 4, "per_device_train_batch_size": 4}
+    stages = [Stage("tok", trains=("flex",), max_steps=3, learning_rate=1e-3, tok=1.0)]
+    students = []
+    for name, given in (("with", {"pseudo_targets": str(store)}), ("without", {})):
+        students.append(make_student())
+        config = DistillConfig(output_dir=str(tmp_path / name), adam_epsilon=1e-3, **values | given)
+        distill(config, students[-1], make_teacher(), rows, processor, stages=stages)
+    assert_same_weights(*students)
+    config = DistillConfig(output_dir=str(tmp_path / "warm"), pseudo_targets=str(store), temperature=2.0, **values)
+    with pytest.raises(ValueError, match=r"temperature=2.0 needs all logits, and .* holds the \d+ likeliest"):
+        distill(config, make_student(), make_teacher(), rows, processor, stages=stages)

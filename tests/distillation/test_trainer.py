@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 
+from linmu_hf import LinMUConfig, LinMUForConditionalGeneration
 from linmu_hf.distillation.collator import EncodedDataset, encode_row
 from linmu_hf.distillation.config import DistillConfig
 from linmu_hf.distillation.lora import add_lora
@@ -319,3 +320,46 @@ def test_rows_start_at_any_position(make_trainer):
         found[one.args.position_shift] = one._sums
     torch.testing.assert_close(found[50]["energies"], found[0]["energies"], rtol=1e-4, atol=0)
     assert not torch.allclose(found[50]["errors"], found[0]["errors"], rtol=1e-4)
+
+
+def test_stored_log_probabilities_take_the_teachers_place(make_trainer, make_teacher, monkeypatch):
+    """With the whole vocabulary stored, loss and gradients are those of the teacher itself, which is not asked."""
+    trainer = make_trainer(stage(hid=0.0, sup=0.5))
+    batch, teacher = batch_of(trainer, range(4)), make_teacher()
+    with torch.no_grad():
+        logits = teacher(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    logprobs, ids = logits.float().log_softmax(-1).sort(dim=-1, descending=True)
+    expected = gradients(trainer, [batch])
+    monkeypatch.setattr(type(trainer.teacher), "forward", None)
+    found = gradients(trainer, [{**batch, "topk_ids": ids, "topk_logprobs": logprobs}])
+    assert_same(found, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_a_teacher_of_another_size_with_another_padding_of_the_vocabulary(make_trainer, teacher_config, processor):
+    config = copy.deepcopy(teacher_config)
+    config.text_config.update(
+        {
+            "hidden_size": 64,
+            "num_attention_heads": 8,
+            "num_hidden_layers": 2,
+            "vocab_size": len(processor.tokenizer) + 8,
+        }
+    )
+    config.vision_config.out_hidden_size = 64
+    torch.manual_seed(3)
+    teacher = LinMUForConditionalGeneration(LinMUConfig.from_teacher(config, keep_attention="all")).eval()
+    trainer = make_trainer(stage(hid=0.0), teacher=teacher)
+    batch = batch_of(trainer, range(4))
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    trainer.model.eval()
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model, dict(batch))
+        ours, theirs = (model(**inputs).logits[:, :-1] for model in (trainer.student, teacher))
+    counted = batch["labels"][:, 1:] != IGNORE_INDEX
+    n = ours.shape[-1]
+    p, q = (logits[counted][:, :n].log_softmax(-1) for logits in (theirs, ours))
+    torch.testing.assert_close(loss, 0.5 * (p.exp() * (p - q)).sum(-1).mean(), rtol=1e-4, atol=1e-6)
+    trainer.train()
+    assert "relative_error" not in trainer.state.log_history[0]
+    with pytest.raises(ValueError, match=r"hidden_size is 32 in the student and 64 in the teacher.*without `hid`"):
+        make_trainer(stage(), teacher=teacher)

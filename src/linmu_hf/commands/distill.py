@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from ..conversion.source import read_processor, read_raw_config
-from ..conversion.teacher import check_tokenizers, load_processor, load_teacher
+from ..conversion.teacher import check_tokenizers, load_processor
 from ..data import load_training_rows
 from ..evaluation.loading import check_model, library_versions
 from ..files import check_report
@@ -43,6 +43,7 @@ class ScriptArguments:
 
 
 def run(script: ScriptArguments, config) -> dict:
+    from ..distillation.loading import load_as_teacher
     from ..distillation.runner import check_output, distill
 
     teacher_path = script.teacher or config.teacher_model_name_or_path
@@ -61,9 +62,8 @@ def run(script: ScriptArguments, config) -> dict:
     options = {"dtype": None if config.bf16 else "float32", **config.teacher_options()}
     attention, revision = options.pop("attn_implementation", None), options["revision"]
     check_tokenizers(processor.tokenizer, load_processor(teacher_path, revision=revision).tokenizer)
-    teacher = load_teacher(teacher_path, **options)
-    if attention is not None:
-        teacher.set_attn_implementation(attention)
+    stages = config.get_stages()
+    teacher = load_as_teacher(student, teacher_path, stages, config.shared_teacher, attention, **options)
 
     repo = _prepare_push(config)
     origin = find_origin(teacher_path, revision, script.model)
@@ -71,7 +71,6 @@ def run(script: ScriptArguments, config) -> dict:
     def write_card(folder, stages, rows):
         write_model_card(folder, origin, stages=stages, rows=rows, dataset=script.dataset)
 
-    stages = config.get_stages()
     for stage in stages:
         done = Path(config.output_dir, stage.name).is_dir() and not config.overwrite_output_dir
         print(f"{stage.name:14}{describe(stage)}{', finished before' if done else ''}", flush=True)

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.initialization import no_init_weights
 
 from ..modeling.configuration_linmu import LinMUConfig
+from ..modeling.mixers import MIXERS, recurrent_layers
 from ..modeling.modeling_linmu import LinMUForConditionalGeneration
 from ..safetensors_io import OutputTensor, StoredTensor
 from .plan import ConversionPlan, parse_dtype
@@ -18,10 +20,15 @@ from .source import open_source
 
 # What [`check_pair`] compares: of the decoder, at the top, and of the vision side all but the last.
 DECODER = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "hidden_act", "rms_norm_eps", "rope_parameters",
 )  # fmt: skip
 TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+# What decides how many tokens an image is and where they are, at the end of their names.
+SAME_TOKENS = (
+    *TOKENS, "patch_size", "spatial_merge_size", "temporal_patch_size", "tokens_per_second", "image_size",
+    "projector_type", "image_aspect_ratio", "s2_scales", "min_tiles", "max_tiles", "video_encoder", "pool_sizes",
+)  # fmt: skip
 IRRELEVANT = {*PreTrainedConfig().to_dict(), "initializer_range", "attention_dropout"}
 
 
@@ -60,27 +67,76 @@ def load_teacher(
     return model.eval().requires_grad_(False)
 
 
+@torch.no_grad()
+def load_attention(
+    student: LinMUForConditionalGeneration, path: str | Path, revision: str | None = None
+) -> tuple[dict[int, nn.Module], LinMUConfig] | str:
+    """
+    Loads of a teacher only what its student has replaced, and compares the rest in the files with the student's.
+
+    Args:
+        student (`LinMUForConditionalGeneration`): Converted from the teacher; its type is taken.
+        path, revision: As in [`load_teacher`].
+
+    Returns:
+        `tuple[dict[int, nn.Module], LinMUConfig] | str`: The attention of every layer that has M-MATE in the student,
+        and the teacher's configuration; or what differs between the two.
+    """
+    source = open_source(path, revision, allow_linmu=True)
+    if source.teacher is None:
+        return "the kind of checkpoint"
+    config = LinMUConfig.from_teacher(source.teacher.config, keep_attention="all")
+    plan = ConversionPlan(source, config, student.dtype)
+    tensors, attention = dict(student.state_dict()), {}
+    device = student.model.language_model.embed_tokens.weight.device
+    for index in recurrent_layers(student.config.text_config.layer_types):
+        with no_init_weights(), torch.device(device):
+            module = MIXERS["full_attention"].module(config.text_config, index).to(student.dtype)
+        attention[index] = module.eval().requires_grad_(False)
+        prefix = f"model.language_model.layers.{index}.mixer."
+        tensors |= {prefix + name: tensor for name, tensor in module.state_dict().items()}
+    replaced = tuple(f"model.language_model.layers.{index}.mixer." for index in attention)
+    for tensor in plan.tensors:
+        if tensor.name not in tensors or tuple(tensors[tensor.name].shape) != tensor.shape:
+            return tensor.name
+        flat, start = tensors[tensor.name].view(-1), 0
+        for chunk in tensor.chunks():
+            piece = torch.frombuffer(chunk, dtype=tensor.dtype).to(flat.device)
+            part = flat[start : start + len(piece)]
+            if tensor.name.startswith(replaced):
+                part.copy_(piece)
+            elif not torch.equal(part, piece.to(part.dtype)):
+                return tensor.name
+            start += len(piece)
+    return attention, config
+
+
 def load_processor(path: str | Path, *, revision: str | None = None) -> ProcessorMixin:
     """Loads a teacher's processor, in the form that Transformers uses; arguments and errors as in [`load_teacher`]."""
     return open_source(path, revision, allow_linmu=True).load_processor()
 
 
-def check_pair(student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
+def check_pair(student: PreTrainedConfig, teacher: PreTrainedConfig, hidden: bool = True) -> None:
     """
-    Checks that a student can have been converted from a teacher.
+    Checks that a student can learn from a teacher. Vocabularies may be padded to different sizes.
 
     Args:
         student, teacher (`LinMUConfig`): Their configurations, as loaded.
+        hidden (`bool`, *optional*, defaults to `True`): Whether mixers are compared, so that the student must be one
+            that can have been converted from this teacher. Otherwise the teacher may be of any size.
 
     Raises:
         `ValueError`: A setting that both must share differs.
     """
     ours, theirs = (teacher_settings(config) for config in (student, teacher))
+    if not hidden:
+        ours, theirs = ({name: one[name] for name in one if name.endswith(SAME_TOKENS)} for one in (ours, theirs))
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             raise ValueError(
                 f"{name} is {ours.get(name)} in the student and {theirs.get(name)} in the teacher: take the teacher "
                 "that the student was converted from"
+                + ("" if name.endswith(SAME_TOKENS) else ", or stages without `hid`, which learn from any size")
             )
 
 

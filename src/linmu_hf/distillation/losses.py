@@ -170,6 +170,8 @@ def output_losses(
                 assert teacher_head is not None
                 with torch.no_grad(), Float32Logits():
                     teacher_logits = teacher_head(teacher["hidden"])[counted]
+                common = min(logits.shape[-1], teacher_logits.shape[-1])  # each may be padded in its own way
+                logits, teacher_logits = logits[:, :common], teacher_logits[:, :common]
                 losses["tok"] = token_kd_loss(logits, teacher_logits, num_items["tok"], temperature)
                 preferred = teacher_logits.argmax(-1)
             else:

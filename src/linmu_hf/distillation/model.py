@@ -12,6 +12,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttenti
 from ..modeling.decoder import LinMUDecoderLayer
 from ..modeling.layout.prompt import Medium, Prompt
 from ..modeling.mixers import recurrent_layers
+from .collator import TOPK_FIELDS
 from .losses import IGNORE_INDEX, hidden_loss, next_token_targets, output_losses, squared_errors
 from .stages import Stage
 from .teacher import See, SeparateTeacher, Teacher
@@ -51,6 +52,8 @@ class DistillationModel(nn.Module):
         self.temperature, self.logits_chunk_size, self.checkpoints = temperature, logits_chunk_size, checkpoints
         self.config, self.position_shift = student.config, position_shift
         self.replaced = recurrent_layers(student.config.text_config.layer_types)
+        ours, theirs = student.config.text_config, teacher.config.text_config
+        self.comparable = (ours.hidden_size, len(ours.layer_types)) == (theirs.hidden_size, len(theirs.layer_types))
         # What FSDP2 loads piece by piece. Not the vision side: a process with text alone would not ask for it, and the
         # others would wait.
         self._no_split_modules = [LinMUDecoderLayer.__name__, Qwen2_5_VLAttention.__name__]
@@ -86,13 +89,15 @@ class DistillationModel(nn.Module):
         """
         inputs, stage = dict(inputs), self.stage
         labels, pseudo_labels = inputs.pop("labels"), inputs.pop("pseudo_labels", None)
+        topk = {key: inputs.pop(key) for key in TOPK_FIELDS if key in inputs}
         prompt, teach, embeds = self._read(inputs)
-        compare = compare or stage.hid > 0
+        # With stored log-probabilities nothing but L_hid needs the teacher.
+        compare = stage.hid > 0 or (compare and self.comparable and not topk)
         if stage.hidden_input == "teacher":
             losses, compared = self._fit_blocks(prompt, embeds, teach, counts[0])
         else:
             known: dict[int, Tensor] = {}
-            teacher_states = teach(partial(_keep, known) if compare else None) if compare or stage.tok else None
+            teacher_states = teach(partial(_keep, known) if compare else None) if compare or self._asks(topk) else None
             answer = self.student.model.language_model(
                 inputs_embeds=embeds, prompt=prompt, output_mixer_states=compare, return_dict=True
             )
@@ -106,7 +111,9 @@ class DistillationModel(nn.Module):
                 compared = {"errors": errors, "energies": energies}
                 if stage.hid:
                     losses["hid"] = hidden_loss(errors, counts[0])
-            losses |= self._output_losses(answer.last_hidden_state, teacher_states, labels, pseudo_labels, counts)
+            losses |= self._output_losses(
+                answer.last_hidden_state, teacher_states, topk, labels, pseudo_labels, counts
+            )
         loss = sum(getattr(stage, key) * losses[key] for key in WEIGHTS if key in losses)
         sums = {key: value.detach() for key, value in (losses | compared).items()}
         return loss, sums
@@ -193,7 +200,13 @@ class DistillationModel(nn.Module):
 
     # ---- Losses on the logits
 
-    def _output_losses(self, hidden_states, teacher_states, labels, pseudo_labels, counts) -> dict[str, Tensor]:
+    def _asks(self, topk: Inputs) -> bool:
+        """Whether L_tok takes the teacher's own logits."""
+        return self.stage.tok > 0 and not topk
+
+    def _output_losses(
+        self, hidden_states, teacher_states, topk: Inputs, labels, pseudo_labels, counts
+    ) -> dict[str, Tensor]:
         _, num_answers, num_pseudo = counts
         stage = self.stage
         targets = {"tok": labels} if stage.tok else {}
@@ -210,7 +223,8 @@ class DistillationModel(nn.Module):
             self.student.lm_head,
             {key: value[counted] for key, value in targets.items()},
             {"tok": num_answers, "sup": num_answers, "seq": num_pseudo},
-            teacher_hidden=teacher_states[counted] if stage.tok else None,
+            teacher_hidden=teacher_states[counted] if self._asks(topk) else None,
+            **{key: value[counted] for key, value in topk.items()},
             teacher_head=self.teacher.head,
             temperature=self.temperature,
             chunk_size=self.logits_chunk_size,

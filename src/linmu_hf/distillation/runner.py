@@ -40,10 +40,10 @@ from .lora import add_lora, merge_lora
 from .processes import on_main
 from .recipes import read_stages
 from .stages import Stage, check_stages, set_trainable
-from .targets.encode import encode_stored
+from .targets.encode import encode_stored, stored_topk
 from .targets.fill import decode_pseudo_targets, describe
 from .targets.store import PseudoTargets
-from .teacher import Teacher, as_teacher
+from .teacher import SharedTeacher, Teacher, as_teacher
 from .trainer import DistillTrainer
 from .training_rows import TrainingRows, check_rows, first_row, open_rows, readable_rows
 
@@ -107,15 +107,15 @@ def distill(
     out = Path(config.output_dir)
     on_main(lambda: check_output(config))
     features = open_rows(config, processor, dataset)
-    _check_inputs(config, student, teacher, features)
+    _check_inputs(config, stages, student, teacher, features)
     check_stages(student, stages)
     teacher = _teacher(config, stages, student, teacher)
-    _check_pseudo_targets(config, stages, teacher, features)
+    store = _open_pseudo_targets(config, stages, teacher, features)
     with ExitStack() as held:
         on_main(lambda: held.enter_context(locked(out)) and None)
 
         def prepare() -> int:
-            settings = _settings(config, stages, student, teacher, features)
+            settings = _settings(config, stages, student, teacher, features, store)
             prepare_output(out, settings, config.overwrite_output_dir)
             return len(list(takewhile(lambda stage: (out / stage.name).is_dir(), stages)))
 
@@ -124,26 +124,35 @@ def distill(
             _load_weights(student, out / stages[finished - 1].name)
         for index, stage in enumerate(stages[finished:], finished):
             features.encode_pseudo = _pseudo_encoder(config, teacher, features, out) if stage.seq else None
+            features.stored_topk = partial(stored_topk, store) if store and store.top_k and stage.tok else None
             args = _stage_arguments(config, index, out / f"{stage.name}.running")
             _run_stage(args, stages[: index + 1], student, teacher, features, out, finish_folder)
         on_main(lambda: publish(out / stages[-1].name, out, logged(out, stages)))
         return on_main(lambda: logged(out, stages))
 
 
-def _teacher(config: DistillConfig, stages: Sequence[Stage], student, teacher) -> Teacher:
-    """The teacher as a value: on the student's backbone where that stays what it is to the end."""
+def why_separate(student, stages: Sequence[Stage]) -> str | None:
+    """Returns why the teacher cannot share the student's backbone, which some stage changes, or `None`."""
     replaced = recurrent_layers(student.config.text_config.layer_types)
     mixers = tuple(f"model.language_model.layers.{index}.mixer." for index in replaced)
     backbone = [name for name, _ in student.named_parameters() if not name.startswith(mixers)]
-    reason = None
     for stage in stages:
         trained = [name for name in backbone if any(re.search(pattern, name) for pattern in stage.trains)]
         if trained:
-            reason = f"{stage.name} trains {trained[0]}"
-        elif stage.lora_r and stage is not stages[-1]:
-            reason = f"{stage.name} merges LoRA into the backbone before other stages"
-    if config.shared_teacher and reason:
-        raise ValueError(f"shared_teacher=True, but {reason}: leave it out, and the teacher gets memory of its own")
+            return f"{stage.name} trains {trained[0]}"
+        if stage.lora_r and stage is not stages[-1]:
+            return f"{stage.name} merges LoRA into the backbone before other stages"
+    return None
+
+
+def _teacher(config: DistillConfig, stages: Sequence[Stage], student, teacher) -> Teacher:
+    """The teacher as a value: on the student's backbone where that stays what it is to the end."""
+    reason = why_separate(student, stages)
+    if reason and (config.shared_teacher or isinstance(teacher, SharedTeacher)):
+        raise ValueError(
+            f"the teacher shares the student's backbone, but {reason}: set shared_teacher=False, and it gets memory "
+            "of its own"
+        )
     return as_teacher(student, teacher, False if reason else config.shared_teacher)
 
 
@@ -261,10 +270,10 @@ def _encode_column(processor, row, index: int):
 # ---- Before work starts
 
 
-def _check_inputs(config: DistillConfig, student, teacher, features: TrainingRows) -> None:
+def _check_inputs(config: DistillConfig, stages: Sequence[Stage], student, teacher, features: TrainingRows) -> None:
     if find_spec("matplotlib") is None:  # said now and not after the first stage
         raise ImportError('the curves of a distillation need matplotlib: pip install "linmu-hf[train]"')
-    check_pair(student.config, teacher.config)
+    check_pair(student.config, teacher.config, hidden=any(stage.hid for stage in stages))
     check_rows(config, features)
     if student.dtype.itemsize < 4 and not config.bf16:
         raise ValueError(f"the student is in {student.dtype}: load it in float32, or train in mixed precision (bf16)")
@@ -272,28 +281,38 @@ def _check_inputs(config: DistillConfig, student, teacher, features: TrainingRow
         raise ValueError("the student has no M-MATE layer to train: convert the teacher with `linmu-convert` first")
 
 
-def _check_pseudo_targets(
+def _open_pseudo_targets(
     config: DistillConfig, stages: Sequence[Stage], teacher: Teacher, features: TrainingRows
-) -> None:
-    """Raises a `ValueError` unless `pseudo_targets` is used and holds this teacher's answers to all rows."""
+) -> PseudoTargets | None:
+    """Opens `pseudo_targets`; raises a `ValueError` unless it is used and holds this teacher's answers to all rows."""
     if config.pseudo_targets is None:
-        return
+        return None
     given = f"pseudo_targets={config.pseudo_targets!r}"
-    if not any(stage.seq for stage in stages):
-        raise ValueError(f"{given} has no effect: no stage learns from the teacher's answers, which `seq` weighs")
-    if PSEUDO_COLUMN in first_row(features):
+    answers = any(stage.seq for stage in stages)
+    if answers and PSEUDO_COLUMN in first_row(features):
         raise ValueError(f"{given} has no effect: the dataset has a column {PSEUDO_COLUMN}; leave one of them out")
-    made_of = describe(teacher.as_model(), features.processor, config.max_completion_length)
-    PseudoTargets(config.pseudo_targets, made_of).check_rows(readable_rows(features))
+    store = PseudoTargets(
+        config.pseudo_targets, describe(teacher.as_model(), features.processor, config.max_completion_length)
+    )
+    if not answers and not (store.top_k and any(stage.tok for stage in stages)):
+        raise ValueError(f"{given} has no effect: no stage learns from the teacher's answers, which `seq` weighs")
+    if store.top_k and config.temperature != 1:
+        raise ValueError(
+            f"temperature={config.temperature} needs all logits, and {given} holds the {store.top_k} likeliest: leave "
+            "the temperature at 1, or make the answers without --top_k"
+        )
+    store.check_rows(readable_rows(features))
+    return store
 
 
-def _settings(config, stages, student, teacher, features) -> dict[str, Any]:
+def _settings(config, stages, student, teacher, features, store) -> dict[str, Any]:
     """All that decides the result; a run is continued only if it is the same."""
     settings = {name: getattr(config, name) for name in ARGUMENTS}
     rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     settings |= {
         "rows_per_step": rows_per_step,  # however they are split
         "stages": {stage.name: asdict(stage) for stage in stages},
+        "top_k": store.top_k if store else 0,
         "student": fingerprint_weights(student),
         "teacher": fingerprint_weights(teacher.as_model()),
         "processor": fingerprint_processor(features.processor),

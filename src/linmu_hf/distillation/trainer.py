@@ -60,7 +60,7 @@ class DistillTrainer(Trainer):
         **kwargs,
     ):
         args.refuse_push_to_hub()
-        check_pair(model.config, teacher.config)
+        check_pair(model.config, teacher.config, hidden=stage.hid > 0)
         tokenizer = train_dataset.processor.tokenizer
         args = copy.copy(args)
         self.features, rows = train_dataset, args.per_device_train_batch_size * args.world_size
