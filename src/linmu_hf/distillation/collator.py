@@ -55,7 +55,7 @@ class EncodedDataset(Dataset):
         self.stored_topk = stored_topk
         self.skipped = SkippedRows() if skipped is None else skipped
         self.room = cache_bytes
-        self.cache: dict[tuple[bool, int], Features] = {}
+        self.cache: dict[tuple[bool, bool, int], Features] = {}
         self._lengths: list[int] | None = None
 
     def __len__(self) -> int:
@@ -91,17 +91,19 @@ class EncodedDataset(Dataset):
             return 1
 
     def _features(self, index: int, pseudo: bool = False) -> Features:
-        features = self.cache.get((pseudo, index))
+        topk = None if pseudo else self.stored_topk
+        key = pseudo, topk is not None, index
+        features = self.cache.get(key)
         if features is None:
             row = fetch(self.rows, index)
             encode = self.encode_pseudo if pseudo else None
             features = encode(row, index) if encode else encode_row(self.processor, row, index)
-            if self.stored_topk is not None and not pseudo:
-                features |= self.stored_topk(row, features, index)
+            if topk is not None:
+                features |= topk(row, features, index)
             size = sum(value.nbytes for value in features.values())
             if size <= self.room:
                 self.room -= size
-                self.cache[pseudo, index] = features
+                self.cache[key] = features
         return features
 
 
