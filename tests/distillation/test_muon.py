@@ -89,5 +89,6 @@ def test_groups_of_a_student(make_student):
 
 
 def test_other_optimizers_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="muon=True takes AdamW for all but matrices"):
-        DistillConfig(output_dir=str(tmp_path), muon=True, optim="sgd")
+    for arguments in ({"optim": "sgd"}, {"deepspeed": {"zero_optimization": {"stage": 2}}}):
+        with pytest.raises(ValueError, match=r"stage-1: muon (takes AdamW for all but|needs whole) matrices"):
+            DistillConfig(output_dir=str(tmp_path), stage_overrides=["stage-1.muon=true"], **arguments)

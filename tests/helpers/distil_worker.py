@@ -21,7 +21,7 @@ from linmu_hf.distillation.stages import FLEX, LORA, SWIN
 
 STAGES = (
     Stage("align", trains=(FLEX, SWIN), max_steps=3, learning_rate=1e-3, hid=0.1, hidden_input="teacher"),
-    Stage("fed", trains=(FLEX,), max_steps=3, learning_rate=1e-3, hid=0.1, tok=0.5),
+    Stage("fed", trains=(FLEX,), max_steps=3, learning_rate=1e-3, hid=0.1, tok=0.5, muon=True),
     Stage("lora", trains=(FLEX, SWIN, LORA), max_steps=3, learning_rate=1e-3, tok=0.5, sup=0.5, lora_r=2),
 )
 

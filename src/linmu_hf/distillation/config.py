@@ -59,9 +59,6 @@ class DistillConfig(TrainingArguments):
             Every row starts at a position drawn from 0 to this one, in both models. The teacher, which knows positions
             by their differences, gives the same answer; features of B and C read where a token is, and a student that
             saw images at one place alone does not know them at another.
-        muon (`bool`, *optional*, defaults to `False`):
-            Whether matrices take Muon's steps in place of AdamW's; see `muon.py`. Made for runs of few steps, and with
-            rates several times those of AdamW.
         logits_chunk_size (`int`, *optional*, defaults to 1024): positions whose logits exist at a time.
         packing (`bool`, *optional*):
             Whether the rows of a micro-batch become one row without padding, in which they do not see each other. By
@@ -111,7 +108,6 @@ class DistillConfig(TrainingArguments):
         default=0.2, metadata={"help": "Learning rate of decays, step widths and gates, relative to the stage's."}
     )
     position_shift: int = field(default=0, metadata={"help": "Largest position at which a row may start."})
-    muon: bool = field(default=False, metadata={"help": "Muon's steps for matrices, AdamW's for all else."})
     logits_chunk_size: int = field(default=1024, metadata={"help": "Positions whose logits exist at a time."})
     packing: bool | None = field(
         default=None, metadata={"help": "Whether rows are packed instead of padded. By default on GPUs."}
@@ -140,6 +136,12 @@ class DistillConfig(TrainingArguments):
 
     def __post_init__(self):
         refuse_ignored(self)
+        stages = self.get_stages()
+        by_muon = next((stage.name for stage in stages if stage.muon), None)
+        if by_muon and not str(getattr(self.optim, "value", self.optim)).startswith("adamw_torch"):
+            raise ValueError(f"{by_muon}: muon takes AdamW for all but matrices: leave optim={self.optim!r} out")
+        if by_muon and self.deepspeed:
+            raise ValueError(f"{by_muon}: muon needs whole matrices, and DeepSpeed flattens them: set muon to false")
         super().__post_init__()
         settle_packing(self)
         if self.device.type == "cpu":
@@ -152,8 +154,6 @@ class DistillConfig(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.position_shift < 0:
             raise ValueError(f"position_shift={self.position_shift} must not be negative")
-        if self.muon and not str(getattr(self.optim, "value", self.optim)).startswith("adamw_torch"):
-            raise ValueError(f"muon=True takes AdamW for all but matrices: leave optim={self.optim!r} at its default")
         if self.push_to_hub and self.hub_strategy != HubStrategy.END:
             raise ValueError(
                 f"hub_strategy={HubStrategy(self.hub_strategy).value!r} would upload checkpoints, which hold only "
@@ -165,7 +165,6 @@ class DistillConfig(TrainingArguments):
                 "checkpoint has none to resume from"
             )
         self.teacher_options()
-        stages = self.get_stages()
         if self.stages is not None and not isinstance(self.stages, str):
             # Trackers want arguments that are JSON.
             self.stages, self.stage_overrides = [stage_values(stage) for stage in stages], []

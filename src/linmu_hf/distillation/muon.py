@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
+from .processes import spread_like, whole_tensor
+
 
 # Newton-Schulz coefficients of Muon: singular values go to 0.7 to 1.2 in five steps.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -76,6 +78,7 @@ class Muon(AdamW):
             state["step"] += 1
             average = state["exp_avg"].lerp_(parameter.grad, 1 - self.momentum)
             gradient = parameter.grad.lerp(average, self.momentum)
+            gradient = whole_tensor(gradient)  # FSDP2 holds a part of every matrix
             if gradient.ndim == 2:
                 gradient = gradient.unflatten(0, (group["heads"], -1))
             alike.setdefault(gradient.shape, []).append((parameter, gradient))
@@ -84,4 +87,4 @@ class Muon(AdamW):
             update = update * (UPDATE_RMS * max(shape[-2:]) ** 0.5)
             for (parameter, _), own in zip(pairs, update):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(own.reshape(parameter.shape), alpha=-group["lr"])
+                parameter.add_(spread_like(own.reshape(parameter.shape), parameter), alpha=-group["lr"])

@@ -53,11 +53,16 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def spread_like(source: Tensor, target: Tensor) -> Tensor:
+    """Spreads a whole tensor, which every process holds, over the processes as another one is."""
+    if not hasattr(target, "device_mesh"):
+        return source
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(source.to(target.device, target.dtype), target.device_mesh, target.placements)
+
+
 @torch.no_grad()
 def copy_whole(target: Tensor, source: Tensor) -> None:
     """Copies a whole tensor, which every process holds, into one that may be spread over them."""
-    if hasattr(target, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
-
-        source = distribute_tensor(source.to(target.device, target.dtype), target.device_mesh, target.placements)
-    target.copy_(source)
+    target.copy_(spread_like(source, target))

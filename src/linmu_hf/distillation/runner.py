@@ -57,7 +57,6 @@ ARGUMENTS = (
     "max_length",
     "shuffle_buffer_size",
     "slow_lr_multiplier",
-    "muon",
     "position_shift",
     "temperature",
     "max_completion_length",

@@ -44,6 +44,8 @@ class Stage:
         learning_rates (`Mapping[str, float]`, *optional*):
             Multipliers of the learning rate by name or regular expression, as in `trains`; a parameter takes the first
             that is found in its name. `slow_lr_multiplier` of [`DistillConfig`] comes on top.
+        muon (`bool`, *optional*, defaults to `False`):
+            Whether matrices take Muon's steps in place of AdamW's, with rates of their own size; see `muon.py`.
         hidden_input (`"student"` or `"teacher"`, *optional*, defaults to `"student"`):
             What every M-MATE block is fed with. `"student"`: the student's own states, through its whole forward pass.
             `"teacher"`: the teacher's input of the same layer, which costs one forward pass of the teacher and one
@@ -61,6 +63,7 @@ class Stage:
     lora_r: int = 0
     lora_alpha: float | None = None
     learning_rates: Mapping[str, float] = field(default_factory=dict, hash=False)
+    muon: bool = False
     hidden_input: Literal["student", "teacher"] = "student"
 
     def __post_init__(self):
@@ -112,6 +115,7 @@ class Stage:
         """Describes what it minimises, such as `0.5 hid + 0.5 tok, LoRA rank 8`."""
         losses = " + ".join(f"{getattr(self, key):g} {key}" for key in LOSSES if getattr(self, key))
         extra = f", LoRA rank {self.lora_r}" if self.lora_r else ""
+        extra += ", by Muon" if self.muon else ""
         extra += ", fed by the teacher" if self.hidden_input == "teacher" else ""
         return losses + extra
 

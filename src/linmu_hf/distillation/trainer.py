@@ -175,9 +175,9 @@ class DistillTrainer(Trainer):
             kind, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.student)
             a, rates = self.args, self.stage.learning_rates
             groups = parameter_groups(
-                self.student, a.learning_rate, a.weight_decay, a.slow_lr_multiplier, rates, muon=a.muon
+                self.student, a.learning_rate, a.weight_decay, a.slow_lr_multiplier, rates, muon=self.stage.muon
             )
-            self.optimizer = (Muon if a.muon else kind)(groups, **kwargs)
+            self.optimizer = (Muon if self.stage.muon else kind)(groups, **kwargs)
         return self.optimizer
 
     def _get_learning_rate(self) -> float:

@@ -61,7 +61,7 @@ QUICK = Schedule(
     calibration_rows=64,
     batch_size=16,
     recipe="quick",
-    arguments=("--muon", "True", "--adam_beta2", "0.98", "--position_shift", "16"),
+    arguments=("--adam_beta2", "0.98", "--position_shift", "16"),
 )
 FULL = Schedule(
     train_rows=12000,

@@ -23,6 +23,7 @@ KINDS = {
     "max_steps": ("a whole number, such as 1000", (int,)),
     "lora_r": ("a whole number, such as 8", (int,)),
     "learning_rates": ("a mapping of numbers, such as {flex: 0.5}", (Mapping,)),
+    "muon": ("true or false", (bool,)),
     "hidden_input": ("student or teacher", (str,)),
     **dict.fromkeys(("learning_rate", "hid", "tok", "seq", "sup", "lora_alpha"), (NUMBER, (int, float))),
 }
@@ -178,4 +179,4 @@ def _check_types(stage: Mapping[str, Any]) -> None:
 
 
 def _is(value: Any, types: tuple[type, ...]) -> bool:
-    return isinstance(value, types) and not isinstance(value, bool)
+    return isinstance(value, types) and (isinstance(value, bool) == (types == (bool,)))
