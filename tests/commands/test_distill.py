@@ -28,7 +28,7 @@ def folders(tmp_path_factory, rows, processor, make_student, make_teacher):
         }
     )
     dataset = Dataset.from_list(rows, features=features)
-    DatasetDict({"train": dataset}).save_to_disk(root / "data")
+    DatasetDict({"train": dataset, "test": dataset.select(range(3))}).save_to_disk(root / "data")
     return root
 
 
@@ -59,6 +59,26 @@ def test_command_runs_all_stages(folders, tmp_path, capsys):
     assert "loss_hid" in stages["stage-1"] and "loss_seq" in stages["stage-3"]
 
 
+def test_held_out_rows_and_the_best_weights(folders, tmp_path, capsys):
+    """A split of the same dataset by its name; what is measured is in the report and on the card."""
+    values = {"dataset_eval_split": "test", "load_best_model_at_end": True}
+    values["stage_overrides"] = "stage-1.max_steps=2 stage-2.max_steps=1 stage-3.max_steps=0"
+    report = tmp_path / "report.json"
+    assert main(command(folders, tmp_path / "out", json=report, **values)) == 0, capsys.readouterr().err
+    report = json.loads(report.read_text())
+    assert report["held_out_rows"] == 3 and report["machine"] == "1 process on CPU"
+    figures = report["stages"]["stage-1"]
+    assert figures["eval_loss"] > 0 and figures["best_step"] == 2
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Distilled from teacher, with 1 process on CPU" in card and "(error_map.png)" in card
+    assert "| stage | loss | L_hid | L_tok | agreement | relative error | best step |" in card
+    assert f"| stage-1 | {figures['eval_loss']:.4g} |" in card
+    assert "eval_loss" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "--eval_dataset" in capsys.readouterr().out
+
+
 def test_rows_as_lines(folders, rows, tmp_path):
     """The form that the README documents: parts of unequal keys, pictures as paths."""
     rows[0]["images"][0].save(tmp_path / "a.png")
@@ -76,6 +96,8 @@ def test_rows_as_lines(folders, rows, tmp_path):
         ({"teacher": "/nowhere/teacher"}, "/nowhere/teacher"),
         ({"dataset": "/nowhere/data"}, "/nowhere/data"),
         ({"dataset_train_split": "dev"}, "has no split 'dev'"),
+        ({"dataset_eval_split": "dev"}, "has no split 'dev'"),
+        ({"eval_dataset": "/nowhere/rows"}, "/nowhere/rows"),
         ({"stage_overrides": "stage-9.max_steps=1"}, "has no stage 'stage-9', but stage-1, stage-2, stage-3"),
         ({"json": "/nowhere/report.json"}, "its folder does not exist"),
         ({"max_steps": 1}, "max_steps=1 is not supported: every stage has its own: set stage_overrides"),
@@ -146,7 +168,7 @@ def test_help_shows_only_what_is_taken(capsys):
         main(["--help"])
     shown = capsys.readouterr().out
     assert "--stage_overrides" in shown and "--recipe" in shown and "--weight_decay" in shown
-    assert not re.search(r"--(max_steps|do_eval|neftune_noise_alpha|eval_on_start)\b", shown)
+    assert not re.search(r"--(max_steps|do_predict|neftune_noise_alpha|eval_accumulation_steps)\b", shown)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -51,9 +51,8 @@ def test_a_field_that_nobody_decided_on_is_refused():
         ({"learning_rate": 1.0}, "stage-1.learning_rate"),
         ({"resume_from_checkpoint": "/nonexistent"}, "output_dir"),
         ({"fp16": True}, "bf16"),
-        ({"do_eval": True}, "linmu-eval"),
-        ({"eval_strategy": "steps"}, "linmu-eval"),
-        ({"load_best_model_at_end": True}, "linmu-eval"),
+        ({"eval_accumulation_steps": 2}, "linmu-eval"),
+        ({"do_predict": True}, "linmu-eval"),
         ({"remove_unused_columns": True}, "rows are encoded whole"),
     ],
 )

@@ -52,8 +52,8 @@ def one(folder, tmp_path_factory):
     return out
 
 
-def assert_equal_runs(one, other):
-    for stage in STAGES:
+def assert_equal_runs(one, other, stages=STAGES):
+    for stage in stages:
         expected, found = (load_file(out / stage / "model.safetensors") for out in (one, other))
         for name, value in expected.items():
             torch.testing.assert_close(
@@ -62,7 +62,9 @@ def assert_equal_runs(one, other):
     logs = [[json.loads(line) for line in (out / "training_log.jsonl").open()] for out in (one, other)]
     for row, same in zip(*logs, strict=True):
         for key in row.keys() & same.keys():
-            if key.startswith(("loss", "relative_error", "agreement", "grad_norm")):
+            if key.startswith(
+                ("loss", "relative_error", "agreement", "grad_norm", "eval_loss", "eval_relative", "best_step")
+            ):
                 assert same[key] == pytest.approx(row[key], rel=1e-4, abs=1e-6), (key, row, same)
 
 
@@ -86,6 +88,18 @@ def test_a_run_goes_on_with_another_number_of_processes(folder, one, tmp_path, s
         done = start(folder, out, "--batch", 1, "--accumulate", 2, *second)
     assert "steps of" in done.stdout, done.stderr
     assert_equal_runs(one, out)
+
+
+@pytest.mark.parametrize("options", [(), ("--fsdp",)], ids=["ddp", "fsdp2"])
+def test_the_weights_of_an_evaluation_come_back(folder, tmp_path, options):
+    """By the largest held-out loss, which is not that of the last step."""
+    alone, both = tmp_path / "one", tmp_path / "two"
+    assert "in 6 steps" in start(folder, alone, "--stages", 2, "--worst", processes=1).stdout
+    done = start(folder, both, "--stages", 2, "--worst", "--batch", 2, *options)
+    assert "in 6 steps of 2 processes" in done.stdout, done.stderr
+    assert_equal_runs(alone, both, STAGES[:2])
+    rows = [json.loads(line) for line in (both / "training_log.jsonl").open()]
+    assert [row["best_step"] for row in rows if "best_step" in row] != [3, 3]
 
 
 def test_other_settings_are_refused_by_all_processes_at_once(folder, tmp_path):

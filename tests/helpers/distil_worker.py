@@ -1,7 +1,7 @@
 """
 One process of a distillation on CPUs, to be started by torchrun:
 
-    distil_worker.py FOLDER OUT [--batch N] [--fsdp] [--die STEP] [--stages N] [--temperature T]
+    distil_worker.py FOLDER OUT [--batch N] [--fsdp] [--die STEP] [--stages N] [--temperature T] [--worst]
 
 FOLDER holds `student`, `teacher` and `rows.pt`. Prints what the trained parameters were while training.
 """
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--fsdp", action="store_true")
     parser.add_argument("--die", type=int, default=-1, help="step, counted over all stages, in which to be killed")
     parser.add_argument("--stages", type=int, default=3)
+    parser.add_argument("--worst", action="store_true", help="end with the weights of the largest held-out loss")
     parser.add_argument("--temperature", type=float, default=1.0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -50,7 +51,10 @@ def main() -> None:
         save_steps=2,
         temperature=arguments.temperature,
         adam_epsilon=1e-3,  # else rounding decides the sign of steps whose gradients are next to zero
+        eval_steps=1 if arguments.worst else 2,
+        per_device_eval_batch_size=1,
         disable_tqdm=True,
+        **({"load_best_model_at_end": True, "greater_is_better": True} if arguments.worst else {}),
         **({"fsdp": True, "fsdp_config": {"version": 2}} if arguments.fsdp else {}),
     )
     kinds, steps, step = set(), [], DistillTrainer.training_step
@@ -66,7 +70,8 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(arguments.folder / "student")
     rows = torch.load(arguments.folder / "rows.pt", weights_only=False)
     try:
-        distill(config, student, teacher, rows, processor, stages=STAGES[: arguments.stages])
+        # Three rows are no equal share for two processes.
+        distill(config, student, teacher, rows, processor, eval_dataset=rows[:3], stages=STAGES[: arguments.stages])
     except ValueError as error:
         sys.exit(f"refused: {error}")
     print(f"trained {sorted(kinds)} in {len(steps)} steps of {config.world_size} processes", flush=True)

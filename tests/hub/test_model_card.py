@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import linmu_hf
 from linmu_hf.commands.push import main
-from linmu_hf.distillation import read_stages, recipe_file, runner
+from linmu_hf.distillation import folders, read_stages, recipe_file
 from linmu_hf.hub import Origin, add_retention, find_origin, model_card, push_folder, write_model_card
 
 
@@ -86,6 +86,7 @@ def test_metadata_and_text(folder, rows):
     assert line.startswith("| stage-2 | 15,000 | 0.0005 | 0.5 hid + 0.5 tok |")
     assert f"{last['loss_tok']:.4g}" in line and f"{last['relative_error']:.4g}" in line
     assert "stage-3" not in card.text
+    assert "held-out" not in card.text and "(error_map.png)" not in card.text
     assert "![Loss terms and errors of the layers over the steps](loss_curves.png)" in card.text
     count = sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
     assert "4 of 4 with M-MATE" in card.text and f"{count:,} (float32)" in card.text
@@ -113,7 +114,8 @@ def test_a_model_that_keeps_all_attention_is_the_teacher(folder):
 
 
 def test_names_of_files_are_those_of_a_distillation():
-    assert (model_card.CARD, model_card.LOG, model_card.CURVES) == (runner.CARD, runner.LOG, runner.CURVES)
+    names = ("CARD", "LOG", "CURVES", "ERROR_MAP")
+    assert [getattr(model_card, name) for name in names] == [getattr(folders, name) for name in names]
 
 
 def test_the_example_runs_as_written(folder, tmp_path):

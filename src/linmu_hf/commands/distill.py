@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers.utils import logging
 
 from ..conversion.source import read_processor, read_raw_config
@@ -35,6 +36,13 @@ class ScriptArguments:
         default=None, metadata={"help": "Folder or Hub id of the teacher; short for --teacher_model_name_or_path."}
     )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to learn from."})
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Held-out rows, in any form of --dataset, measured every --eval_steps."}
+    )
+    dataset_eval_split: str | None = field(
+        default=None,
+        metadata={"help": "Their split, by default `test`; without --eval_dataset it is one of --dataset."},
+    )
     streaming: bool = field(default=False, metadata={"help": "Whether rows are read as they are needed."})
     json: str | None = field(default=None, metadata={"help": "File that gets the run's last figures."})
     print_stages: bool = field(
@@ -57,6 +65,9 @@ def run(script: ScriptArguments, config) -> dict:
     dataset = load_training_rows(
         script.dataset, script.dataset_train_split, streaming=script.streaming, seed=config.seed
     )
+    held_out = None
+    if script.eval_dataset or script.dataset_eval_split:
+        held_out = load_training_rows(script.eval_dataset or script.dataset, script.dataset_eval_split or "test")
     student = LinMUForConditionalGeneration.from_pretrained(script.model, dtype="auto" if config.bf16 else "float32")
     processor = read_processor(script.model)
     options = {"dtype": None if config.bf16 else "float32", **config.teacher_options()}
@@ -69,7 +80,8 @@ def run(script: ScriptArguments, config) -> dict:
     origin = find_origin(teacher_path, revision, script.model)
 
     def write_card(folder, stages, rows):
-        write_model_card(folder, origin, stages=stages, rows=rows, dataset=script.dataset)
+        machine = describe_machine(config)
+        write_model_card(folder, origin, stages=stages, rows=rows, dataset=script.dataset, machine=machine)
 
     for stage in stages:
         done = Path(config.output_dir, stage.name).is_dir() and not config.overwrite_output_dir
@@ -77,7 +89,16 @@ def run(script: ScriptArguments, config) -> dict:
     start = time.perf_counter()
     trains = copy.copy(config)
     trains.push_to_hub = False  # the stages upload nothing, the finished model is uploaded below
-    rows = distill(trains, student, teacher, dataset, processor, stages=stages, finish_folder=write_card)
+    rows = distill(
+        trains,
+        student,
+        teacher,
+        dataset,
+        processor,
+        eval_dataset=held_out,
+        stages=stages,
+        finish_folder=write_card,
+    )
     seconds = time.perf_counter() - start
     if repo:
         commit = push_folder(config.output_dir, repo, revision=config.hub_revision, token=config.hub_token)
@@ -91,6 +112,8 @@ def run(script: ScriptArguments, config) -> dict:
         "teacher": teacher_path,
         "dataset": script.dataset,
         "rows": None if script.streaming else len(dataset),
+        "held_out_rows": None if held_out is None else len(held_out),
+        "machine": describe_machine(config),
         "seconds": round(seconds, 1),
         "stages": figures,
         "versions": library_versions(),
@@ -114,11 +137,21 @@ def describe(stage) -> str:
     return f"{stage.max_steps:,} steps at {stage.learning_rate:g}: {stage.objective()}"
 
 
+def describe_machine(config) -> str:
+    """Names the devices of all processes, such as `8 x NVIDIA A100`."""
+    if config.device.type == "cuda":
+        return f"{config.world_size} x {torch.cuda.get_device_name(config.device)}"
+    return f"{config.world_size} process{'es' if config.world_size > 1 else ''} on {config.device.type.upper()}"
+
+
 def format_table(stages: dict[str, dict]) -> str:
     """Returns a table of the last figures of every stage."""
-    keys = ("loss_hid", "loss_tok", "loss_seq", "loss_sup", "agreement", "relative_error", "train_runtime")
+    keys = (
+        "loss_hid", "loss_tok", "loss_seq", "loss_sup", "agreement", "relative_error",
+        "eval_loss", "eval_agreement", "best_step", "seconds",
+    )  # fmt: skip
     shown = [key for key in keys if any(key in figures for figures in stages.values())]
-    lines = [f"{'':14}" + "".join(f"{key.removeprefix('train_'):>16}" for key in shown)]
+    lines = [f"{'':14}" + "".join(f"{key:>16}" for key in shown)]
     for name, figures in stages.items():
         cells = (f"{figures[key]:.4g}" if key in figures else "-" for key in shown)
         lines.append(f"{name:14}" + "".join(f"{cell:>16}" for cell in cells))

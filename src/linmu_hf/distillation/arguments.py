@@ -27,6 +27,9 @@ FREE = (
     "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_revision",
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
     "dataloader_multiprocessing_context",
+    # With the held-out rows, part of what decides the result where the best evaluation does: `runner._settings`.
+    "do_eval", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size",
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
 )  # fmt: skip
 
 # Every other argument must keep its default. These say what to use in its place, by the start of the name.
@@ -41,19 +44,19 @@ REMEDIES = {
     "dataloader_drop_last": "rows are drawn pass after pass, so that every batch is full",
     "remove_unused_columns": "rows are encoded whole, with images and messages",
     "fp16": "use bf16=True",
-    "load_best_model_at_end": "nothing is evaluated in between: compare the stages by linmu-eval",
 } | dict.fromkeys(
-    ("eval", "per_device_eval", "do_eval", "do_predict", "bf16_full_eval", "fp16_full_eval", "metric", "include_for"),
-    "evaluate the stages by linmu-eval",
+    ("eval", "do_predict", "bf16_full_eval", "fp16_full_eval", "batch_eval", "include_for", "prediction_loss_only"),
+    "held-out rows are measured as the rows of the training are; for answers take linmu-eval",
 ) | dict.fromkeys(
     ("parallelism", "average_tokens", "save_on_each", "log_on_each"),
     "processes share the rows of a step by DDP, FSDP2 or DeepSpeed, and the first one writes and logs",
 )  # fmt: skip
 
-# Values, by their start, of arguments that are honoured otherwise: they need evaluation, lengths of the rows, or
-# optimizers that choose their own parameters.
+# Values, by their start, of arguments that are honoured otherwise: they need epochs, checkpoints
+# that a run does not need to go on, lengths of the rows, or optimizers that choose their own parameters.
 REFUSED_VALUES = {
     "save_strategy": ("best",),
+    "eval_strategy": ("epoch",),
     "lr_scheduler_type": ("reduce_lr_on_plateau", "greedy"),
     "train_sampling_strategy": ("batch_rebalance",),
     "optim": ("galore", "apollo", "lomo", "adalomo"),

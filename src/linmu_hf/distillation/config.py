@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from .arguments import refuse_ignored, settle_packing
+from .held_out import settle_evaluation
 from .recipes import DEFAULT_RECIPE, RECIPES, read_stages, recipe_file, stage_values
 from .stages import Stage
 
@@ -31,6 +32,10 @@ class DistillConfig(TrainingArguments):
     uploads the finished model with its processor and card once all stages are done and the folder has been checked.
     Of the values of `hub_strategy` only `"end"` is left: what the Trainer uploads while it runs are checkpoints, and
     here they hold the parameters that train and nothing that loads. [`distill`] and [`DistillTrainer`] upload nothing.
+
+    With held-out rows (`eval_dataset` of [`distill`]), `eval_steps` is `save_steps` by default, and a stage always
+    ends with an evaluation. `load_best_model_at_end` ends every stage with the weights of its best one, by
+    `metric_for_best_model` (`eval_loss`, the stage's weighted loss, by default).
 
     Args:
         teacher_model_name_or_path (`str`, *optional*): Hub id or folder of the teacher.
@@ -142,6 +147,7 @@ class DistillConfig(TrainingArguments):
             raise ValueError(f"{by_muon}: muon takes AdamW for all but matrices: leave optim={self.optim!r} out")
         if by_muon and self.deepspeed:
             raise ValueError(f"{by_muon}: muon needs whole matrices, and DeepSpeed flattens them: set muon to false")
+        settle_evaluation(self)
         super().__post_init__()
         settle_packing(self)
         if self.device.type == "cpu":

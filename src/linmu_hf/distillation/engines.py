@@ -52,6 +52,13 @@ def prepare_fsdp(accelerator: Accelerator, plugin_args: dict[str, Any] | None) -
     return True
 
 
+def reshard(model: nn.Module) -> None:
+    """Spreads parameters again that a forward pass without a backward pass has left whole: FSDP2 keeps the root's."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
 def touch_parameters(mixer: nn.Module) -> None:
     """
     Lets every trained parameter of a mixer take part in each backward pass, with zeros where a batch does not use it:

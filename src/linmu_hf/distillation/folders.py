@@ -9,7 +9,7 @@ from typing import Any
 
 from ..files import copy_file, whole_folder, write_text
 from .config import DistillConfig
-from .plots import plot_training_log
+from .plots import plot_error_map, plot_training_log
 from .stages import Stage, is_stage_name
 from .targets.store import HEADER
 
@@ -17,6 +17,7 @@ from .targets.store import HEADER
 SETTINGS = "distillation.json"
 LOG = "training_log.jsonl"
 CURVES = "loss_curves.png"
+ERROR_MAP = "error_map.png"
 CARD = "README.md"
 PSEUDO_TARGETS = "pseudo_targets"
 WEIGHTS = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
@@ -72,7 +73,7 @@ def _delete_run(out: Path, names: Sequence[str]) -> None:
     if (out / PSEUDO_TARGETS / HEADER).is_file():
         shutil.rmtree(out / PSEUDO_TARGETS)
     weights = (path for path in out.glob("model*.safetensors*") if re.fullmatch(WEIGHTS, path.name))
-    for path in (*weights, *(out / name for name in ("config.json", LOG, CURVES, CARD, SETTINGS))):
+    for path in (*weights, *(out / name for name in ("config.json", LOG, CURVES, ERROR_MAP, CARD, SETTINGS))):
         path.unlink(missing_ok=True)
 
 
@@ -114,6 +115,7 @@ def write_stage(
         (folder / LOG).write_text("".join(json.dumps(row) + "\n" for row in rows))
         rows = logged(out, stages[:-1]) + rows
         plot_training_log(rows, folder / CURVES)
+        plot_error_map(rows, folder / ERROR_MAP)
         if finish_folder is not None:
             finish_folder(folder, stages, rows)
 

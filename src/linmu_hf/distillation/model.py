@@ -182,7 +182,10 @@ class DistillationModel(nn.Module):
                 return hidden_loss(errors, num_tokens) / len(self.replaced), errors, energies
 
             parameters = [p for p in layer.mixer.parameters() if p.requires_grad]
-            with torch.set_grad_enabled(bool(parameters) and takes_gradients):
+            if not (parameters and takes_gradients):
+                with torch.no_grad():
+                    return compare()
+            with torch.enable_grad():
                 return GradientsAtOnce.apply(compare, *parameters)
 
         def see(index: int, mixer_input: Tensor, mixer_output: Tensor, layer: nn.Module | None) -> Tensor | None:

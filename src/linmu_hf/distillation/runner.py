@@ -4,8 +4,9 @@ import copy
 import json
 import re
 import shutil
-from collections.abc import Sequence
-from contextlib import ExitStack
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
@@ -16,13 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainerState, set_seed
+from transformers.trainer_utils import IntervalStrategy
 
 from ..conversion.teacher import check_pair
 from ..files import locked
 from ..modeling.mixers import recurrent_layers
 from .arguments import RESULT
 from .checkpoints import load_trained
-from .collator import EncodePseudo, encode_row
+from .collator import EncodedDataset, EncodePseudo, encode_row
 from .config import DistillConfig
 from .engines import is_sharded
 from .fingerprint import fingerprint_processor, fingerprint_rows, fingerprint_weights
@@ -36,6 +38,7 @@ from .folders import (
     publish,
     write_stage,
 )
+from .held_out import check_evaluation
 from .lora import add_lora, merge_lora
 from .processes import on_main
 from .recipes import read_stages
@@ -45,7 +48,7 @@ from .targets.fill import decode_pseudo_targets, describe
 from .targets.store import PseudoTargets
 from .teacher import SharedTeacher, Teacher, as_teacher
 from .trainer import DistillTrainer
-from .training_rows import TrainingRows, check_rows, first_row, open_rows, readable_rows
+from .training_rows import TrainingRows, check_rows, first_row, open_held_out, open_rows, readable_rows
 
 
 PSEUDO_COLUMN = "pseudo_messages"
@@ -70,6 +73,7 @@ def distill(
     dataset,
     processor,
     *,
+    eval_dataset=None,
     stages: Sequence[Stage] | None = None,
     finish_folder: FinishFolder | None = None,
 ) -> list[dict[str, Any]]:
@@ -77,9 +81,9 @@ def distill(
     Distils `teacher` into `student`, stage by stage (Algorithm 2).
 
     Every stage leaves `output_dir/<stage>`, a folder that `from_pretrained` opens, processor included; `output_dir`
-    itself becomes the last one, with `training_log.jsonl` and `loss_curves.png`. Called again after it was killed,
-    with the same arguments, it skips finished stages and resumes the running one at its last checkpoint, with the
-    result that it would have had.
+    itself becomes the last one, with `training_log.jsonl`, `loss_curves.png` and `error_map.png`. Called again after
+    it was killed, with the same arguments, it skips finished stages and resumes the running one at its last
+    checkpoint, with the result that it would have had.
 
     Args:
         config (`DistillConfig`): the arguments.
@@ -88,6 +92,8 @@ def distill(
         dataset (`datasets.Dataset` or `Sequence[Mapping]`, or a stream: `datasets.IterableDataset` or `Iterable`):
             conversational rows, see [`encode_rows`].
         processor (`ProcessorMixin`): the processor of both.
+        eval_dataset (`datasets.Dataset` or `Sequence[Mapping]`, *optional*):
+            held-out rows, which are measured as the others are, every `eval_steps`.
         stages (`Sequence[Stage]`, *optional*): other stages than those of `config`.
         finish_folder (`Callable`, *optional*):
             called with every stage's complete folder before it gets its name, the stages so far and the rows of their
@@ -108,13 +114,18 @@ def distill(
     features = open_rows(config, processor, dataset)
     _check_inputs(config, stages, student, teacher, features)
     check_stages(student, stages)
+    config = _evaluating(config) if eval_dataset is not None else config
+    check_evaluation(config, stages, _replaced(student), eval_dataset is not None)
+    held_out = open_held_out(config, processor, eval_dataset)
     teacher = _teacher(config, stages, student, teacher)
     store = _open_pseudo_targets(config, stages, teacher, features)
+    if held_out is not None:
+        _open_pseudo_targets(config, stages, teacher, held_out)
     with ExitStack() as held:
         on_main(lambda: held.enter_context(locked(out)) and None)
 
         def prepare() -> int:
-            settings = _settings(config, stages, student, teacher, features, store)
+            settings = _settings(config, stages, student, teacher, features, held_out, store)
             prepare_output(out, settings, config.overwrite_output_dir)
             return len(list(takewhile(lambda stage: (out / stage.name).is_dir(), stages)))
 
@@ -122,10 +133,13 @@ def distill(
         if finished:
             _load_weights(student, out / stages[finished - 1].name)
         for index, stage in enumerate(stages[finished:], finished):
-            features.encode_pseudo = _pseudo_encoder(config, teacher, features, out) if stage.seq else None
-            features.stored_topk = partial(stored_topk, store) if store and store.top_k and stage.tok else None
-            args = _stage_arguments(config, index, out / f"{stage.name}.running")
-            _run_stage(args, stages[: index + 1], student, teacher, features, out, finish_folder)
+            for rows in (features, held_out):
+                if rows is not None:
+                    rows.encode_pseudo = _pseudo_encoder(config, teacher, rows, out) if stage.seq else None
+                    rows.stored_topk = partial(stored_topk, store) if store and store.top_k and stage.tok else None
+            args = _stage_arguments(config, index, stage, out)
+            title = f"{stage.name} ({index + 1} of {len(stages)})"
+            _run_stage(args, stages[: index + 1], title, student, teacher, features, held_out, out, finish_folder)
         on_main(lambda: publish(out / stages[-1].name, out, logged(out, stages)))
         return on_main(lambda: logged(out, stages))
 
@@ -158,9 +172,11 @@ def _teacher(config: DistillConfig, stages: Sequence[Stage], student, teacher) -
 def _run_stage(
     args: DistillConfig,
     stages: Sequence[Stage],
+    title: str,
     student,
     teacher: Teacher,
     features: TrainingRows,
+    held_out: EncodedDataset | None,
     out: Path,
     finish_folder: FinishFolder | None,
 ) -> None:
@@ -171,42 +187,68 @@ def _run_stage(
         add_lora(student, stage.lora_r, stage.alpha())
     set_trainable(student, stage)
     dtypes = _train_in_fp32(student)
-    rows = _train(args, stage, student, teacher, features, running)
+    with _own_tracker():
+        rows = _train(args, stage, title, student, teacher, features, held_out, running)
     _finish_training(student, stage, dtypes)
     rows = [{"stage": stage.name, **row} for row in rows]
     on_main(lambda: write_stage(out, stages, student, features.processor, rows, finish_folder))
     on_main(lambda: shutil.rmtree(running, ignore_errors=True))
 
 
+@contextmanager
+def _own_tracker() -> Iterator[None]:
+    """Ends the run of W&B that a stage has begun, or the next stage would go on in it, under the same name."""
+    before = getattr(sys.modules.get("wandb"), "run", None)
+    yield
+    tracker: Any = sys.modules.get("wandb")
+    if before is None and getattr(tracker, "run", None) is not None:
+        tracker.finish()
+
+
 def _train(
-    args: DistillConfig, stage: Stage, student, teacher: Teacher, features: TrainingRows, running: Path
+    args: DistillConfig,
+    stage: Stage,
+    title: str,
+    student,
+    teacher: Teacher,
+    features: TrainingRows,
+    held_out: EncodedDataset | None,
+    running: Path,
 ) -> list[dict[str, Any]]:
-    """Trains the student, from the last checkpoint on if there is one; returns the rows of the log."""
+    """
+    Trains the student, from the last checkpoint on if there is one, and leaves it with the best weights if they are
+    asked for; returns the rows of the log.
+    """
     # FSDP2 and ZeRO-3 take a model apart for good: they get one of their own.
     ours = (student, teacher)
     student, teacher = copy.deepcopy(ours) if is_sharded(args) else ours
     # The Trainer writes its own choice into the config, which the stage's folder would keep.
     use_cache = student.config.__dict__.get("use_cache")
-    trainer = DistillTrainer(student, teacher, args, stage, features)
+    trainer = DistillTrainer(student, teacher, args, stage, features, held_out, title)
     checkpoint = on_main(lambda: last_checkpoint(running))
     state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json") if checkpoint else TrainerState()
+    trainer.args.eval_on_start &= checkpoint is None
     if state.global_step < stage.max_steps:
         trainer.train(resume_from_checkpoint=checkpoint)
         state = trainer.state
     else:  # killed after the last step; resuming would train one step too many
-        trainer._load_from_checkpoint(checkpoint)
+        best = args.load_best_model_at_end and state.best_model_checkpoint
+        trainer._load_from_checkpoint(running / Path(best).name if best else checkpoint)  # the folder may have moved
+    rows = state.log_history
+    if args.load_best_model_at_end and state.best_model_checkpoint:
+        rows = [*rows, {"step": state.global_step, "best_step": state.best_global_step}]
 
     if student is not ours[0]:
         trainer.save_model(str(running / "trained"))
         on_main(lambda: None)
         load_trained(ours[0], running / "trained")
-        return state.log_history
+        return rows
     student.config.__dict__.pop("use_cache", None)
     if use_cache is not None:
         student.config.use_cache = use_cache
     if args.gradient_checkpointing:  # the name in every Transformers of the range
         student.gradient_checkpointing_disable()
-    return state.log_history
+    return rows
 
 
 def _finish_training(student: nn.Module, stage: Stage, dtypes: dict[str, torch.dtype]) -> None:
@@ -224,9 +266,10 @@ def _finish_training(student: nn.Module, stage: Stage, dtypes: dict[str, torch.d
     student.eval()
 
 
-def _stage_arguments(config: DistillConfig, index: int, running: Path) -> DistillConfig:
+def _stage_arguments(config: DistillConfig, index: int, stage: Stage, out: Path) -> DistillConfig:
     args = copy.copy(config)
-    args.output_dir = str(running)
+    args.output_dir = str(out / f"{stage.name}.running")
+    args.run_name = f"{config.run_name or out.absolute().name}-{stage.name}"  # what trackers call it
     args.seed = config.seed + index  # another order of the rows in every stage
     if config.data_seed is not None:
         args.data_seed = config.data_seed + index
@@ -269,6 +312,18 @@ def _encode_column(processor, row, index: int):
 # ---- Before work starts
 
 
+def _evaluating(config: DistillConfig) -> DistillConfig:
+    """The arguments with an evaluation, which held-out rows alone ask for, too."""
+    config = copy.copy(config)
+    if config.eval_strategy == IntervalStrategy.NO:
+        config.eval_strategy, config.eval_steps, config.do_eval = IntervalStrategy.STEPS, config.save_steps, True
+    return config
+
+
+def _replaced(student) -> list[int]:
+    return recurrent_layers(student.config.text_config.layer_types)
+
+
 def _check_inputs(config: DistillConfig, stages: Sequence[Stage], student, teacher, features: TrainingRows) -> None:
     if find_spec("matplotlib") is None:  # said now and not after the first stage
         raise ImportError('the curves of a distillation need matplotlib: pip install "linmu-hf[train]"')
@@ -276,7 +331,7 @@ def _check_inputs(config: DistillConfig, stages: Sequence[Stage], student, teach
     check_rows(config, features)
     if student.dtype.itemsize < 4 and not config.bf16:
         raise ValueError(f"the student is in {student.dtype}: load it in float32, or train in mixed precision (bf16)")
-    if not recurrent_layers(student.config.text_config.layer_types):
+    if not _replaced(student):
         raise ValueError("the student has no M-MATE layer to train: convert the teacher with `linmu-convert` first")
 
 
@@ -304,7 +359,7 @@ def _open_pseudo_targets(
     return store
 
 
-def _settings(config, stages, student, teacher, features, store) -> dict[str, Any]:
+def _settings(config, stages, student, teacher, features, held_out, store) -> dict[str, Any]:
     """All that decides the result; a run is continued only if it is the same."""
     settings = {name: getattr(config, name) for name in ARGUMENTS}
     rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
@@ -317,6 +372,10 @@ def _settings(config, stages, student, teacher, features, store) -> dict[str, An
         "processor": fingerprint_processor(features.processor),
         "dataset": fingerprint_rows(features.rows),
     }
+    if config.load_best_model_at_end:
+        names = ("metric_for_best_model", "greater_is_better", "eval_steps", "eval_delay")
+        best = {name: getattr(config, name) for name in names}
+        settings["load_best_model_at_end"] = best | {"eval_dataset": fingerprint_rows(held_out.rows)}
     return json.loads(json.dumps(settings, default=str))
 
 

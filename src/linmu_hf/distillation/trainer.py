@@ -1,6 +1,7 @@
 """One stage of a distillation as a `transformers.Trainer`."""
 
 import copy
+import time
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from transformers.trainer_utils import IntervalStrategy
 
 from ..conversion.teacher import check_pair
 from .checkpoints import load_optimizer, load_trained, save_optimizer, save_trained
+from .collator import DistillCollator, EncodedDataset, Features
 from .config import DistillConfig
-from .engines import prepare_fsdp, touch_parameters
+from .engines import prepare_fsdp, reshard, touch_parameters
+from .held_out import count_own, loader, means, measure, relative_errors
 from .losses import IGNORE_INDEX
 from .model import WEIGHTS, DistillationModel
 from .muon import Muon
@@ -32,7 +35,8 @@ class DistillTrainer(Trainer):
     Logs every loss term (`loss_hid`, `loss_tok`, `loss_seq`, `loss_sup`, without their weights), `agreement` (share of
     answer tokens that student and teacher both prefer), and the squared error of the mixers relative to the teacher's,
     `relative_error`, for each layer and as their mean; all of them over the whole batch of all processes. Checkpoints
-    hold the trainable parameters alone, and fit any number of processes.
+    hold the trainable parameters alone, and fit any number of processes. Of held-out rows it logs the same, with
+    `eval_` in front, as means over all of them.
 
     Args:
         model (`LinMUForConditionalGeneration`):
@@ -42,13 +46,17 @@ class DistillTrainer(Trainer):
         args (`DistillConfig`): the arguments.
         stage (`Stage`): the losses, the steps and the learning rate.
         train_dataset (`EncodedDataset` or `EncodedStream`): the rows, which are packed or padded as `args` say.
+        eval_dataset (`EncodedDataset`, *optional*): held-out rows.
+        title (`str`, *optional*): what the progress bar is called; by default the stage's name.
         kwargs: passed on to [`~transformers.Trainer`].
     """
 
     # Every loss here is divided by the counts of the whole accumulated batch. Transformers before 5.19 asks
     # `model_accepts_loss_kwargs` instead.
     loss_is_scaled_for_ga = True
-    optimizer: Any  # set by the Trainer, which is not type-checked
+    # Set by the Trainer, which is not type-checked.
+    optimizer: Any
+    control: Any
 
     def __init__(
         self,
@@ -57,6 +65,8 @@ class DistillTrainer(Trainer):
         args: DistillConfig,
         stage: Stage,
         train_dataset: TrainingRows,
+        eval_dataset: EncodedDataset | None = None,
+        title: str | None = None,
         **kwargs,
     ):
         args.refuse_push_to_hub()
@@ -88,11 +98,19 @@ class DistillTrainer(Trainer):
             checkpoints=args.gradient_checkpointing,  # the name in every Transformers of the range
             position_shift=args.position_shift,
         )
-        super().__init__(model=wrapped, args=args, train_dataset=dataset, data_collator=collator, **kwargs)
+        super().__init__(
+            model=wrapped,
+            args=args,
+            train_dataset=dataset,
+            eval_dataset=eval_dataset,
+            data_collator=collator,
+            **kwargs,
+        )
         self.model_accepts_loss_kwargs = True
         self.stage, self.distillation = stage, wrapped
         self._sums: dict[str, Tensor] = {}
         self._first_unlogged_step = 0
+        self._seconds_before: float | None = None  # of the run that this one continues
         if args.world_size > 1:
             for index in wrapped.replaced:
                 touch_parameters(model.model.language_model.layers[index].mixer)
@@ -100,7 +118,7 @@ class DistillTrainer(Trainer):
         self.add_callback(LogLastStep)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
-            self.add_callback(StageProgress(stage.name))
+            self.add_callback(StageProgress(title or stage.name))
 
     @property
     def student(self):
@@ -200,20 +218,70 @@ class DistillTrainer(Trainer):
         # the Trainer's own count takes all the rows of a stage for one pass
         if hasattr(self.train_dataset, "__len__"):
             self.state.epoch = self.state.global_step * self.rows_per_step / len(self.train_dataset)
+        if "loss" in logs and start_time is not None:
+            if self._seconds_before is None:
+                history = reversed(self.state.log_history)
+                self._seconds_before = next((row["seconds"] for row in history if "seconds" in row), 0.0)
+            logs["seconds"] = round(self._seconds_before + time.time() - start_time, 3)
         if "loss" in logs and self._sums:
             steps = max(self.state.global_step - self._first_unlogged_step, 1)
             sums, self._sums = self._sums, {}
             if self.args.world_size > 1:
                 sums = {key: self.accelerator.reduce(value, "sum") for key, value in sorted(sums.items())}
-            errors, energies = sums.pop("errors", None), sums.pop("energies", None)
             for key, value in sums.items():
-                logs[key if key == "agreement" else f"loss_{key}"] = float(value) / steps
-            if errors is not None:
-                relative = (errors / energies.clamp_min(torch.finfo(energies.dtype).tiny)).tolist()
-                logs["relative_error"] = sum(relative) / len(relative)
-                layers = zip(self.distillation.replaced, relative, strict=True)
-                logs.update({f"{LAYER_PREFIX}{index}": error for index, error in layers})
+                if key not in ("errors", "energies"):
+                    logs[key if key == "agreement" else f"loss_{key}"] = float(value) / steps
+            logs.update(relative_errors(sums, self.distillation.replaced))
         super().log(logs, start_time)
+
+    # ---- Held-out rows
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """
+        Measures all held-out rows of all processes, and changes neither weights nor random numbers.
+
+        Args:
+            eval_dataset (`EncodedDataset`, *optional*): Others than those of the trainer.
+            ignore_keys: Not used.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`): What the figures' names begin with.
+
+        Returns:
+            `dict[str, float]`: `eval_loss`, which is the weighted sum of the stage's losses, `eval_loss_hid` and so
+            on, `eval_agreement`, `eval_relative_error` and that of each layer, `eval_runtime` in seconds.
+        """
+        start, args, rows = time.perf_counter(), self.args, eval_dataset or self.eval_dataset
+        if rows is None:
+            raise ValueError("no held-out rows: give eval_dataset")
+        model, training = self.model_wrapped, self.model_wrapped.training
+        collator = DistillCollator(
+            rows.processor.tokenizer.pad_token_id, pseudo=self.stage.seq > 0, packing=bool(args.packing)
+        )
+        batches = self.callback_handler.eval_dataloader = loader(rows, collator, args)
+
+        def step(batch: Features) -> dict[str, Tensor]:
+            with self.accelerator.autocast():
+                _, sums = model(self._prepare_inputs(batch), torch.ones(3, device=args.device), True)
+            self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
+            return sums
+
+        model.eval()
+        try:
+            sums, counts = measure(step, batches, self._count, count_own(rows, args))
+        finally:
+            model.train(training)
+            reshard(model)
+        figures = means(sums, counts, self.stage, self.distillation.replaced)
+        figures["runtime"] = round(time.perf_counter() - start, 3)
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in figures.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
+        return metrics
+
+    def _determine_best_metric(self, metrics, trial):
+        is_best = super()._determine_best_metric(metrics=metrics, trial=trial)
+        if is_best and self.args.load_best_model_at_end:
+            self.control.should_save = True  # whatever save_steps say
+        return is_best
 
     # ---- Engines
 
@@ -228,6 +296,12 @@ class DistillTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         load_trained(self.student, resume_from_checkpoint)
+
+    def _load_best_model(self):
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            load_trained(self.student, self.state.best_model_checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         if self.is_deepspeed_enabled:
@@ -255,24 +329,28 @@ class FillGradients(TrainerCallback):
 
 
 class LogLastStep(TrainerCallback):
-    """Logs the last steps of a stage that do not fill `logging_steps`."""
+    """Logs the last steps of a stage that do not fill `logging_steps`, and evaluates after the last one."""
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == state.max_steps and args.logging_strategy == IntervalStrategy.STEPS:
-            control.should_log = True
+        if state.global_step == state.max_steps:
+            control.should_log |= args.logging_strategy == IntervalStrategy.STEPS
+            control.should_evaluate |= args.eval_strategy == IntervalStrategy.STEPS
 
 
 class StageProgress(ProgressCallback):
-    """The Trainer's progress bar, with the stage's name in front and without a figure for each layer."""
+    """The Trainer's progress bar, with the stage in front, its loss, and without a figure for each layer."""
 
-    def __init__(self, name: str):
+    def __init__(self, title: str):
         super().__init__()
-        self.name = name
+        self.title = title
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        self.training_bar.set_description(self.name)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.title)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        shown = {key: value for key, value in (logs or {}).items() if not key.startswith(LAYER_PREFIX)}
+        shown = {key: value for key, value in (logs or {}).items() if LAYER_PREFIX not in key}
+        if self.training_bar is not None and "loss" in shown:
+            self.training_bar.set_postfix_str(f"loss {shown['loss']:.4g}")
         super().on_log(args, state, control, logs=shown, **kwargs)

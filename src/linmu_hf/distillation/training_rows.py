@@ -42,6 +42,26 @@ def open_rows(config, processor, dataset) -> TrainingRows:
     return EncodedStream(processor, dataset, buffer_size=buffer_size, skipped=skipped)
 
 
+def open_held_out(config, processor, dataset) -> EncodedDataset | None:
+    """
+    Returns held-out rows as features, after a look at all of them; `None` where there are none.
+
+    Raises:
+        `ValueError`: A stream, or a bad row.
+    """
+    if dataset is None:
+        return None
+    if not hasattr(dataset, "__len__"):
+        raise ValueError("eval_dataset has no length: take some rows of the stream, `list(stream.take(500))`")
+    features = open_rows(config, processor, dataset)
+    try:
+        check_rows(config, features)
+    except ValueError as error:
+        raise ValueError(f"eval_dataset: {error}") from error
+    assert isinstance(features, EncodedDataset)
+    return features
+
+
 def check_rows(config, features: TrainingRows) -> None:
     """
     Raises the `ValueError` of the first row that is one bad row too many; of a stream only the first rows are read.

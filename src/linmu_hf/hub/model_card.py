@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # distillation needs more than the core of the package
     from ..distillation.stages import Stage
 
 CARD = "README.md"
-LOG, CURVES = "training_log.jsonl", "loss_curves.png"  # as a distillation names them
+LOG, CURVES, ERROR_MAP = "training_log.jsonl", "loss_curves.png", "error_map.png"  # as a distillation names them
 LICENSE_KEYS = ("license", "license_name", "license_link")
 # In the example of a card; an upload puts the repository's name in its place.
 THIS_FOLDER = 'model="."'
@@ -125,6 +125,7 @@ def write_model_card(
     stages: "Sequence[Stage]" = (),
     rows: Iterable[dict[str, Any]] = (),
     dataset: str | None = None,
+    machine: str | None = None,
 ) -> None:
     """
     Writes `README.md` into the folder of a saved model.
@@ -135,9 +136,10 @@ def write_model_card(
         stages (`Sequence[Stage]`, *optional*): The stages that the model has gone through.
         rows (`Iterable[dict]`, *optional*): The rows of `training_log.jsonl` of these stages.
         dataset (`str`, *optional*): What it was trained on; named only if it is on the Hub.
+        machine (`str`, *optional*): What it was trained with, such as `8 x NVIDIA A100`.
     """
     folder = Path(folder)
-    (folder / CARD).write_text(render_model_card(folder, origin, stages, rows, dataset), encoding="utf-8")
+    (folder / CARD).write_text(render_model_card(folder, origin, stages, rows, dataset, machine), encoding="utf-8")
 
 
 def render_model_card(
@@ -146,6 +148,7 @@ def render_model_card(
     stages: "Sequence[Stage]" = (),
     rows: Iterable[dict[str, Any]] = (),
     dataset: str | None = None,
+    machine: str | None = None,
 ) -> str:
     """Writes the text of a card, see [`write_model_card`]."""
     dataset = hub_id(dataset) if dataset else None
@@ -161,7 +164,7 @@ def render_model_card(
     )
     parts = [f"---\n{data.to_yaml()}\n---\n", _introduction(folder, config, origin, stages), USE]
     if stages:
-        parts.append(_training(folder, stages, rows, dataset))
+        parts.append(_training(folder, origin, stages, rows, dataset, machine))
     if is_linear:
         parts.append(LIMITS)
     parts.append(_license(origin, config.vision_config.model_type))
@@ -231,30 +234,58 @@ def _introduction(folder: Path, config, origin: Origin, stages: "Sequence[Stage]
     return "\n".join(lines) + "\n"
 
 
-def _training(folder: Path, stages: "Sequence[Stage]", rows: Iterable[dict[str, Any]], dataset: str | None) -> str:
+def _training(
+    folder: Path,
+    origin: Origin,
+    stages: "Sequence[Stage]",
+    rows: Iterable[dict[str, Any]],
+    dataset: str | None,
+    machine: str | None,
+) -> str:
     figures: dict[str, dict] = {}
     for row in rows:
         figures.setdefault(row.get("stage", ""), {}).update(row)
     columns = {
         "loss_hid": "L_hid", "loss_tok": "L_tok", "loss_seq": "L_seq", "loss_sup": "L_sup", "agreement": "agreement",
-        "relative_error": "relative error",
+        "relative_error": "relative error", "seconds": "seconds",
     }  # fmt: skip
-    logged = [key for key in columns if any(key in figures.get(stage.name, {}) for stage in stages)]
+    held_out = {
+        "eval_loss": "loss", **{f"eval_{key}": name for key, name in columns.items()}, "best_step": "best step",
+    }  # fmt: skip
+    logged, measured = (
+        [key for key in names if any(key in figures.get(stage.name, {}) for stage in stages)]
+        for names in (columns, held_out)
+    )
     table = []
     for stage in stages:
         last = figures.get(stage.name, {})
         cells = [f"{last[key]:.4g}" if key in last else "" for key in logged]
         table.append([stage.name, f"{stage.max_steps:,}", f"{stage.learning_rate:g}", stage.objective(), *cells])
     data = f" on [{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else ""
+    source = f" from {origin.teacher}" if origin.teacher else ""
+    by = f", with {machine}" if machine else ""
     lines = [
         "## Training",
         "",
-        f"Distilled{data} stage by stage; the last logged values (`training_log.jsonl` has the others):",
+        f"Distilled{source}{data}{by}, stage by stage; the last logged values (`training_log.jsonl` has the others):",
         "",
         *_table(["stage", "steps", "peak rate", "loss", *(columns[key] for key in logged)], table),
     ]
-    if (folder / CURVES).is_file():
-        lines += ["", f"![Loss terms and errors of the layers over the steps]({CURVES})"]
+    if measured:
+        table = []
+        for stage in stages:
+            last = figures.get(stage.name, {})
+            cells = [f"{last[key]:.4g}" if key in last else "" for key in measured]
+            table.append([stage.name, *cells])
+        best = " A stage with a best step has ended with the weights of that step." if "best_step" in measured else ""
+        lines += ["", f"On held-out rows, at the end of each stage:{best}", ""]
+        lines += _table(["stage", *(held_out[key] for key in measured)], table)
+    for name, text in (
+        (CURVES, "Loss terms and errors of the layers over the steps"),
+        (ERROR_MAP, "Error of each layer over the steps"),
+    ):
+        if (folder / name).is_file():
+            lines += ["", f"![{text}]({name})"]
     return "\n".join(lines) + "\n"
 
 
