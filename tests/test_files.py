@@ -7,8 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from linmu_hf.files import copy_file, locked, whole_file, whole_folder, write_text
+from linmu_hf.files import copy_file, disk_errors, locked, whole_file, whole_folder, write_text
 
 
 HOLD = """
@@ -85,3 +87,24 @@ def test_a_lock_ends_with_an_error_and_holds_inside_one_process(tmp_path):
         raise Killed
     with locked(tmp_path / "new" / "run"):
         pass
+
+
+@pytest.mark.parametrize("write", [torch.save, save_file, lambda tensors, file: write_text(file, "long" * 1000)])
+def test_a_full_disk_is_told_in_one_way(tmp_path, write):
+    """Files that may not grow stand for it: `torch.save` raises a `RuntimeError`, safetensors an error of its own."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(OSError, match=f"{tmp_path} cannot be written, with .* MiB left.*make room"):
+            with disk_errors(tmp_path):
+                write({"a": torch.zeros(1000)}, tmp_path / "a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), OSError("cannot identify image file"), Killed()])
+def test_other_errors_pass_a_disk_by(tmp_path, error):
+    with pytest.raises(type(error)) as found, disk_errors(tmp_path):
+        raise error
+    assert found.value is error

@@ -1,6 +1,8 @@
 """Files and folders that appear whole or not at all, and the lock of a folder that one run at a time may write."""
 
+import errno
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -8,11 +10,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors import SafetensorError
+
 
 try:
     import fcntl
 except ImportError:  # Windows, where nothing is locked
     fcntl = None  # type: ignore[assignment]
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+TORCH_WRITER = r"inline_container|PytorchStreamWriter|iostream error"  # what a failed `torch.save` says
 
 
 @contextmanager
@@ -56,6 +63,29 @@ def replace_folder(complete: Path, folder: Path) -> None:
         os.replace(folder, old)
     os.replace(complete, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """
+    Turns what is raised where a disk is full or fails, by safetensors, `torch.save` and files without saying where,
+    into an `OSError` that names `folder`.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, OSError):
+            told, reason = error.errno in FULL and error.filename is None, error.strerror
+        else:
+            written = re.search(r"[Ss]erializ.*\(os error \d+\)|" + TORCH_WRITER, str(error))
+            told, reason = written is not None, "a file could not be written whole"
+        if not told:
+            raise
+        free = shutil.disk_usage(folder).free if folder.exists() else 0
+        raise OSError(
+            f"{folder} cannot be written, with {free / 2**20:,.1f} MiB left on its disk: {reason}. Nothing that was "
+            "complete is lost: make room, and go on"
+        ) from error
 
 
 @contextmanager

@@ -174,6 +174,32 @@ def test_a_killed_run_continues_with_the_same_result(finished, run, tmp_path, mo
     assert steps[0] == steps[1]
 
 
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(DistillTrainer, "_save_checkpoint"), (runner_module, "write_stage")],
+)
+def test_a_run_goes_on_after_a_disk_was_full(finished, run, tmp_path, monkeypatch, owner, name):
+    """Files that may not grow stand for it: neither a checkpoint can be written nor the first stage's model."""
+    resource, out = pytest.importorskip("resource"), tmp_path / "out"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    original = getattr(owner, name)
+
+    def full(*args, **kwargs):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+        try:
+            return original(*args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, full)
+        with pytest.raises(OSError, match=f"{out} cannot be written"):
+            run(out)
+    assert not [stage for stage in STAGES if (out / stage).exists()]
+    assert_same_weights(run(out), finished[1])
+    assert_same_weights(load(out), finished[1])
+
+
 def test_a_finished_run_is_not_run_again(finished, run, monkeypatch):
     folder, student = finished
     monkeypatch.setattr(DistillTrainer, "train", None)

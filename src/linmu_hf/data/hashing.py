@@ -92,7 +92,7 @@ def _update_content(digest, file: IO[bytes]) -> None:
 
 
 def update_hash(digest, value: Any) -> None:
-    """Adds one value of any nesting to a hash."""
+    """Adds one value of any nesting to a hash; of a file that is named its path, size and 64 KiB of its content."""
     if isinstance(value, Mapping):
         digest.update(f"{{{len(value)}".encode())
         for key in sorted(value, key=str):
@@ -116,8 +116,8 @@ def update_hash(digest, value: Any) -> None:
     elif isinstance(value, str):
         digest.update(f"str{len(value)}{value}".encode(errors="surrogatepass"))
         if len(value) < 4096 and os.path.isfile(value):
-            status = os.stat(value)
-            digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
+            with open(value, "rb") as file:
+                _update_content(digest, file)
     else:  # numbers and None by value; of what else there may be, the type
         known = value is None or isinstance(value, (bool, int, float, np.generic))
         digest.update((repr(value) if known else type(value).__name__).encode())

@@ -54,8 +54,8 @@ def fingerprint_processor(processor) -> str:
 def fingerprint_rows(dataset) -> str:
     """
     Returns a hash of all rows whole: every column, the bytes of pictures, and of a file that a row names its path,
-    size and time of change. A `datasets.Dataset` is read as it is stored, nothing is decoded; of a stream, which may
-    be endless, the first 256 rows count.
+    size and 64 KiB of its content, so that one that was lost may be put back. A `datasets.Dataset` is read as it is
+    stored, nothing is decoded; of a stream, which may be endless, the first 256 rows count.
     """
     digest = hashlib.sha256()
     if hasattr(dataset, "data") and dataset.format["type"] is None:

@@ -20,7 +20,7 @@ from transformers import TrainerState, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
 from ..conversion.teacher import check_pair
-from ..files import locked
+from ..files import disk_errors, locked
 from ..modeling.mixers import recurrent_layers
 from .arguments import RESULT
 from .checkpoints import load_trained
@@ -106,6 +106,7 @@ def distill(
         `ValueError`: a bad row, `push_to_hub`, or an `output_dir` with a distillation of other settings.
         `BlockingIOError`: another run is writing to `output_dir`.
         `FloatingPointError`: a loss that is not finite.
+        `OSError`: `output_dir` cannot be written any more, its disk being full; the same call goes on.
     """
     config.refuse_push_to_hub()
     stages = config.get_stages() if stages is None else read_stages(stages)
@@ -121,7 +122,7 @@ def distill(
     store = _open_pseudo_targets(config, stages, teacher, features)
     if held_out is not None:
         _open_pseudo_targets(config, stages, teacher, held_out)
-    with ExitStack() as held:
+    with disk_errors(out), ExitStack() as held:
         on_main(lambda: held.enter_context(locked(out)) and None)
 
         def prepare() -> int:

@@ -76,6 +76,14 @@ def test_a_writer_may_be_killed_at_any_byte(tmp_path, top_k):
         assert (folder / "shard-00000" / TOPK).read_bytes() == topk
 
 
+def test_a_header_whose_writer_was_killed_is_taken_away(tmp_path):
+    for begun in (False, True):  # killed before the header had its name, and after it
+        (tmp_path / "s").mkdir(exist_ok=True)
+        (tmp_path / "s" / f"{HEADER}.0").write_text('{"form')
+        write_header(tmp_path / "s", MADE_OF | {"top_k": 0}, {})
+        assert [path.name for path in (tmp_path / "s").iterdir()] == [HEADER], begun
+
+
 def test_log_probabilities_that_never_reached_the_disk(tmp_path):
     """After a loss of power, say: the lines that need them count for nothing."""
     fill(tmp_path / "s", [0, 1, 2])

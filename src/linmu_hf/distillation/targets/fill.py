@@ -76,7 +76,7 @@ def decode_pseudo_targets(
         raise ValueError(f"top_k={top_k} must be at most the tokenizer's {len(processor.tokenizer)} tokens")
     folder = Path(output_dir)
     rows = undecoded(rows)
-    write_header(folder, describe(teacher, processor, max_new_tokens) | {"top_k": top_k}, about or {})
+    write_header(folder, describe(teacher, processor, max_new_tokens) | {"top_k": top_k}, about or {}, number)
     counts, pending, mine = Counts(), {}, count_rows(rows)
     skipped = SkippedRows(max_bad_rows)
     total = None if mine is None else len(range(number, mine, count))

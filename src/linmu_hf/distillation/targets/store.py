@@ -172,20 +172,21 @@ def open_shard(folder: Path, number: int) -> Iterator[ShardWriter]:
             yield ShardWriter(answers, topk)
 
 
-def write_header(folder: Path, made_of: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+def write_header(folder: Path, made_of: Mapping[str, Any], about: Mapping[str, Any], number: int = 0) -> None:
     """
-    Makes a store for answers that are made of `made_of`, or checks that the one in `folder` is.
+    Makes a store for answers that are made of `made_of`, or checks that the one in `folder` is. Shard `number` writes
+    a file of its own first, which it takes away also where it was killed before.
 
     Raises:
         `ValueError`: it holds other answers, or `folder` holds something else.
     """
+    own = folder / f"{HEADER}.{number}"
     if not (folder / HEADER).exists():
         folder.mkdir(parents=True, exist_ok=True)
         strangers = [path.name for path in folder.iterdir() if not path.name.startswith((".", HEADER))]
         if strangers and not (folder / HEADER).exists():
             raise ValueError(f"{folder} holds {sorted(strangers)[0]} and no answers: give a folder of its own")
         # Several processes may begin at once: the first one's file stays.
-        own = folder / f"{HEADER}.{os.getpid()}"
         with open(own, "wb") as file:
             file.write(json.dumps({"format": FORMAT, "made_of": made_of, "about": about}, indent=2).encode() + b"\n")
             _to_disk(file)
@@ -195,7 +196,7 @@ def write_header(folder: Path, made_of: Mapping[str, Any], about: Mapping[str, A
             pass
         except OSError:  # a file system without links
             os.replace(own, folder / HEADER)
-        own.unlink(missing_ok=True)
+    own.unlink(missing_ok=True)
     check_header(folder, read_header(folder), made_of)
 
 
