@@ -145,8 +145,6 @@ class DistillConfig(TrainingArguments):
         by_muon = next((stage.name for stage in stages if stage.muon), None)
         if by_muon and not str(getattr(self.optim, "value", self.optim)).startswith("adamw_torch"):
             raise ValueError(f"{by_muon}: muon takes AdamW for all but matrices: leave optim={self.optim!r} out")
-        if by_muon and self.deepspeed:
-            raise ValueError(f"{by_muon}: muon needs whole matrices, and DeepSpeed flattens them: set muon to false")
         settle_evaluation(self)
         super().__post_init__()
         settle_packing(self)

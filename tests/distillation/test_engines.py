@@ -1,0 +1,41 @@
+"""The configurations for `accelerate launch` are read by accelerate and mean what they say."""
+
+import os
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import prepare_multi_gpu_env
+
+import linmu_hf.distillation.engines as engines
+
+
+CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate_configs"
+
+
+@pytest.mark.parametrize(("name", "sharded"), [("ddp", False), ("fsdp2", True)])
+def test_accelerate_reads_the_configurations(name, sharded, monkeypatch):
+    from accelerate.commands.launch import _validate_launch_command
+
+    file = str(CONFIGS / f"{name}.yaml")
+    assert load_config_from_file(file).num_processes == 8
+    given = launch_command_parser().parse_args(["--config_file", file, "--module", "linmu_hf.commands.distill"])
+    arguments, _, _ = _validate_launch_command(given)
+    assert arguments.use_fsdp == sharded
+    environment = prepare_multi_gpu_env(arguments)
+    monkeypatch.setattr(os, "environ", environment)
+    plain = type("Arguments", (), {"fsdp": None, "deepspeed": None})()
+    assert engines.is_sharded(plain) == sharded
+    if sharded:
+        assert environment["FSDP_VERSION"] == "2"
+
+
+def test_deepspeed_is_refused(tmp_path, monkeypatch):
+    from linmu_hf.distillation import DistillConfig
+
+    with pytest.raises(ValueError, match=r"deepspeed=.* is not supported: .*FSDP2"):
+        DistillConfig(output_dir=str(tmp_path), deepspeed="zero2.json")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match=r"accelerate launch asks for DeepSpeed.*FSDP2"):
+        DistillConfig(output_dir=str(tmp_path))
