@@ -1,4 +1,4 @@
-"""What accelerate's engines need to be told before they wrap a distillation: FSDP2, DDP, DeepSpeed."""
+"""What accelerate's engines need to be told before they wrap a distillation: DDP and FSDP2."""
 
 import os
 from typing import Any
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 def is_sharded(args) -> bool:
     """Returns whether parameters are spread over processes, as these arguments or `accelerate launch` say."""
-    by_launcher = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-    return bool(args.fsdp or args.deepspeed) or any(os.environ.get(n, "false").lower() == "true" for n in by_launcher)
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def prepare_fsdp(accelerator: Accelerator, plugin_args: dict[str, Any] | None) -> bool:

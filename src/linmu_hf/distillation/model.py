@@ -24,8 +24,7 @@ WEIGHTS = ("hid", "tok", "seq", "sup")
 
 class DistillationModel(nn.Module):
     """
-    All that a training step computes, so that the hooks of DDP, FSDP2 and DeepSpeed, which wrap it, see every use of a
-    parameter.
+    All that a training step computes, so that the hooks of DDP and FSDP2, which wrap it, see every use of a parameter.
 
     Args:
         student (`LinMUForConditionalGeneration`): With LoRA in place and [`set_trainable`] done.

@@ -298,21 +298,13 @@ class DistillTrainer(Trainer):
         load_trained(self.student, resume_from_checkpoint)
 
     def _load_best_model(self):
-        if self.is_deepspeed_enabled:
-            super()._load_best_model()
-        else:
-            load_trained(self.student, self.state.best_model_checkpoint)
+        load_trained(self.student, self.state.best_model_checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir):
-        if self.is_deepspeed_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-        else:
-            save_optimizer(self.student, self.optimizer, self.lr_scheduler, output_dir)
+        save_optimizer(self.student, self.optimizer, self.lr_scheduler, output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        if checkpoint is None or self.is_deepspeed_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        else:
+        if checkpoint is not None:
             load_optimizer(self.student, self.optimizer, self.lr_scheduler, checkpoint)
 
 
