@@ -4,24 +4,28 @@ import argparse
 import copy
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import AutoConfig
 from transformers.utils import logging
 
 from ..conversion.source import read_processor, read_raw_config
 from ..conversion.teacher import check_tokenizers, load_processor
 from ..data import load_training_rows
 from ..evaluation.loading import check_model, library_versions
+from ..evaluation.speed.models import PRESETS, text_config, vision_config
 from ..files import check_report
 from ..hub import find_origin, prepare_repo, push_folder, write_model_card
 from ..modeling.configuration_linmu import LinMUConfig
 from ..modeling.modeling_linmu import LinMUForConditionalGeneration
-from .common import TypedParser, run_command, write_report
+from .common import TypedParser, check_positive, run_command, write_report
 
 
-PRINT = "--print_stages"
+PRINT, ESTIMATE = "--print_stages", "--estimate"
+DEFAULT_GPU = "h100"
 
 
 @dataclass
@@ -48,6 +52,23 @@ class ScriptArguments:
     print_stages: bool = field(
         default=False, metadata={"help": "Print the stages as YAML, to edit and give back as --stages, and end."}
     )
+    estimate: bool = field(
+        default=False,
+        metadata={"help": "Print memory and time of every stage, from --teacher's config.json alone, and end."},
+    )
+    gpu: str | None = field(
+        default=None, metadata={"help": f"GPU of the estimate, such as {DEFAULT_GPU}, its default, or rtx4090."}
+    )
+    gpus: int | None = field(default=None, metadata={"help": "How many GPUs the estimate is for. By default 1."})
+    engine: str | None = field(
+        default=None, metadata={"help": "Engine of the estimate: ddp, fsdp2, zero2 or zero3. By default fsdp2."}
+    )
+    sequence_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a row, for the estimate. By default 8192."}
+    )
+
+
+ESTIMATE_ONLY = ("gpu", "gpus", "engine", "sequence_length")
 
 
 def run(script: ScriptArguments, config) -> dict:
@@ -120,6 +141,47 @@ def run(script: ScriptArguments, config) -> dict:
     }
 
 
+def estimate(script: ScriptArguments, config) -> str:
+    """Returns memory and time of every stage, and what to change if one does not fit."""
+    from ..distillation import estimate as estimates
+    from ..distillation.tracing import Shape
+
+    name = script.teacher or config.teacher_model_name_or_path
+    if name is None:
+        raise ValueError(f"no teacher: give --teacher FOLDER_OR_HUB_ID, or one of {', '.join(PRESETS)}")
+    check_positive(argparse.Namespace(**vars(script)), "gpus", "sequence_length")
+    teacher = _read_config(name)
+    student = _read_config(script.model) if script.model else teacher
+    estimates.check_fits_teacher(student, teacher)
+    machine = estimates.Machine(script.gpu or DEFAULT_GPU, script.gpus or 1, script.engine)
+    shape = Shape(
+        script.sequence_length or 8192,
+        config.per_device_train_batch_size,
+        half=config.bf16,
+        shared=config.shared_teacher is not False,
+        checkpoints=config.gradient_checkpointing,
+        muon=config.muon,
+        logits_chunk_size=config.logits_chunk_size,
+    )
+    micro_batches = config.gradient_accumulation_steps
+    found: list[Any] = []
+    for stage in config.get_stages():
+        if shape.shared and any(one.stage.lora_r for one in found):
+            shape = replace(shape, shared=False)  # adapters were merged into the backbone
+        found.append(estimates.estimate_stage(student, stage, shape, machine, micro_batches))
+    advice = estimates.advise(student, found, shape, machine, micro_batches)
+    return "\n\n".join([estimates.format_estimates(found, machine), *advice, estimates.describe(shape, machine)])
+
+
+def _read_config(name: str) -> LinMUConfig:
+    """Returns the configuration of a student, or of the one that would be made of a teacher."""
+    text = text_config(name)
+    if name in PRESETS:
+        return LinMUConfig(text_config=text, vision_config=vision_config(name))
+    config = AutoConfig.from_pretrained(name)
+    return config if isinstance(config, LinMUConfig) else LinMUConfig.from_teacher(config)
+
+
 def _prepare_push(config) -> str | None:
     """The repository of `push_to_hub`, by default named like the output folder, as the Trainer does."""
     if not config.push_to_hub:
@@ -159,7 +221,7 @@ def format_table(stages: dict[str, dict]) -> str:
 
 
 def _parser(prints: bool) -> TypedParser:
-    """Builds the parser, for printing stages alone or not; without the extra `train` this is where it is missed."""
+    """Builds the parser, for printing alone or not; without the extra `train` this is where it is missed."""
     from ..distillation.arguments import refused_fields
     from ..distillation.config import DistillConfig
 
@@ -180,8 +242,17 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> None:
         from ..distillation.recipes import format_stages
 
-        parser = _parser(PRINT in (sys.argv[1:] if argv is None else argv))
-        script, config = parser.parse_args_into_dataclasses(argv)
+        given = list(sys.argv[1:] if argv is None else argv)
+        parser = _parser(PRINT in given or ESTIMATE in given)
+        if ESTIMATE in given:
+            given = [*given, "--use_cpu", "True"]  # the GPU of the estimate need not be there
+        script, config = parser.parse_args_into_dataclasses(given)
+        if script.estimate:
+            print(estimate(script, config))
+            return
+        for name in ESTIMATE_ONLY:
+            if getattr(script, name) is not None:
+                raise ValueError(f"--{name} has no effect without --estimate: leave it out")
         if script.print_stages:
             print(format_stages(config.get_stages()), end="")
             return

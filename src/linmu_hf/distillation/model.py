@@ -185,7 +185,9 @@ class DistillationModel(nn.Module):
                 with torch.no_grad():
                     return compare()
             with torch.enable_grad():
-                return GradientsAtOnce.apply(compare, *parameters)
+                found = GradientsAtOnce.apply(compare, *parameters)
+            torch.clear_autocast_cache()  # it would hold the parameters of all blocks in half precision
+            return found
 
         def see(index: int, mixer_input: Tensor, mixer_output: Tensor, layer: nn.Module | None) -> Tensor | None:
             if index not in self.replaced:

@@ -1,0 +1,264 @@
+"""`linmu-distill --estimate`: memory and time of every stage from configurations alone."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..modeling.mixers import recurrent_layers
+from .stages import Stage, parameter_groups
+from .tracing import Shape, build_on_meta, build_student, trace_step, with_layers
+
+
+GB = 10**9
+
+# Memory in GB and dense bfloat16 TFLOPS, as NVIDIA's data sheets have them.
+GPUS = {
+    "h200": (141, 989),
+    "h100": (80, 989),
+    "a100": (80, 312),
+    "a100-40": (40, 312),
+    "l40s": (48, 362),
+    "rtx4090": (24, 165),
+}
+ENGINES = ("single", "ddp", "fsdp2", "zero2", "zero3")
+
+# Assumed, not measured: the share of the data sheet's rate that a step reaches, and of a card's memory that CUDA, the
+# allocator's gaps and communication leave.
+UTILISATION = 0.35
+USABLE = 0.92
+
+NAMES = {
+    "teacher": "teacher's pass and kept mixer outputs",
+    "student": "activations of the student's pass",
+    "block": "activations of one block",
+    "logits": "logits",
+    "backward": "backward pass",
+    "optimizer": "Muon's steps",
+    "other": "inputs and losses",
+    "gradients": "gradients",
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """
+    Args:
+        gpu (`str`): A key of `GPUS`.
+        count (`int`, *optional*, defaults to 1): How many.
+        engine (`str`, *optional*): One of `ENGINES`, by default `"single"` on one GPU and `"fsdp2"` on more.
+    """
+
+    gpu: str
+    count: int = 1
+    engine: str | None = None
+
+    def __post_init__(self):
+        if self.gpu not in GPUS:
+            raise ValueError(f"gpu={self.gpu!r} is unknown: choose one of {', '.join(GPUS)}")
+        if self.count < 1:
+            raise ValueError(f"gpus={self.count} must be at least 1")
+        if self.engine is None:
+            object.__setattr__(self, "engine", "single" if self.count == 1 else "fsdp2")
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine={self.engine!r} is unknown: choose one of {', '.join(ENGINES)}")
+        if (self.engine == "single") != (self.count == 1):
+            raise ValueError(f"engine={self.engine!r} does not go with gpus={self.count}: leave engine out")
+
+    @property
+    def budget(self) -> float:
+        return GPUS[self.gpu][0] * GB * USABLE
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """
+    Args:
+        stage (`Stage`): The stage.
+        trained (`int`): Parameters that train.
+        memory (`dict[str, float]`): Bytes on each GPU by item, at the peak of a step.
+        flops (`float`): Multiplications and additions of a micro-batch on each GPU.
+        seconds (`float`): Of all its steps.
+    """
+
+    stage: Stage
+    trained: int
+    memory: dict[str, float]
+    flops: float
+    seconds: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.memory.values())
+
+
+def check_fits_teacher(student: Any, teacher: Any) -> None:
+    """Raises a `ValueError` unless the student's decoder and vision side have the sizes of the teacher's."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    for name in names:
+        ours, theirs = getattr(student.text_config, name), getattr(teacher.text_config, name)
+        if ours != theirs:
+            raise ValueError(
+                f"--estimate takes a teacher of the student's size, but {name} is {ours} in the student and {theirs} "
+                "in the teacher: leave --model out to estimate the student that linmu-convert would make"
+            )
+
+
+def count_parameters(student: Any, stage: Stage, shape: Shape) -> dict[str, Counter]:
+    """
+    Counts the parameters of student and teacher by part (`vision`, `embeddings`, `decoder`, `teacher`): those
+    `"frozen"`, those that are `"trained"`, and of these the ones that [`Muon`] takes (`"matrices"`).
+    """
+    model = build_student(student, stage, shape.dtype)
+    counts: dict[str, Counter] = {"frozen": Counter(), "trained": Counter(), "matrices": Counter()}
+
+    def part(name: str) -> str:
+        return "vision" if ".visual." in name else "decoder" if ".layers." in name else "embeddings"
+
+    for name, parameter in model.named_parameters():
+        counts["trained" if parameter.requires_grad else "frozen"][part(name)] += parameter.numel()
+    if shape.muon:
+        for group in parameter_groups(model, 1.0, 0.0, 1.0, muon=True):
+            counts["matrices"]["decoder"] += sum(p.numel() for p in group["params"]) if group["heads"] else 0
+    types = student.text_config.layer_types
+    teacher = build_on_meta(teacher_config(student), shape.dtype)
+    replaced = recurrent_layers(types)
+    for index, layer in enumerate(teacher.model.language_model.layers):
+        if shape.shared and index in replaced:
+            counts["frozen"]["teacher"] += sum(p.numel() for p in layer.mixer.parameters())
+    if not shape.shared:
+        own = {name: p.numel() for name, p in teacher.named_parameters() if ".visual." not in name}
+        counts["frozen"]["teacher"] += sum(own.values())
+    return counts
+
+
+def teacher_config(student: Any) -> Any:
+    """Returns the configuration of a student's teacher."""
+    depth = getattr(student.vision_config, "depth", None)
+    config = with_layers(student, ["full_attention"] * len(student.text_config.layer_types))
+    if depth is not None:
+        config.vision_config.depth = depth
+    return config
+
+
+def estimate_stage(
+    student: Any, stage: Stage, shape: Shape, machine: Machine, micro_batches: int = 1
+) -> StageEstimate:
+    """
+    Estimates memory and time of a stage on each GPU.
+
+    A step is run on tensors without data, see [`trace_step`]: what it holds is counted, not a formula's. The scan is
+    that of plain PyTorch in pieces as on a GPU, whose own kernels hold less.
+
+    Args:
+        student (`LinMUConfig`): Configuration of the student.
+        stage (`Stage`): The stage.
+        shape (`Shape`): One GPU's micro-batch.
+        machine (`Machine`): GPUs and engine.
+        micro_batches (`int`, *optional*, defaults to 1): Of a step, one after the other on each GPU.
+    """
+    counts = count_parameters(student, stage, shape)
+    trained, matrices = (counts[key].total() for key in ("trained", "matrices"))
+    size = shape.dtype.itemsize
+    trace = trace_step(student, stage, replace(shape, accumulates=micro_batches > 1))
+    n, engine = machine.count, machine.engine
+    weights, states = (n if engine in ("fsdp2", "zero3") else 1), (1 if engine in ("single", "ddp") else n)
+    memory: dict[str, float] = {
+        f"frozen weights: {name}": count * size / weights for name, count in counts["frozen"].items() if count
+    }
+    memory["trained weights"] = 4 * trained / weights
+    memory["optimizer states"] = (8 * trained - 4 * matrices) / states
+    held = trace.at_peak()
+    for tag, count in held.items():
+        # A step fed by the teacher takes all gradients, whole, before an engine spreads them.
+        share = states if tag == "gradients" and stage.hidden_input == "student" else 1
+        if count > 0.001 * GB or tag == "gradients":
+            memory[NAMES.get(tag, tag)] = max(count, 0) / share
+    if engine in ("ddp", "zero2"):
+        memory["buckets of gradients"] = 4 * trained
+    if weights > 1:
+        root = counts["frozen"]["vision"] + counts["frozen"]["embeddings"]
+        layers = student.text_config.num_hidden_layers
+        layer = (size * counts["frozen"]["decoder"] + 4 * counts["trained"]["decoder"]) / layers
+        memory["gathered weights"] = root * size + 2 * layer
+    flops = trace.flops + trace.attention + vision_flops(counts, shape) + _unseen_logits(student, stage, shape)
+    seconds = stage.max_steps * micro_batches * flops / (GPUS[machine.gpu][1] * 1e12 * UTILISATION)
+    return StageEstimate(stage, trained, memory, flops, seconds)
+
+
+def vision_flops(counts: dict[str, Counter], shape: Shape) -> float:
+    """Products of a vision tower that reads four patches for every vision token."""
+    return 2.0 * counts["frozen"]["vision"] * 4 * shape.vision * shape.batch
+
+
+def _unseen_logits(student: Any, stage: Stage, shape: Shape) -> float:
+    """Products of the heads at the positions that a trace of few tokens leaves out."""
+    text: Any = student.text_config
+    seen = min(shape.answers, shape.batch * 1152)
+    passes = 4 * bool(stage.tok or stage.seq or stage.sup) + bool(stage.tok)
+    return 2.0 * (shape.answers - seen) * text.vocab_size * text.hidden_size * passes
+
+
+def advise(
+    student: Any, found: Sequence[StageEstimate], shape: Shape, machine: Machine, micro_batches: int
+) -> list[str]:
+    """Says for each stage that does not fit what to change, with what that would need."""
+    lines = []
+    for one in found:
+        if one.total <= machine.budget:
+            continue
+        stage, options = one.stage, list[tuple[bool, str]]()
+
+        def tried(text: str, stage: Stage = stage, shape: Shape = shape, machine: Machine = machine, options=options):
+            total = estimate_stage(student, stage, shape, machine, micro_batches).total
+            options.append((total <= machine.budget, f"{text}: {total / GB:.0f} GB"))
+            return total <= machine.budget
+
+        better = shape
+        if stage.hidden_input == "student" and not shape.checkpoints:
+            better = replace(shape, checkpoints=True)
+            tried("--gradient_checkpointing True", shape=better)
+        if shape.batch > 1:
+            better = replace(better, batch=1)
+            tried("and --per_device_train_batch_size 1", shape=better)
+        if not shape.half:
+            better = replace(better, half=True)
+            tried("and --bf16 True", shape=better)
+        for count in (2, 4, 8, 16, 32):
+            if any(fits for fits, _ in options) or count <= machine.count:
+                continue
+            tried(f"and FSDP2 over {count} GPUs", shape=better, machine=Machine(machine.gpu, count, "fsdp2"))
+        if stage.hid and not stage.lora_r and stage.hidden_input == "student":
+            options.append((False, "or a first stage of `hid` alone with hidden_input: teacher"))
+        lines.append(f"{stage.name} does not fit: " + "; ".join(text for _, text in options))
+    return lines
+
+
+def format_estimates(found: Sequence[StageEstimate], machine: Machine) -> str:
+    """Returns a table in Markdown: items by stage in GB for each GPU, whether they fit, and hours."""
+    items: list[str] = []
+    for one in found:
+        items += [name for name in one.memory if name not in items]
+    rows = [["GB on each GPU", *(one.stage.name for one in found)]]
+    for name in items:
+        rows.append([name, *(f"{one.memory[name] / GB:.1f}" if name in one.memory else "-" for one in found)])
+    rows.append(["**peak**", *(f"**{one.total / GB:.1f}**" for one in found)])
+    fits = f"fits into {machine.budget / GB:.0f} of {GPUS[machine.gpu][0]} GB"
+    rows.append([fits, *("yes" if one.total <= machine.budget else "no" for one in found)])
+    rows.append(["trained parameters", *(f"{one.trained / 1e9:.2f} B" for one in found)])
+    rows.append(["TFLOP of a micro-batch", *(f"{one.flops / 1e12:.0f}" for one in found)])
+    rows.append(["steps", *(f"{one.stage.max_steps:,}" for one in found)])
+    rows.append(["hours", *(f"{one.seconds / 3600:.0f}" for one in found)])
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---|" + "---:|" * len(found), *lines[1:]])
+
+
+def describe(shape: Shape, machine: Machine) -> str:
+    """Says what an estimate is of, and what it assumes."""
+    return (
+        f"{machine.count} {machine.gpu}, {machine.engine}; micro-batches of {shape.batch} x {shape.sequence_length:,} "
+        f"tokens, {shape.vision_share:.0%} of them vision and {shape.answer_share:.1%} answers, in "
+        f"{'bfloat16' if shape.half else 'float32'}{', gradient checkpointing' if shape.checkpoints else ''}; GB are "
+        f"10^9 bytes.\nAssumed: {UTILISATION:.0%} of {GPUS[machine.gpu][1]} TFLOPS, nothing "
+        f"for communication and for decoding the teacher's answers; {1 - USABLE:.0%} of memory for CUDA and gaps."
+    )

@@ -1,0 +1,108 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from linmu_hf import LinMUConfig
+from linmu_hf.commands import distill
+from linmu_hf.distillation.estimate import Machine, advise, count_parameters, estimate_stage
+from linmu_hf.distillation.stages import Stage
+from linmu_hf.distillation.tracing import Shape, build_on_meta
+
+from ..helpers.training_memory import build, measure, student_config
+
+
+pytestmark = pytest.mark.core_training
+
+STAGES = {
+    "teacher-fed": Stage("s", ("flex",), 10, 1e-3, hid=0.5, hidden_input="teacher"),
+    "student-fed": Stage("s", ("flex",), 10, 1e-3, hid=0.5, tok=0.5),
+    "checkpoints": Stage("s", ("flex", "swin"), 10, 1e-3, hid=0.5, tok=0.5),
+    "lora": Stage("s", ("flex", "swin", "lora"), 10, 1e-3, tok=0.5, seq=0.5, sup=0.5, lora_r=8),
+}
+SHAPE = Shape(512, vision_share=0.5, half=False, on_gpu=False)
+
+
+@pytest.mark.parametrize("kind, shared", [*((kind, True) for kind in STAGES), ("teacher-fed", False)])
+def test_estimate_is_within_15_percent_of_what_is_held(kind, shared):
+    checkpoints = kind in ("checkpoints", "lora")
+    shape = Shape(**{**vars(SHAPE), "checkpoints": checkpoints, "shared": shared})
+    config = student_config(layers=5, hidden_size=128, intermediate_size=512)
+    measured = measure(config, STAGES[kind], tokens=512, vision=256, checkpoints=checkpoints, shared=shared)
+    estimate = estimate_stage(config, STAGES[kind], shape, Machine("h100"))
+    assert abs(estimate.total / measured.total() - 1) < 0.15
+
+
+def test_parameters_are_those_of_the_models():
+    for shared in (True, False):
+        config, stage = student_config(layers=3), STAGES["lora"]
+        model = build(config, stage, shared, checkpoints=False)
+        counts = count_parameters(config, stage, Shape(64, shared=shared, half=False))
+        unique = {id(p): p for module in (model, model.student) for p in module.parameters()}.values()
+        trained = sum(p.numel() for p in unique if p.requires_grad)
+        shares_vision = 0 if shared else sum(p.numel() for p in model.teacher.model.model.visual.parameters())
+        assert counts["trained"].total() == trained
+        assert counts["frozen"].total() == sum(p.numel() for p in unique) - trained - shares_vision
+
+
+def test_published_sizes():
+    """Of the index of Qwen2.5-VL-7B-Instruct's safetensors: 16,584,333,312 bytes in bfloat16."""
+    config = distill._read_config("qwen2.5-vl-7b")
+    layers = ["full_attention"] * config.text_config.num_hidden_layers
+    teacher = LinMUConfig(**config.to_dict() | {"text_config": config.text_config.to_dict() | {"layer_types": layers}})
+    assert sum(p.numel() for p in build_on_meta(teacher).parameters()) == 16_584_333_312 // 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_teacher_fed_step_holds_one_block_whatever_the_number_of_layers(dtype):
+    """All that is held beside parameters, their gradients and optimizer states: 2, 4 and 8 layers within 10%."""
+    held = []
+    for layers in (2, 4, 8):
+        config = student_config(layers=layers, hidden_size=128, intermediate_size=512)
+        found = measure(config, STAGES["teacher-fed"], tokens=512, vision=256, dtype=dtype)
+        held.append(found["other"])
+    assert max(held) <= 1.1 * min(held), held
+
+
+def test_a_stage_that_does_not_fit_gets_advice():
+    config, machine = student_config(layers=2, hidden_size=128), Machine("rtx4090")
+    shape = Shape(64)
+    found = estimate_stage(config, STAGES["student-fed"], shape, machine)
+    assert advise(config, [found], shape, machine, 1) == []
+    (line,) = advise(config, [replace(found, memory={"logits": 1e12})], shape, machine, 1)
+    assert "s does not fit: --gradient_checkpointing True: 0 GB" in line and "hidden_input: teacher" in line
+
+
+def test_engines_share_what_they_share():
+    config, shape = student_config(layers=2, hidden_size=128), Shape(64, half=False)
+    single = estimate_stage(config, STAGES["student-fed"], shape, Machine("h100")).memory
+    ddp, fsdp = (
+        estimate_stage(config, STAGES["student-fed"], shape, Machine("h100", 4, engine)).memory
+        for engine in ("ddp", "fsdp2")
+    )
+    assert ddp.keys() - single.keys() == {"buckets of gradients"}
+    assert all(ddp[key] == value for key, value in single.items())
+    for key in ("trained weights", "optimizer states", "frozen weights: decoder"):
+        assert fsdp[key] == single[key] / 4
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--gpu", "h900", "--teacher", "tiny"], "h900"),
+        (["--engine", "ddp", "--teacher", "tiny"], "gpus=1"),
+        (["--gpus", "0", "--teacher", "tiny"], "at least 1"),
+        ([], "--teacher"),
+    ],
+)
+def test_what_cannot_be_is_refused(flags, message, capsys):
+    assert distill.main(["--estimate", "--use_cpu", "True", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_command_prints_a_table(capsys):
+    arguments = "--estimate --use_cpu True --teacher tiny --recipe quick --sequence_length 64"
+    overrides = ["--stage_overrides", "stage-1.max_steps=0", "stage-2.max_steps=0", "stage-3.max_steps=0"]
+    assert distill.main([*arguments.split(), *overrides]) == 0
+    out = capsys.readouterr().out
+    assert "| GB on each GPU | stage-1-align |" in out and "optimizer states" in out and "Assumed: " in out
