@@ -48,5 +48,5 @@ def test_commands_have_these_flags(line, capsys):
     command = importlib.import_module(f"linmu_hf.{module}")
     with pytest.raises(SystemExit):
         command.main(["--help"])
-    known = set(re.findall(r"--[a-z_]+", capsys.readouterr().out))
+    known = set(re.findall(r"--[a-z0-9_]+", capsys.readouterr().out))
     assert {word for word in words if word.startswith("--")} <= known

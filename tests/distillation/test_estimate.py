@@ -100,9 +100,19 @@ def test_what_cannot_be_is_refused(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_command_prints_a_table(capsys):
-    arguments = "--estimate --use_cpu True --teacher tiny --recipe quick --sequence_length 64"
-    overrides = ["--stage_overrides", "stage-1.max_steps=0", "stage-2.max_steps=0", "stage-3.max_steps=0"]
-    assert distill.main([*arguments.split(), *overrides]) == 0
+def test_command_prints_a_table(tmp_path, capsys):
+    (tmp_path / "stages.yaml").write_text(
+        "- {name: align, trains: [flex], max_steps: 10, learning_rate: 1e-3, hid: 0.5, hidden_input: teacher}"
+    )
+    arguments = f"--estimate --teacher tiny --sequence_length 64 --stages {tmp_path}/stages.yaml"
+    assert distill.main(arguments.split()) == 0
     out = capsys.readouterr().out
-    assert "| GB on each GPU | stage-1-align |" in out and "optimizer states" in out and "Assumed: " in out
+    assert "| GB on each GPU | align |" in out and "optimizer states" in out and "Assumed: " in out
+
+
+def test_muon_holds_one_moment_of_a_matrix():
+    stage, config = replace(STAGES["student-fed"], muon=True), student_config(layers=2, hidden_size=128)
+    counts = count_parameters(config, stage, Shape(64))
+    found = estimate_stage(config, stage, Shape(64), Machine("h100"))
+    assert 0 < counts["matrices"].total() < found.trained
+    assert found.memory["optimizer states"] == 8 * found.trained - 4 * counts["matrices"].total()

@@ -21,7 +21,7 @@ GPUS = {
     "l40s": (48, 362),
     "rtx4090": (24, 165),
 }
-ENGINES = ("single", "ddp", "fsdp2", "zero2", "zero3")
+ENGINES = ("single", "ddp", "fsdp2")
 
 # Assumed, not measured: the share of the data sheet's rate that a step reaches, and of a card's memory that CUDA, the
 # allocator's gaps and communication leave.
@@ -117,7 +117,7 @@ def count_parameters(student: Any, stage: Stage, shape: Shape) -> dict[str, Coun
 
     for name, parameter in model.named_parameters():
         counts["trained" if parameter.requires_grad else "frozen"][part(name)] += parameter.numel()
-    if shape.muon:
+    if stage.muon:
         for group in parameter_groups(model, 1.0, 0.0, 1.0, muon=True):
             counts["matrices"]["decoder"] += sum(p.numel() for p in group["params"]) if group["heads"] else 0
     types = student.text_config.layer_types
@@ -162,7 +162,7 @@ def estimate_stage(
     size = shape.dtype.itemsize
     trace = trace_step(student, stage, replace(shape, accumulates=micro_batches > 1))
     n, engine = machine.count, machine.engine
-    weights, states = (n if engine in ("fsdp2", "zero3") else 1), (1 if engine in ("single", "ddp") else n)
+    weights = states = n if engine == "fsdp2" else 1
     memory: dict[str, float] = {
         f"frozen weights: {name}": count * size / weights for name, count in counts["frozen"].items() if count
     }
@@ -174,7 +174,7 @@ def estimate_stage(
         share = states if tag == "gradients" and stage.hidden_input == "student" else 1
         if count > 0.001 * GB or tag == "gradients":
             memory[NAMES.get(tag, tag)] = max(count, 0) / share
-    if engine in ("ddp", "zero2"):
+    if engine == "ddp":
         memory["buckets of gradients"] = 4 * trained
     if weights > 1:
         root = counts["frozen"]["vision"] + counts["frozen"]["embeddings"]

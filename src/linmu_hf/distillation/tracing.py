@@ -52,7 +52,6 @@ class Shape:
         shared (`bool`, *optional*, defaults to `True`): One backbone, see [`SharedTeacher`].
         checkpoints (`bool`, *optional*, defaults to `False`): Gradient checkpointing.
         accumulates (`bool`, *optional*, defaults to `False`): Gradients of earlier micro-batches are there.
-        muon (`bool`, *optional*, defaults to `False`): [`Muon`] in place of AdamW.
         logits_chunk_size (`int`, *optional*, defaults to 1024): As in [`DistillConfig`].
     """
 
@@ -65,7 +64,6 @@ class Shape:
     shared: bool = True
     checkpoints: bool = False
     accumulates: bool = False
-    muon: bool = False
     logits_chunk_size: int = 1024
 
     @property
@@ -247,7 +245,7 @@ def _run(key: _Key, stage: Stage, shape: Shape, text_tokens: int, vision_tokens:
                 with account.tagged("backward"):
                     loss.backward()
                 del loss
-            if shape.muon:
+            if stage.muon:
                 _step_muon(student, account)
         peaks = {part: Counter({k: v for k, v in held.items() if k != GIVEN}) for part, held in account.peaks.items()}
         peaks.pop(GIVEN, None)
