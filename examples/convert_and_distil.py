@@ -24,7 +24,7 @@ def main(teacher: str, dataset: str, output: str, steps: int = 10) -> None:
         recipe="quick",  # the default is the paper's; `linmu-distill --print_stages` shows them, `stages` takes a file
         stage_overrides=[
             f"all.max_steps={steps}",
-            f"stage-1-align.max_steps={3 * steps}",  # every block on the teacher's own layer input: cheap, and most
+            f"stage-1.max_steps={3 * steps}",  # every block on the teacher's own layer input: cheap, and most
             "stage-3.max_steps=0",  # of the way; 0 leaves a stage out
         ],
         per_device_train_batch_size=8,

@@ -10,9 +10,10 @@ try:
     from .targets.store import PseudoTargets
     from .trainer import DistillTrainer
 except ModuleNotFoundError as error:
-    if error.name not in ("accelerate", "peft"):
+    package = (error.name or "").partition(".")[0]
+    if package not in ("accelerate", "peft"):
         raise
-    raise ImportError(f'distillation needs {error.name}: pip install "linmu-hf[train]"') from error
+    raise ImportError(f'distillation needs {package}: pip install "linmu-hf[train]"') from error
 
 
 __all__ = [
