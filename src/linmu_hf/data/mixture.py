@@ -25,7 +25,7 @@ class Mixture:
     """
     Rows of several datasets in shares, at random access.
 
-    Each dataset is shuffled once, by `seed`. The order is that in which the dataset that lags most behind its share
+    Each dataset is shuffled once, by `seed`. The order is that in which the dataset furthest behind its share
     gives the next row: every prefix holds the shares to within a row of each dataset.
 
     Args:
@@ -82,7 +82,7 @@ class StreamMixture:
     Rows of several streams in shares; iterating again gives the same rows.
 
     `datasets.interleave_datasets` draws at random among streams whose columns have one type. Here columns may differ,
-    and the stream that lags most behind its share gives the next row, so that every prefix holds the shares.
+    and the stream furthest behind its share gives the next row, so that every prefix holds the shares.
 
     Args:
         streams (`Sequence[Iterable[Mapping]]`): The streams, each of which can be iterated several times.

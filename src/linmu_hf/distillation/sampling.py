@@ -39,3 +39,8 @@ def shuffled(rows: int, seed: int) -> Order:
         return torch.randperm(rows, generator=generator).tolist()
 
     return order
+
+
+def in_order(rows: int) -> Order:
+    """Returns what gives this many rows in their own order in every pass."""
+    return lambda number: range(rows)

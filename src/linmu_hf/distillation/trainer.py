@@ -21,7 +21,7 @@ from .model import WEIGHTS, DistillationModel
 from .muon import Muon
 from .packing import LengthBuckets, arrange
 from .plots import LAYER_PREFIX
-from .sampling import Order, StageSampler, shuffled
+from .sampling import Order, StageSampler, in_order, shuffled
 from .stages import Stage, parameter_groups
 from .teacher import as_teacher
 from .training_rows import GROUPED, TrainingRows
@@ -140,7 +140,7 @@ class DistillTrainer(Trainer):
             num_items_in_batch (`Tensor`, *optional*):
                 [3], the real tokens, answer tokens and pseudo-target tokens of the global batch.
         """
-        counts = self._count([inputs]) if num_items_in_batch is None else num_items_in_batch
+        counts = self._count([inputs]).clamp_min(1) if num_items_in_batch is None else num_items_in_batch
         with self.accelerator.autocast():
             loss, sums = model(dict(inputs), counts.to(self.args.device), self._logs_after(self.state.global_step + 1))
         if not torch.isfinite(loss):
@@ -183,7 +183,7 @@ class DistillTrainer(Trainer):
         if args.train_sampling_strategy == GROUPED:
             order = LengthBuckets(self.features.lengths(), args.per_device_train_batch_size * args.world_size, seed)
         elif args.train_sampling_strategy == "sequential":
-            order = lambda number: range(rows)  # noqa: E731
+            order = in_order(rows)
         return StageSampler(order, self.stage.max_steps * self.rows_per_step)
 
     # ---- Optimizer
