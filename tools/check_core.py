@@ -13,7 +13,8 @@ from pathlib import Path
 
 
 # Commands that say at once what to install.
-NEEDS_EXTRA = {"linmu-distill": 'pip install "linmu-hf[train]"'}
+TRAIN, TESTBED = (f'pip install "linmu-hf[{extra}]"' for extra in ("train", "testbed"))
+NEEDS_EXTRA = {"linmu-distill": TRAIN, "linmu-pseudo-targets": TRAIN, "linmu-ablate": TESTBED}
 
 
 def normalise(name: str) -> str:

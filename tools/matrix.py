@@ -33,7 +33,7 @@ NEWEST = "newest"  # whatever is released, past the range too
 ROOT = Path(__file__).parents[1]
 TESTS = ("tests/modeling", "tests/families", "tests/ops")
 TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis")
-TRAINING_TESTS = "tests/distillation"
+TRAINING_TESTS = ("tests/distillation", "tests/data")
 TRAINING_EXTRAS = ("train", "video")
 PACKAGED = ("src", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 
@@ -169,7 +169,7 @@ def run_minor(minor: str, wheel: Path, folder: Path, pytest_args: list[str]) -> 
     options = ["-q", "-p", "no:cacheprovider", *pytest_args]
     core = ["-m", "pytest", *TESTS, "-m", "not extras", f"--junitxml={report}", *options]
     tests = subprocess.run([str(python), *core], env=environment, cwd=ROOT)
-    core = ["-m", "pytest", TRAINING_TESTS, "-m", "core_training", f"--junitxml={training_report}", *options]
+    core = ["-m", "pytest", *TRAINING_TESTS, "-m", "core_training", f"--junitxml={training_report}", *options]
     training = subprocess.run([str(training_python), *core], env=environment, cwd=ROOT)
     counts = [count(one) for one in (report, training_report)]
     row |= {key: sum(one[key] for one in counts) for key in counts[0]}

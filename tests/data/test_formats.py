@@ -16,6 +16,9 @@ from synthetic import ask, image, say
 from linmu_hf.data import answer_text, check_dataset, encode_prompts, encode_rows, load_rows
 
 
+pytestmark = pytest.mark.core_training
+
+
 PICTURE = image(24, 40)
 BUFFER = io.BytesIO()
 PICTURE.save(BUFFER, "png")

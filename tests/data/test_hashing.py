@@ -13,6 +13,9 @@ from linmu_hf.data.hashing import BLOCK
 from linmu_hf.data.loading import raw_rows, undecoded
 
 
+pytestmark = pytest.mark.core_training
+
+
 @pytest.fixture
 def row(tmp_path):
     image(24, 40).save(tmp_path / "a.png")

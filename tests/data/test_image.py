@@ -9,6 +9,9 @@ from transformers.image_utils import load_image
 from linmu_hf.data.image import image_size, open_image
 
 
+pytestmark = pytest.mark.core_training
+
+
 def pixels(source):
     return np.asarray(open_image(source))
 

@@ -11,6 +11,9 @@ from synthetic import ask, image, say
 from linmu_hf.data import check_dataset, encode_rows, load_rows, read_row
 
 
+pytestmark = pytest.mark.core_training
+
+
 PICTURE, OTHER = image(24, 40), image(16, 16)
 FRAMES = [image(16, 24, seed) for seed in range(4)]
 

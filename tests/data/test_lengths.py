@@ -10,6 +10,9 @@ from linmu_hf.data import encode_rows
 from linmu_hf.data.lengths import count_tokens
 
 
+pytestmark = pytest.mark.core_training
+
+
 ROWS = [
     {"messages": [ask("which digit?", images=1), say("7"), ask("and now?"), say("three")], "images": [image(24, 40)]},
     {"messages": [{"role": "user", "content": "hi"}, say("hello you")]},

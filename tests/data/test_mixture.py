@@ -8,6 +8,9 @@ import pytest
 from linmu_hf.data.mixture import Mixture, StreamMixture, load_mixture, load_training_rows
 
 
+pytestmark = pytest.mark.core_training
+
+
 def rows(name, n):
     return [{"id": f"{name}{i}", "messages": [{"role": "user", "content": name}]} for i in range(n)]
 

@@ -7,6 +7,9 @@ from synthetic import CHAT_TEMPLATE, ask, image, say
 from linmu_hf.data import answer_text, check_dataset, encode_prompts, encode_rows
 
 
+pytestmark = pytest.mark.core_training
+
+
 ROWS = [
     {
         "messages": [ask("which digit?", images=1), say("7"), ask("and now?"), say("three")],

@@ -15,6 +15,9 @@ from linmu_hf.data import check_dataset, encode_prompts, encode_rows
 from linmu_hf.data.video import VIDEO_FPS, choose_frames, read_video
 
 
+pytestmark = pytest.mark.core_training
+
+
 av = pytest.importorskip("av")
 ROW = [ask("when is 7?", videos=1), say("8")]
 

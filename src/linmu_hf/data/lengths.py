@@ -32,6 +32,17 @@ def count_tokens(processor, row: Row, number: int = 0) -> int:
         raise ValueError(f"row {number}: {error}") from error
     for kind in MEDIA:
         if sizes[kind]:
-            counts = processor._get_num_multimodal_tokens(**{f"{kind}_sizes": sizes[kind]})
-            total += sum(getattr(counts, f"num_{kind}_tokens")) - len(sizes[kind])  # one placeholder is counted above
+            total += sum(_count_vision(processor, kind, sizes[kind])) - len(
+                sizes[kind]
+            )  # one placeholder is in the text
     return total
+
+
+def _count_vision(processor, kind: str, sizes: list[tuple[int, ...]]) -> list[int]:
+    """The tokens of each image or video. Qwen's processor cannot count videos in Transformers before 5.24."""
+    settings = processor.video_processor
+    if kind == "image" or not hasattr(settings, "get_num_of_video_patches"):
+        return getattr(processor._get_num_multimodal_tokens(**{f"{kind}_sizes": sizes}), f"num_{kind}_tokens")
+    every = settings.temporal_patch_size  # the last frame is repeated until frames come out even
+    whole = [(n + -n % every, height, width) for n, height, width in sizes]
+    return [settings.get_num_of_video_patches(*size, {}) // settings.merge_size**2 for size in whole]
