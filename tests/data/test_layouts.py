@@ -9,6 +9,7 @@ from datasets import Image as ImageFeature
 from synthetic import ask, image, say
 
 from linmu_hf.data import check_dataset, encode_rows, load_rows, read_row
+from linmu_hf.data.formats import texts_of
 
 
 pytestmark = pytest.mark.core_training
@@ -200,3 +201,30 @@ def test_more_marks_than_media(processor):
     row = {"id": 9, "conversations": tagged("<image><image>which?", "7"), "image": PICTURE}
     with pytest.raises(ValueError, match=r"row 0, id 9 \('which\?'\) asks for 2 images .* has 1"):
         check_dataset([row], processor)
+
+
+IN_A_PART = {
+    "image": {"type": "image", "image": "a.png"},
+    "url": {"type": "image", "url": "a.png"},
+    "image_url": {"type": "image_url", "image_url": {"url": "a.png"}},
+}
+
+
+@pytest.mark.parametrize("suffix", ["json", "parquet"])
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("part", IN_A_PART)
+def test_relative_paths_in_parts(processor, folder, part, streaming, suffix):
+    """Files named in messages are looked up beside the dataset, also where the first rows have none."""
+    asked = [IN_A_PART[part], {"type": "text", "text": "which digit?"}]
+    texts = [{"type": "text", "text": "a.png"}]  # a text that is the name of a file stays a text
+    rows = [{"messages": [{"role": "user", "content": content}, roles("", "7")[1]]} for content in (texts, asked)]
+    for row in rows:
+        row["messages"][1]["content"] = [{"type": "text", "text": "7"}]
+    if suffix == "json":
+        (folder / "parts.json").write_text(json.dumps(rows))
+    else:
+        Dataset.from_list(rows).to_parquet(folder / "parts.parquet")
+    loaded = list(load_rows(str(folder / f"parts.{suffix}"), streaming=streaming))
+    assert list(texts_of(read_row(loaded[0]))) == ["a.png", "7"]
+    assert read_row(loaded[1])["images"][0] in (str(folder / "a.png"), {"url": str(folder / "a.png")})
+    same(processor, loaded[1], ONE)

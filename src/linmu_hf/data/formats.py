@@ -12,6 +12,7 @@ from .layouts import find_messages
 Row = Mapping[str, Any]
 
 MEDIA = {"image": "images", "video": "videos"}
+MEDIUM_KEYS = (*MEDIA, *(f"{kind}_url" for kind in MEDIA), "url", "path")  # of a part: where its picture or video is
 TIMING = ("fps", "timestamps")  # of a video that comes as frames
 SPEAKERS = {"human": "user", "gpt": "assistant", "model": "assistant", "observation": "tool"}  # of ShareGPT
 PART_TYPES = {"image_url": "image", "video_url": "video", "input_image": "image", "input_text": "text"}

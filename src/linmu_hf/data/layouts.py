@@ -15,6 +15,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "activitynet-qa": ("video_name", "question", "answer"),
 }
 COLUMNS = tuple(dict.fromkeys(column for columns in LAYOUTS.values() for column in columns))
+IN_PARTS = ("messages", "conversations", "conversation", "prompt", "completion")  # columns whose parts may be media
 OPTIONAL = ("system", "history", "input", "data_source")  # columns that go with some of them
 WORKING_ROW = (
     '{"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "..."}]}, '

@@ -2,16 +2,16 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .formats import MEDIA, Row, fetch, first_line
+from .formats import MEDIA, MEDIUM_KEYS, Row, fetch, first_line
 from .json_stream import read_json_rows
-from .layouts import COLUMNS, OPTIONAL, check_layout, other_columns
+from .layouts import COLUMNS, IN_PARTS, OPTIONAL, check_layout, other_columns
 
 
 FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -183,16 +183,16 @@ def _join_answers(questions: Path) -> list[dict[str, Any]]:
 
 def _find_files(dataset, folders: Sequence[str]):
     """Makes relative paths of media absolute where they are files of one of the folders."""
-    names = ("video_name", *MEDIA, *MEDIA.values())
+    names = ("video_name", *MEDIA, *MEDIA.values(), *IN_PARTS)
     if not hasattr(dataset, "data"):
         columns = [name for name in names if dataset.column_names is None or name in dataset.column_names]
         return dataset.map(partial(_found, folders=folders, columns=columns)) if folders and columns else dataset
-    columns = [name for name in names if name in dataset.column_names and _holds_paths(dataset.features[name])]
+    columns = [name for name in names if name in dataset.column_names and _holds_paths(name, dataset.features[name])]
     if not columns or not folders:
         return dataset
     extra = [name for name in ("data_source",) if name in dataset.column_names]
     looked_at = dataset.select_columns([*columns, *extra])
-    first = next((row for row in looked_at if any(row[name] for name in columns)), None)
+    first = next((row for row in looked_at if row.get("video_name") or any(_paths(row, columns))), None)
     if first is None or all(first.get(name) == value for name, value in _found(first, folders, columns).items()):
         return dataset
     return dataset.map(partial(_found, folders=folders, columns=columns))
@@ -203,7 +203,8 @@ def _found(row: Row, folders: Sequence[str], columns: Sequence[str]) -> dict[str
     source = row.get("data_source")  # LLaVA-Video-178K: the folder in which `video` is
     inner = [str(Path(folder, source)) for folder in folders if source] if isinstance(source, str) else []
     places = [*folders, *inner]
-    found = {name: _beside(row[name], places) for name in columns if name in row and name != "video_name"}
+    found = {name: _beside(row[name], places, name not in IN_PARTS) for name in columns if name in row}
+    found.pop("video_name", None)
     name = row.get("video_name") if "video_name" in columns else None
     if name is not None and all(row.get(column) is None for column in ("video", "videos")):
         files = (Path(p, f, form.format(name)) for p in places for f in VIDEO_FOLDERS for form in VIDEO_NAMES)
@@ -211,18 +212,41 @@ def _found(row: Row, folders: Sequence[str], columns: Sequence[str]) -> dict[str
     return found
 
 
-def _beside(value: Any, folders: Sequence[str]) -> Any:
+def _paths(row: Row, columns: Sequence[str]) -> list[str]:
+    """The paths of media in these columns of a row."""
+    paths: list[str] = []
+
+    def note(path: str) -> str:
+        paths.append(path)
+        return path
+
+    for name in columns:
+        _each_path(row.get(name), note, name not in IN_PARTS)
+    return paths
+
+
+def _beside(value: Any, folders: Sequence[str], is_medium: bool) -> Any:
+    def whole(path: str) -> str:
+        if not 0 < len(path) < 4096 or Path(path).exists():
+            return path
+        return next((str(Path(folder, path)) for folder in folders if Path(folder, path).exists()), path)
+
+    return _each_path(value, whole, is_medium)
+
+
+def _each_path(value: Any, change: Callable[[str], str], is_medium: bool) -> Any:
+    """Returns the value with its paths changed: all texts of a medium, those of the parts in a conversation."""
     if isinstance(value, Mapping):
-        return {key: _beside(inner, folders) for key, inner in value.items()}
+        return {key: _each_path(inner, change, is_medium or key in MEDIUM_KEYS) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_beside(item, folders) for item in value]
-    if isinstance(value, str) and 0 < len(value) < 4096 and not Path(value).exists():
-        return next((str(Path(folder, value)) for folder in folders if Path(folder, value).exists()), value)
-    return value
+        return [_each_path(item, change, is_medium) for item in value]
+    return change(value) if is_medium and isinstance(value, str) else value
 
 
-def _holds_paths(kind: Any) -> bool:
+def _holds_paths(column: str, kind: Any) -> bool:
     text = str(kind)
+    if column in IN_PARTS and "Json" not in text and not any(f"'{key}'" in text for key in MEDIUM_KEYS):
+        return False
     return (
         ("string" in text or "Json" in text) and "binary" not in text and "Image" not in text and "Video" not in text
     )
