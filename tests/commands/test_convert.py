@@ -7,6 +7,7 @@ from synthetic import ask, image, make_processor, make_teacher, say
 
 from linmu_hf import LinMUConfig, LinMUForConditionalGeneration
 from linmu_hf.commands.convert import build_parser, main
+from linmu_hf.conversion.calibration.walk import Walk
 from linmu_hf.conversion.teacher import load_teacher
 from linmu_hf.modeling.configuration_linmu import MIXER_FIELDS
 
@@ -80,7 +81,27 @@ def test_calibrate(teacher, dataset, tmp_path):
     flags = ["--teacher", str(teacher), "--output_dir", str(output), "--json", str(report)]
     assert main([*flags, "--calibrate", str(dataset), "--calibrate_samples", "6"]) == 0
     calibration = json.loads(report.read_text())["calibration"]
-    assert sum(calibration["error_after"]) < sum(calibration["error_before"])
+    assert calibration["path_after"] < calibration["path_before"]
+    LinMUForConditionalGeneration.from_pretrained(output)
+
+
+def test_an_interrupted_calibration_is_taken_up_again(teacher, dataset, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    flags = ["--teacher", str(teacher), "--output_dir", str(output)]
+    flags += ["--calibrate", str(dataset), "--calibrate_samples", "2"]
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Walk, "leave", interrupt)
+        assert main(flags) == 130
+    assert "interrupted; the same command takes it up again" in capsys.readouterr().err
+    assert not output.exists()
+    with pytest.raises(OSError, match="valid JSON"):
+        LinMUForConditionalGeneration.from_pretrained(tmp_path / "out.incomplete")
+    assert main(flags) == 0
+    assert "calibrating" in capsys.readouterr().err
     LinMUForConditionalGeneration.from_pretrained(output)
 
 
@@ -109,6 +130,8 @@ def test_bad_calibration_data_stops_before_work(teacher, dataset, tmp_path, caps
     for report, message in {tmp_path / "no" / "report.json": "does not exist", tmp_path: "is a folder"}.items():
         assert main([*flags, "--json", str(report)]) == 2
         assert message in capsys.readouterr().err
+    assert main([*flags, "--calibrate", str(dataset), "--keep_attention", "all"]) == 2
+    assert "keep_attention='all' leaves no layer to calibrate" in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
 
 

@@ -49,7 +49,7 @@ def test_convert_distil_evaluate(kind, data, rows, tmp_path, capsys):
     flags = ["--teacher", str(teacher), "--output_dir", str(student), "--json", str(report)]
     assert convert([*flags, "--calibrate", str(data), "--calibrate_samples", "6", "--keep_attention", "1"]) == 0
     calibration = json.loads(report.read_text())["calibration"]
-    assert sum(calibration["error_after"]) < sum(calibration["error_before"])
+    assert calibration["path_after"] < calibration["path_before"]
 
     flags = ["--teacher", str(teacher), "--dataset", str(data), "--output_dir", str(out)]
     assert distill(["--model", str(teacher), *flags]) == 2

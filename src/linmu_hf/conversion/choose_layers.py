@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .calibrate import positions_of
+from .calibration.walk import embed
 
 
 AUTO = "auto:"
@@ -44,11 +44,10 @@ def replacement_costs(student: nn.Module, teacher: nn.Module, batches: Sequence[
     costs, tokens = [0.0] * len(theirs), 0
     bar = tqdm(total=len(theirs) * len(batches), desc="replacing one layer alone")
     for batch in batches:
-        batch, mask, positions, vision_layout = positions_of(student, batch)
-        where = {"position_ids": positions, "vision_layout": vision_layout, "use_cache": False}
-        hidden = teacher.model(**batch, **where, output_hidden_states=True).hidden_states[0]
-        rope, layout, _ = student.model.language_model.prepare(hidden, mask, positions, vision_layout, None)
-        attention = teacher.model.language_model.prepare(hidden, mask, positions, vision_layout, None)[2]
+        hidden, prompt = embed(teacher, batch)
+        where = prompt.mask, prompt.positions, prompt.vision_layout
+        rope, layout, _ = student.model.language_model.prepare(hidden, *where)
+        attention = teacher.model.language_model.prepare(hidden, *where)[2]
         real, inputs = next(iter(layout.orders.values())), []
         for layer in theirs:
             inputs.append(hidden)

@@ -126,7 +126,7 @@ def convert(
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
         max_shard_size (`int` or `str`, *optional*, defaults to `"2GB"`): Largest weight file, in bytes.
         calibration_batches (`Sequence[Mapping]`, *optional*): Model inputs for a closed-form start, see [`calibrate`];
-            for this both models are held in memory.
+            for this both models are held in memory, and of everything else what one layer needs.
         overwrite (`bool`, *optional*, defaults to `False`): Whether a model that is in `output` may be replaced.
         dry_run (`bool`, *optional*, defaults to `False`): Check and report without writing.
         finish_folder (`Callable`, *optional*): Called with the complete folder before it gets its name, for example to
@@ -158,6 +158,8 @@ def convert(
         return ConversionPlan(source, config, dtype)
 
     plan = plan_with(() if to_choose else kept)
+    if calibration_batches is not None and not recurrent_layers(decoder_config(plan.config).layer_types or []):
+        raise ValueError(f"keep_attention={kept!r} leaves no layer to calibrate: leave the samples out, or keep fewer")
     known = load_teacher(source.folder) if calibration_batches is not None and not dry_run else None
     if to_choose and known is not None and calibration_batches is not None:
         student = build_model(plan.config, plan.dtype, {tensor.name: tensor for tensor in plan.tensors}).eval()
