@@ -102,6 +102,17 @@ def test_the_weights_of_an_evaluation_come_back(folder, tmp_path, options):
     assert [row["best_step"] for row in rows if "best_step" in row] != [3, 3]
 
 
+def test_two_processes_learn_from_the_answers_of_one(folder, tmp_path):
+    """A row's draws depend on its place in the step, wherever it is answered; their number on nothing known before."""
+    alone, both = tmp_path / "one", tmp_path / "two"
+    assert "in 3 steps of 1 processes" in start(folder, alone, "--own", processes=1).stdout
+    done = start(folder, both, "--own", "--batch", 1, "--accumulate", 2)
+    assert "in 6 steps of 2 processes" in done.stdout, done.stderr
+    assert_equal_runs(alone, both, ("own",))
+    done = start(folder, tmp_path / "three", "--own", "--batch", 2, "--fsdp")
+    assert "refused: own: lmbda=0.75 lets the student generate" in done.stderr and not (tmp_path / "three").exists()
+
+
 def test_other_settings_are_refused_by_all_processes_at_once(folder, tmp_path):
     out = tmp_path / "out"
     assert not start(folder, out, "--batch", 2, "--stages", 1).returncode

@@ -1,7 +1,8 @@
 """
 One process of a distillation on CPUs, to be started by torchrun:
 
-    distil_worker.py FOLDER OUT [--batch N] [--fsdp] [--die STEP] [--stages N] [--temperature T] [--worst]
+    distil_worker.py FOLDER OUT [--batch N] [--fsdp] [--die STEP] [--stages N] [--own] [--temperature T]
+        [--worst]
 
 FOLDER holds `student`, `teacher` and `rows.pt`. Prints what the trained parameters were while training.
 """
@@ -24,6 +25,7 @@ STAGES = (
     Stage("fed", trains=(FLEX,), max_steps=3, learning_rate=1e-3, hid=0.1, tok=0.5, muon=True),
     Stage("lora", trains=(FLEX, SWIN, LORA), max_steps=3, learning_rate=1e-3, tok=0.5, sup=0.5, lora_r=2),
 )
+OWN = Stage("own", trains=(FLEX, SWIN), max_steps=3, learning_rate=1e-3, hid=0.1, tok=1.0, beta=1.0, lmbda=0.75)
 
 
 def main() -> None:
@@ -35,6 +37,7 @@ def main() -> None:
     parser.add_argument("--fsdp", action="store_true")
     parser.add_argument("--die", type=int, default=-1, help="step, counted over all stages, in which to be killed")
     parser.add_argument("--stages", type=int, default=3)
+    parser.add_argument("--own", action="store_true", help="a stage on the student's own answers, and no other")
     parser.add_argument("--worst", action="store_true", help="end with the weights of the largest held-out loss")
     parser.add_argument("--temperature", type=float, default=1.0)
     arguments = parser.parse_args()
@@ -50,6 +53,7 @@ def main() -> None:
         logging_steps=1,
         save_steps=2,
         temperature=arguments.temperature,
+        max_completion_length=4,
         adam_epsilon=1e-3,  # else rounding decides the sign of steps whose gradients are next to zero
         eval_steps=1 if arguments.worst else 2,
         per_device_eval_batch_size=1,
@@ -70,8 +74,9 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(arguments.folder / "student")
     rows = torch.load(arguments.folder / "rows.pt", weights_only=False)
     try:
+        stages = (OWN,) if arguments.own else STAGES[: arguments.stages]
         # Three rows are no equal share for two processes.
-        distill(config, student, teacher, rows, processor, eval_dataset=rows[:3], stages=STAGES[: arguments.stages])
+        distill(config, student, teacher, rows, processor, eval_dataset=rows[:3], stages=stages)
     except ValueError as error:
         sys.exit(f"refused: {error}")
     print(f"trained {sorted(kinds)} in {len(steps)} steps of {config.world_size} processes", flush=True)

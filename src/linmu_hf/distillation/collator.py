@@ -179,9 +179,16 @@ class DistillCollator:
         self.pad_token_id, self.pseudo, self.packing = pad_token_id, pseudo, packing
 
     def __call__(self, items: Sequence[Any]) -> Features:
+        return self.batch(self.load(items))
+
+    def load(self, items: Sequence[Any]) -> list[Item | None]:
+        """Returns the rows of `items`, those of a stream encoded."""
         flat = itertools.chain.from_iterable(item if isinstance(item, list) else [item] for item in items)
-        loaded = [item.load() if hasattr(item, "load") else item for item in flat]
-        kept: list[Item] = [item for item in loaded if item is not None] or [{"row": _blank(self.pad_token_id)}]
+        return [item.load() if hasattr(item, "load") else item for item in flat]
+
+    def batch(self, items: Sequence[Item | None]) -> Features:
+        """Makes a batch of rows that [`load`] returned."""
+        kept: list[Item] = [item for item in items if item is not None] or [{"row": _blank(self.pad_token_id)}]
         rows = [dict(item["row"]) for item in kept]
         if self.pseudo:
             for item, row in zip(kept, list(rows)):

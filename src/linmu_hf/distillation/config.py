@@ -54,7 +54,8 @@ class DistillConfig(TrainingArguments):
             Single values, such as `"stage-1.max_steps=100"`, or `"all.learning_rate=1e-4"` for every stage. A stage
             of 0 steps is left out.
         temperature (`float`, *optional*, defaults to 1.0): tau of Eq. 7.
-        max_completion_length (`int`, *optional*, defaults to 128): longest answer that the teacher decodes, in tokens.
+        max_completion_length (`int`, *optional*, defaults to 128): longest answer that the teacher decodes, or the
+            student where a stage has `lmbda`, in tokens.
         pseudo_targets (`str`, *optional*):
             Folder of teacher answers that `linmu-pseudo-targets` or [`decode_pseudo_targets`] made of this dataset, in
             place of decoding them now.
@@ -104,7 +105,7 @@ class DistillConfig(TrainingArguments):
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the token-level distillation loss."})
     max_completion_length: int = field(
-        default=128, metadata={"help": "Longest answer that the teacher decodes, in tokens."}
+        default=128, metadata={"help": "Longest answer that teacher or student decodes, in tokens."}
     )
     pseudo_targets: str | None = field(
         default=None, metadata={"help": "Folder of teacher answers that linmu-pseudo-targets made of this dataset."}

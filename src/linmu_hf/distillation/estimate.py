@@ -260,5 +260,5 @@ def describe(shape: Shape, machine: Machine) -> str:
         f"tokens, {shape.vision_share:.0%} of them vision and {shape.answer_share:.1%} answers, in "
         f"{'bfloat16' if shape.half else 'float32'}{', gradient checkpointing' if shape.checkpoints else ''}; GB are "
         f"10^9 bytes.\nAssumed: {UTILISATION:.0%} of {GPUS[machine.gpu][1]} TFLOPS, nothing "
-        f"for communication and for decoding the teacher's answers; {1 - USABLE:.0%} of memory for CUDA and gaps."
+        f"for communication and for decoding answers; {1 - USABLE:.0%} of memory for CUDA and gaps."
     )

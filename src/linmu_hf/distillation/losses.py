@@ -5,10 +5,11 @@ The distillation losses.
     student_outputs, teacher_outputs  h^S, h^T   mixer outputs before the residual sum, [b, t, d] per replaced layer
     student_hidden, teacher_hidden    -          states in front of the `lm_head` at counted positions, [n, d]
     temperature                       tau
+    beta                              -          of the generalised Jensen-Shannon divergence, arXiv:2306.13649, Eq. 1
     num_tokens                        N          real tokens of the global batch
     num_items                         T          answer tokens of the global batch
     hidden_loss                       Eq. 6
-    token_kd_loss                     Eq. 7
+    token_kd_loss                     Eq. 7 with beta 0
     topk_kd_loss                      Eq. 7 on the teacher's k likeliest tokens and their complement
     cross_entropy_loss                Eq. 8 on teacher-decoded targets, Eq. 9 on the ground truth
 
@@ -16,6 +17,7 @@ Every loss is a sum over what it counts, divided by the count of the *global* ba
 micro-batches of one optimizer step add up to the loss of the whole batch. Logits and sums are in fp32.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -71,16 +73,41 @@ def hidden_loss(errors: Tensor, num_tokens: Tensor | float) -> Tensor:
 
 
 def token_kd_loss(
-    student_logits: Tensor, teacher_logits: Tensor, num_items: Tensor | float, temperature: float = 1.0
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    num_items: Tensor | float,
+    temperature: float = 1.0,
+    beta: float = 0.0,
 ) -> Tensor:
-    """Returns the token-level loss (Eq. 7) on logits [n, v]: tau^2 KL(teacher || student), over `num_items`."""
+    """
+    Returns the token-level loss on logits [n, v]: tau^2 times the divergence of each token, over `num_items`.
+
+    With `beta=0` this is KL(teacher || student), Eq. 7; with `beta=1` the reverse, KL(student || teacher); between
+    them beta KL(teacher || m) + (1 - beta) KL(student || m) of the mixture m = beta teacher + (1 - beta) student, as
+    TRL has it.
+    """
     student = F.log_softmax(_full(student_logits) / temperature, dim=-1)
     teacher = F.log_softmax(_full(teacher_logits) / temperature, dim=-1)
-    return temperature**2 * F.kl_div(student, teacher, reduction="sum", log_target=True) / num_items
+    if beta in (0, 1):
+        divergence = _kl(student, teacher) if beta else _kl(teacher, student)
+    else:
+        mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+        divergence = beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
+    return temperature**2 * divergence / num_items
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) of log-probabilities [n, v], summed over n."""
+    return F.kl_div(q, p, reduction="sum", log_target=True)
 
 
 def topk_kd_loss(
-    student_logits: Tensor, ids: Tensor, logprobs: Tensor, num_items: Tensor | float, temperature: float = 1.0
+    student_logits: Tensor,
+    ids: Tensor,
+    logprobs: Tensor,
+    num_items: Tensor | float,
+    temperature: float = 1.0,
+    beta: float = 0.0,
 ) -> Tensor:
     """
     Returns the token-level loss (Eq. 7) where only the teacher's k likeliest tokens are known.
@@ -96,15 +123,18 @@ def topk_kd_loss(
         logprobs (`Tensor`): [n, k], the teacher's log-probabilities of these over its whole vocabulary.
         num_items (`Tensor` or `float`): answer tokens of the global batch.
         temperature (`float`, *optional*, defaults to 1.0): must be 1, see below.
+        beta (`float`, *optional*, defaults to 0.0): must be 0, see below.
 
     Raises:
-        `ValueError`: At another temperature the missing tokens would count by logits that nobody stored.
+        `ValueError`: At another temperature, or with another `beta`, the missing tokens would count by logits that
+            nobody stored.
     """
-    if temperature != 1:
-        raise ValueError(
-            f"temperature={temperature} needs the teacher's whole distribution, not its {ids.shape[-1]} likeliest "
-            "tokens: set temperature to 1, or give no stored log-probabilities, so that the teacher itself is asked"
-        )
+    for name, value, plain in (("temperature", temperature, 1), ("beta", beta, 0)):
+        if value != plain:
+            raise ValueError(
+                f"{name}={value} needs the teacher's whole distribution, not its {ids.shape[-1]} likeliest tokens: "
+                f"set {name} to {plain}, or give no stored log-probabilities, so that the teacher itself is asked"
+            )
     student_logits, logprobs, ids = _full(student_logits), _full(logprobs), ids.long()
     normaliser = student_logits.logsumexp(-1)  # [n]
     student = student_logits.gather(-1, ids) - normaliser[:, None]
@@ -132,6 +162,7 @@ def output_losses(
     topk_ids: Tensor | None = None,
     topk_logprobs: Tensor | None = None,
     temperature: float = 1.0,
+    beta: float = 0.0,
     chunk_size: int = 1024,
 ) -> dict[str, Tensor]:
     """
@@ -152,6 +183,7 @@ def output_losses(
             [n, k], for `"tok"` in place of the teacher: its likeliest tokens, the likeliest first, see
             [`topk_kd_loss`].
         temperature (`float`, *optional*, defaults to 1.0): tau of Eq. 7.
+        beta (`float`, *optional*, defaults to 0.0): Which divergence `"tok"` is, see [`token_kd_loss`].
         chunk_size (`int`, *optional*, defaults to 1024): positions whose logits exist at a time.
 
     Returns:
@@ -172,11 +204,11 @@ def output_losses(
                     teacher_logits = teacher_head(teacher["hidden"])[counted]
                 common = min(logits.shape[-1], teacher_logits.shape[-1])  # each may be padded in its own way
                 logits, teacher_logits = logits[:, :common], teacher_logits[:, :common]
-                losses["tok"] = token_kd_loss(logits, teacher_logits, num_items["tok"], temperature)
+                losses["tok"] = token_kd_loss(logits, teacher_logits, num_items["tok"], temperature, beta)
                 preferred = teacher_logits.argmax(-1)
             else:
                 ids, logprobs = teacher["ids"][counted], teacher["logprobs"][counted]
-                losses["tok"] = topk_kd_loss(logits, ids, logprobs, num_items["tok"], temperature)
+                losses["tok"] = topk_kd_loss(logits, ids, logprobs, num_items["tok"], temperature, beta)
                 preferred = ids[:, 0]
             losses["agreement"] = (logits.detach().argmax(-1) == preferred).sum() / num_items["tok"]
         return losses

@@ -66,8 +66,8 @@ class DistillationModel(nn.Module):
     def tie_weights(self, **kwargs) -> None:
         self.student.tie_weights(**kwargs)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None) -> None:
-        self.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs) -> None:
+        self.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         self.student.gradient_checkpointing_disable()
@@ -231,6 +231,7 @@ class DistillationModel(nn.Module):
             **{key: value[counted] for key, value in topk.items()},
             teacher_head=self.teacher.head,
             temperature=self.temperature,
+            beta=stage.beta,
             chunk_size=self.logits_chunk_size,
         )
 

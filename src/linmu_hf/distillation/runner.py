@@ -40,6 +40,7 @@ from .folders import (
 )
 from .held_out import check_evaluation
 from .lora import add_lora, merge_lora
+from .on_policy import check_on_policy
 from .processes import on_main
 from .recipes import read_stages
 from .stages import Stage, check_stages, set_trainable
@@ -112,6 +113,7 @@ def distill(
     stages = config.get_stages() if stages is None else read_stages(stages)
     out = Path(config.output_dir)
     on_main(lambda: check_output(config))
+    check_on_policy(config, stages)
     features = open_rows(config, processor, dataset)
     _check_inputs(config, stages, student, teacher, features)
     check_stages(student, stages)
@@ -356,6 +358,7 @@ def _open_pseudo_targets(
             f"temperature={config.temperature} needs all logits, and {given} holds the {store.top_k} likeliest: leave "
             "the temperature at 1, or make the answers without --top_k"
         )
+    check_on_policy(config, stages, stored=store.top_k > 0)
     store.check_rows(readable_rows(features))
     return store
 

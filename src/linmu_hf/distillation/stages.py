@@ -50,6 +50,14 @@ class Stage:
             What every M-MATE block is fed with. `"student"`: the student's own states, through its whole forward pass.
             `"teacher"`: the teacher's input of the same layer, which costs one forward pass of the teacher and one
             pass through the mixers alone. The student then has no output: L_hid is the only loss.
+        beta (`float`, *optional*, defaults to 0.0):
+            Which divergence L_tok is: 0 for KL(teacher || student) of Eq. 7, 1 for the reverse, KL(student ||
+            teacher), and a generalised Jensen-Shannon divergence between them; see [`token_kd_loss`].
+        lmbda (`float`, *optional*, defaults to 0.0):
+            Share of the rows whose last answer is drawn from the student itself, for the teacher to judge by L_tok;
+            see `on_policy.py`.
+        sampling_temperature (`float`, *optional*, defaults to 1.0):
+            Of these draws; 0 for the likeliest tokens.
     """
 
     name: str
@@ -65,6 +73,9 @@ class Stage:
     learning_rates: Mapping[str, float] = field(default_factory=dict, hash=False)
     muon: bool = False
     hidden_input: Literal["student", "teacher"] = "student"
+    beta: float = 0.0
+    lmbda: float = 0.0
+    sampling_temperature: float = 1.0
 
     def __post_init__(self):
         object.__setattr__(self, "trains", tuple(TRAINS.get(name, name) for name in self.trains))
@@ -103,6 +114,27 @@ class Stage:
                 f"{self.name}: hidden_input='teacher' runs the mixers alone, so it trains neither LoRA nor any loss "
                 "but `hid`: set tok=seq=sup=0, lora_r=0 and hid > 0, or use hidden_input='student'"
             )
+        self._check_on_policy()
+
+    def _check_on_policy(self) -> None:
+        for name in ("beta", "lmbda"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{self.name}: {name}={value} must be from 0 to 1")
+            if value and not self.tok:
+                raise ValueError(f"{self.name}: {name}={value} has no effect without L_tok: set tok, or {name}=0")
+        if self.lmbda and (self.seq or self.sup):
+            raise ValueError(
+                f"{self.name}: lmbda={self.lmbda} puts the student's own answers in the place of those that seq and "
+                "sup learn from: set seq=sup=0 and give them a stage of their own, or lmbda=0"
+            )
+        if not 0 <= self.sampling_temperature < math.inf:
+            raise ValueError(f"{self.name}: sampling_temperature={self.sampling_temperature} must not be negative")
+        if self.sampling_temperature != 1 and not self.lmbda:
+            raise ValueError(
+                f"{self.name}: sampling_temperature={self.sampling_temperature} has no effect where the student gives "
+                "no answers: set lmbda above 0, or leave it out"
+            )
 
     def _multipliers(self) -> dict[str, float]:
         return {f"learning_rates[{name!r}]": rate for name, rate in self.learning_rates.items()}
@@ -117,6 +149,8 @@ class Stage:
         extra = f", LoRA rank {self.lora_r}" if self.lora_r else ""
         extra += ", by Muon" if self.muon else ""
         extra += ", fed by the teacher" if self.hidden_input == "teacher" else ""
+        extra += f", beta {self.beta:g}" if self.beta else ""
+        extra += f", {self.lmbda:.0%} of answers its own" if self.lmbda else ""
         return losses + extra
 
 

@@ -12,13 +12,14 @@ from transformers.trainer_utils import IntervalStrategy
 
 from ..conversion.teacher import check_pair
 from .checkpoints import load_optimizer, load_trained, save_optimizer, save_trained
-from .collator import DistillCollator, EncodedDataset, Features
+from .collator import DistillCollator, EncodedDataset, Features, Item
 from .config import DistillConfig
 from .engines import prepare_fsdp, reshard, touch_parameters
 from .held_out import count_own, loader, means, measure, relative_errors
 from .losses import IGNORE_INDEX
 from .model import WEIGHTS, DistillationModel
 from .muon import Muon
+from .on_policy import OnPolicy, check_on_policy
 from .packing import LengthBuckets, arrange
 from .plots import LAYER_PREFIX
 from .sampling import Order, StageSampler, in_order, shuffled
@@ -70,6 +71,7 @@ class DistillTrainer(Trainer):
         **kwargs,
     ):
         args.refuse_push_to_hub()
+        check_on_policy(args, [stage], stored=train_dataset.stored_topk is not None)
         check_pair(model.config, teacher.config, hidden=stage.hid > 0)
         tokenizer = train_dataset.processor.tokenizer
         args = copy.copy(args)
@@ -103,11 +105,12 @@ class DistillTrainer(Trainer):
             args=args,
             train_dataset=dataset,
             eval_dataset=eval_dataset,
-            data_collator=collator,
+            data_collator=collator.load if stage.lmbda else collator,  # the student's answers are missing
             **kwargs,
         )
         self.model_accepts_loss_kwargs = True
-        self.stage, self.distillation = stage, wrapped
+        self.stage, self.distillation, self.collator = stage, wrapped, collator
+        self.on_policy = OnPolicy(model, train_dataset.processor, stage, args.max_completion_length, args.seed)
         self._sums: dict[str, Tensor] = {}
         self._first_unlogged_step = 0
         self._seconds_before: float | None = None  # of the run that this one continues
@@ -168,6 +171,18 @@ class DistillTrainer(Trainer):
         return torch.tensor([tokens, *answers])
 
     # ---- Rows
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if self.stage.lmbda:  # answers first, for the losses are divided by the number of their tokens
+            epoch_iterator = map(self._let_answer, epoch_iterator, range(num_batches))
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _let_answer(self, items: list[Item | None], number: int) -> Features:
+        """Makes micro-batch `number` of a step of rows with the student's answers."""
+        args = self.args
+        place = (number * args.world_size + args.process_index) * args.per_device_train_batch_size
+        with self.accelerator.autocast():
+            return self.collator.batch(self.on_policy(items, self.state.global_step, place))
 
     @property
     def rows_per_step(self) -> int:

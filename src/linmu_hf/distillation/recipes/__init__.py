@@ -25,7 +25,10 @@ KINDS = {
     "learning_rates": ("a mapping of numbers, such as {flex: 0.5}", (Mapping,)),
     "muon": ("true or false", (bool,)),
     "hidden_input": ("student or teacher", (str,)),
-    **dict.fromkeys(("learning_rate", "hid", "tok", "seq", "sup", "lora_alpha"), (NUMBER, (int, float))),
+    **dict.fromkeys(
+        ("learning_rate", "hid", "tok", "seq", "sup", "lora_alpha", "beta", "lmbda", "sampling_temperature"),
+        (NUMBER, (int, float)),
+    ),
 }
 REQUIRED = [field.name for field in fields(Stage) if field.default is field.default_factory is MISSING]
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ...data import Row, read_row
 from ..collator import Features, collate
@@ -64,8 +64,9 @@ def decode_rows(
             encode_prompt(processor, rows[n], answers[n][:turn], n, skeletons[n]) for n, turn in deviating.items()
         ]
         decoded = generate(teacher, processor, prompts, max_new_tokens) if prompts else []
-        for (number, turn), answer in zip(deviating.items(), decoded, strict=True):
-            answers[number][turn] = answer
+        for (number, turn), ids in zip(deviating.items(), decoded, strict=True):
+            stopped = ids[-1] in stop_tokens(teacher, processor)
+            answers[number][turn] = Answer(ids[:-1] if stopped else ids, stopped)
         pending = {number: turn + 1 for number, turn in deviating.items() if turn + 1 < len(answers[number])}
     return [Decoded(*row) for row in zip(answers.values(), topk, strict=True)]
 
@@ -104,32 +105,56 @@ def judge(teacher, processor, rows: Sequence[Features], top_k: int = 0) -> tuple
     return turns, [TopK(*each) for each in topk]
 
 
-def generate(teacher, processor, prompts: Sequence[Features], max_new_tokens: int) -> list[Answer]:
-    """Decodes the next turn after each prompt, greedily."""
-    settings = generation_settings(teacher, processor)
-    pad = processor.tokenizer.pad_token_id
-    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, **settings)
+def generate(
+    model, processor, prompts: Sequence[Features], max_new_tokens: int, scores: LogitsProcessor | None = None
+) -> list[list[int]]:
+    """
+    Decodes the next turn after each prompt: the likeliest tokens, by what `scores` makes of the logits.
+
+    Args:
+        model (`LinMUForConditionalGeneration`): Teacher or student, in evaluation mode.
+        processor (`ProcessorMixin`): Its processor.
+        prompts (`Sequence[Features]`): Encoded rows that end where an answer begins.
+        max_new_tokens (`int`): Tokens after which an answer is cut.
+        scores (`LogitsProcessor`, *optional*): Changes the logits of every step.
+
+    Returns:
+        `list[list[int]]`: The ids of each answer, of which the last is a stop token unless it was cut.
+    """
+    settings, pad = generation_settings(model, processor), processor.tokenizer.pad_token_id
+    # A penalty that the model's own settings may have would make it say what it does not believe.
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=1.0, use_cache=True, pad_token_id=pad,
+        **settings,
+    )  # fmt: skip
     batch = collate(prompts, pad, padding_side="left")
-    batch = {key: value.to(teacher.device) for key, value in batch.items()}
-    said: Tensor = teacher.generate(**batch, generation_config=config)[:, batch["input_ids"].shape[1] :]
-    answers = []
-    for ids in said:
-        stops = torch.isin(ids, torch.tensor(config.eos_token_id, device=ids.device)).nonzero().flatten().tolist()
-        answers.append(Answer(ids[: stops[0] if stops else None].tolist(), bool(stops)))
+    batch = {key: value.to(model.device) for key, value in batch.items()}
+    given = LogitsProcessorList([] if scores is None else [scores])
+    said: Tensor = model.generate(**batch, generation_config=config, logits_processor=given)
+    answers, stops = [], stop_tokens(model, processor)
+    for ids in said[:, batch["input_ids"].shape[1] :].tolist():
+        stop = next((place for place, id in enumerate(ids) if id in stops), len(ids))
+        answers.append(ids[: stop + 1])
     return answers
 
 
-def generation_settings(teacher, processor) -> dict[str, int | list[int]]:
+def generation_settings(model, processor) -> dict[str, int | list[int]]:
     """Returns what decides an answer besides the weights and its longest length: stop tokens and banned ones."""
-    eos = teacher.generation_config.eos_token_id
+    eos = model.generation_config.eos_token_id
     return {
         "eos_token_id": processor.tokenizer.eos_token_id if eos is None else eos,
-        "suppress_tokens": suppressed(teacher),
+        "suppress_tokens": suppressed(model),
     }
 
 
-def suppressed(teacher) -> list[int]:
+def stop_tokens(model, processor) -> set[int]:
+    """Returns the tokens that end an answer."""
+    eos = generation_settings(model, processor)["eos_token_id"]
+    return {eos} if isinstance(eos, int) else set(eos)
+
+
+def suppressed(model) -> list[int]:
     """Returns the tokens that no answer may hold: untrained ones, and placeholders of images that are not there."""
-    config = teacher.config
-    ids = [*(teacher.generation_config.suppress_tokens or []), config.image_token_id, config.video_token_id]
+    config = model.config
+    ids = [*(model.generation_config.suppress_tokens or []), config.image_token_id, config.video_token_id]
     return [id for id in ids if id < config.text_config.vocab_size]
