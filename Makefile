@@ -9,7 +9,7 @@ ON = $(if $(filter qwen,$(TEACHER)),,-$(notdir $(TEACHER)))
 # glibc returns large freed tensors to the system and then pays for every page again: these settings keep them.
 HEAP := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 
-.PHONY: ablations ablations-quick chaos-distill real quickstart testbed-full check-teacher bench-cpu test conformance test-matrix test-newest kernels-check gpu-packages lint format typecheck clean
+.PHONY: ablations ablations-quick chaos-distill real quickstart testbed-full check-teacher bench-cpu test conformance test-matrix test-newest kernels-check gpu-packages lint lmms-check format typecheck clean
 
 quickstart: $(READY)
 	$(BIN)/python -m linmu_hf.testbed.quickstart --output $(RUNS)/quickstart$(ON) --teacher $(TEACHER) $(ARGS)
@@ -67,6 +67,19 @@ test-matrix:
 # The same with the newest release of Transformers and of all that setup.cfg leaves open, the range or not.
 test-newest:
 	$(PYTHON) tools/matrix.py newest --output $(RUNS)/newest.json --pytest-args="-n 2 --dist loadscope $(ARGS)"
+
+# lmms-eval with our model, in an environment of its own: it wants other versions than `.venv` has.
+LMMS := .venvs/lmms-eval
+lmms-check: $(LMMS)/.ready
+	rm -rf $(RUNS)/lmms-check
+	$(LMMS)/bin/python tools/lmms_check.py --output $(RUNS)/lmms-check $(ARGS)
+
+$(LMMS)/.ready: setup.cfg constraints.txt tools/torchvision_cpu_shim.py
+	test -x $(LMMS)/bin/python || $(PYTHON) -m venv $(LMMS)
+	grep -v -e "^av=" -e "^ruff=" constraints.txt > $(LMMS)/constraints.txt
+	$(LMMS)/bin/python -m pip install --quiet --disable-pip-version-check -c $(LMMS)/constraints.txt -e ".[eval,testbed]"
+	$(LMMS)/bin/python tools/torchvision_cpu_shim.py
+	touch $@
 
 # Kernels to compare with, for a GPU machine without network: gpu_report.sh takes those packages that the machine
 # lacks, from a folder for each. They hold no compiled code; mamba-ssm is built without its CUDA extension.

@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from PIL import Image
 
 from linmu_hf.commands import evaluate as cli
+from linmu_hf.evaluation import answers
 from linmu_hf.evaluation.retention import compare, format_table
 from linmu_hf.testbed.data import TASKS
 
@@ -144,3 +147,85 @@ def test_weights_of_another_shape(student_folder, dataset_folder, tmp_path, caps
     config["text_config"]["state_size"] //= 2
     (folder / "config.json").write_text(json.dumps(config))
     assert "the weights do not fit" in message(capsys, "--model", folder, "--dataset", dataset_folder)
+
+
+# ---- Answers that are kept
+
+
+@pytest.fixture
+def command(teacher_folder, student_folder, dataset_folder, tmp_path):
+    """Runs the command with these flags and returns its results without times."""
+
+    def work(name, *flags):
+        given = ("--model", student_folder, "--teacher", teacher_folder, "--dataset", dataset_folder,
+                 "--max_new_tokens", 2, "--batch_size", 4, "--json", tmp_path / f"{name}.json")  # fmt: skip
+        return [str(word) for word in (*given, *flags)]
+
+    return work
+
+
+def results(file):
+    report = json.loads(file.read_text())
+    for model in report["models"].values():
+        del model["seconds"]
+    return report
+
+
+def test_a_killed_run_goes_on(command, tmp_path, monkeypatch):
+    """It answers only what is missing, whatever the killed one left of its last line, to the same table."""
+    assert run(*command("whole")) == 0
+    output, batches = ("--output", tmp_path / "out"), []
+    add = answers.AnswerStore.add
+
+    def die(store, keys, texts, cut):
+        add(store, keys, texts, cut)
+        batches.append(len(keys))
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(answers.AnswerStore, "add", die)
+    assert run(*command("killed", *output)) == 130 and not (tmp_path / "killed.json").exists()
+    (file,) = (tmp_path / "out" / "teacher").glob("answers-*.jsonl")
+    with open(file, "a") as stream:
+        stream.write('["half a li')
+    before = sum(batches)
+    monkeypatch.setattr(answers.AnswerStore, "add", lambda *given: batches.append(len(given[1])) or add(*given))
+    assert run(*command("killed", *output)) == 0
+    assert sum(batches) == 2 * results(tmp_path / "whole.json")["rows"] and 0 < before < sum(batches)
+    assert results(tmp_path / "killed.json") == results(tmp_path / "whole.json")
+    lines = file.read_bytes()
+    assert run(*command("killed", *output)) == 0 and file.read_bytes() == lines  # nothing is missing
+
+
+def test_answers_of_another_make_are_refused(command, tmp_path, capsys):
+    assert run(*command("one", "--output", tmp_path / "out")) == 0
+    words = command("one", "--output", tmp_path / "out")
+    words[words.index("--max_new_tokens") + 1] = "3"
+    assert run(*words) == 2
+    assert "holds answers made with another max_new_tokens: remove it" in capsys.readouterr().err
+
+
+def test_two_processes_give_the_table_of_one(command, tmp_path):
+    assert run(*command("one")) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = command("two", "--output", tmp_path / "out", "--device", "cpu")
+    done = subprocess.run([*launcher, "-m", "linmu_hf.commands.evaluate", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("retention") == 1  # one of them prints
+    assert len(list((tmp_path / "out" / "student").glob("answers-*.jsonl"))) == 2
+    assert results(tmp_path / "two.json") == results(tmp_path / "one.json")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tasks", "paper", "--dataset", "x"], "give --dataset, --tasks, or --tasks rows"),
+        (["--tasks", "rows"], "--tasks rows needs --dataset"),
+        ([], "give --dataset, --tasks, or"),
+        (["--dataset", "x", "--include_path", "y"], "--include_path y has no effect here"),
+        (["--tasks", "paper", "--max_new_tokens", "3"], "--max_new_tokens 3 has no effect here"),
+    ],
+)
+def test_dataset_or_tasks(student_folder, capsys, flags, message):
+    assert run("--model", student_folder, *flags) == 2
+    assert message in capsys.readouterr().err

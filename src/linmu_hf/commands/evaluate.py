@@ -1,14 +1,18 @@
 """`linmu-eval`: how much of a teacher its students keep, per task."""
 
 import argparse
+import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ..data import bad_rows, load_rows
+from ..evaluation.answers import AnswerStore, answer_and_keep, describe_model
+from ..evaluation.lmms.report import compare_benchmarks, format_benchmarks
 from ..evaluation.loading import check_device, check_model, library_versions, load_model, load_processor
 from ..evaluation.retention import (
     answer_limit,
@@ -27,10 +31,19 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="linmu-eval", description=__doc__.split(": ", 1)[1])
     parser.add_argument("--model", action="append", required=True, help="student, folder or Hub id; may be repeated")
     parser.add_argument("--teacher", help="teacher, folder or Hub id; without it accuracies alone")
-    parser.add_argument("--dataset", required=True, help="folder, JSON Lines or Parquet file, or a Hub id")
+    parser.add_argument("--dataset", help="folder, JSON Lines or Parquet file, or a Hub id")
     parser.add_argument("--split", default="test")
+    parser.add_argument(
+        "--tasks", nargs="+", metavar="TASK",
+        help="tasks of lmms-eval in place of a dataset, or paper, dense; rows is the dataset, read by lmms-eval",
+    )  # fmt: skip
+    parser.add_argument("--include_path", help="folder with further tasks for lmms-eval")
+    parser.add_argument(
+        "--output", type=Path,
+        help="folder for answers, or for the results of --tasks (runs/lmms-eval): a killed run goes on from there",
+    )  # fmt: skip
     parser.add_argument("--limit", type=int, help="at most this many rows of every task")
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--batch_size", type=int, help="32 by default, 1 for tasks of lmms-eval")
     parser.add_argument("--max_new_tokens", type=int, help="by default what the longest reference needs, at least 32")
     parser.add_argument("--dtype", default="auto", choices=DTYPES)
     parser.add_argument("--device", help="by default a GPU if there is one")
@@ -68,9 +81,17 @@ def first_of_every_task(tasks: Sequence[str], limit: int, without: Collection[in
     return picked
 
 
-def evaluate(arguments: argparse.Namespace) -> dict:
+def check_arguments(arguments: argparse.Namespace) -> dict[str, str]:
+    """Returns the models by name, or raises what is wrong with the arguments before any weights are read."""
     check_positive(arguments, "limit", "batch_size", "max_new_tokens")
     check_device(arguments.device)
+    if (arguments.dataset is None) == (arguments.tasks is None) and arguments.tasks != ["rows"]:
+        raise ValueError("give --dataset, --tasks, or --tasks rows --dataset DATA to read it by lmms-eval")
+    if arguments.tasks == ["rows"] and arguments.dataset is None:
+        raise ValueError("--tasks rows needs --dataset")
+    for name in ("max_new_tokens",) if arguments.tasks else ("include_path",):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"--{name} {getattr(arguments, name)} has no effect here: leave it out")
     if arguments.json:
         arguments.json.absolute().parent.mkdir(parents=True, exist_ok=True)
         check_report(arguments.json)
@@ -79,6 +100,60 @@ def evaluate(arguments: argparse.Namespace) -> dict:
     models = given | name_models([path for path in paths if path not in given.values()], given)
     for path in models.values():
         check_model(path)
+    return models
+
+
+def find_processes(device: str | None):
+    """Returns which process this is under `torchrun` and its device, as `accelerate.PartialState` says it."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return SimpleNamespace(
+            process_index=0, num_processes=1, is_main_process=True, device=check_device(device),
+            wait_for_everyone=lambda: None,
+        )  # fmt: skip
+    from accelerate import PartialState
+
+    return PartialState(cpu=check_device(device).type == "cpu")
+
+
+def run_benchmarks(arguments: argparse.Namespace) -> dict | None:
+    """Returns the report of tasks of lmms-eval, `None` in all processes but the first."""
+    models = check_arguments(arguments)
+    output = arguments.output or Path("runs/lmms-eval")
+    include_path = arguments.include_path
+    try:
+        from ..evaluation.lmms.rows import write_tasks
+        from ..evaluation.lmms.run import benchmarks_of_rows, find_benchmarks, run_model
+    except ModuleNotFoundError as error:
+        raise ImportError(f'--tasks needs {error.name}: pip install "linmu-hf[eval]"') from error
+    if arguments.tasks == ["rows"]:
+        include_path = str(output / "rows")
+        processes = find_processes(arguments.device)
+        if processes.is_main_process:
+            processor = load_processor(next(iter(models.values())))
+            write_tasks(arguments.dataset, arguments.split, output / "rows", processor, arguments.limit)
+        processes.wait_for_everyone()
+        benchmarks, left_out = benchmarks_of_rows(output / "rows"), list[str]()
+    else:
+        benchmarks, left_out = find_benchmarks(arguments.tasks)
+    for title in left_out:
+        print(f"linmu-eval: {title} is left out: a model behind OPENAI_API_KEY judges its answers", file=sys.stderr)
+    settings = {name: getattr(arguments, name) for name in ("limit", "dtype", "device")}
+    settings["batch_size"] = arguments.batch_size or 1
+    results = {
+        name: run_model(path, benchmarks, output / Path(name.replace("/", "--")), settings, include_path)
+        for name, path in models.items()
+    }
+    if not all(len(found) == len(benchmarks) for found in results.values()):
+        return None
+    return compare_benchmarks(results, benchmarks, "teacher" if arguments.teacher else None)
+
+
+def evaluate(arguments: argparse.Namespace) -> dict | None:
+    """Returns the report of the rows of a dataset, `None` in all processes but the first."""
+    models = check_arguments(arguments)
+    processes = find_processes(arguments.device)
+    if processes.num_processes > 1 and arguments.output is None:
+        raise ValueError(f"{processes.num_processes} processes need --output, where their answers meet")
     dataset = load_rows(arguments.dataset, arguments.split)
     unusable = {i: str(error) for path in models.values() for i, error in bad_rows(dataset, load_processor(path))}
     tasks = name_tasks(dataset)
@@ -89,21 +164,17 @@ def evaluate(arguments: argparse.Namespace) -> dict:
 
     correct, facts = {}, {}
     for name, path in models.items():
-        model, processor = load_model(path, device=arguments.device, dtype=arguments.dtype)
+        model, processor = load_model(path, device=str(processes.device), dtype=arguments.dtype)
         start = time.perf_counter()
         limit = arguments.max_new_tokens or answer_limit(processor, rows)
-        cut: list[int] = []
-        answers = generate_answers(
-            model,
-            processor,
-            rows,
-            batch_size=arguments.batch_size,
-            max_new_tokens=limit,
-            description=name,
-            numbers=numbers,
-            unusable=unusable,
-            cut=cut,
-        )
+        options = {"batch_size": arguments.batch_size or 32, "max_new_tokens": limit, "description": name}
+        if arguments.output:
+            made_of = {"model": path, "files": describe_model(path), "dtype": arguments.dtype, "max_new_tokens": limit}
+            store = AnswerStore(arguments.output / name.replace("/", "--"), made_of, processes)
+            answers, cut = answer_and_keep(model, processor, rows, numbers, unusable, store, processes, **options)
+        else:
+            cut = []
+            answers = generate_answers(model, processor, rows, numbers=numbers, unusable=unusable, cut=cut, **options)
         facts[name] = {
             "path": path,
             "seconds": round(time.perf_counter() - start, 2),
@@ -116,6 +187,8 @@ def evaluate(arguments: argparse.Namespace) -> dict:
     kept = [i for i, number in enumerate(numbers) if number not in unusable]  # the same rows for every model
     if not kept:
         raise ValueError(unusable[numbers[0]])
+    if not processes.is_main_process:
+        return None
     rows, correct = [rows[i] for i in kept], {name: right[kept] for name, right in correct.items()}
     reports = compare(correct, [tasks[numbers[i]] for i in kept], "teacher" if arguments.teacher else None)
     for name, report in reports.items():
@@ -146,13 +219,21 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
 
     def run() -> None:
+        if arguments.tasks:
+            report = run_benchmarks(arguments)
+            if report is not None:
+                write_report(arguments.json, report)
+                print(format_benchmarks(report))
+            return
         results = evaluate(arguments)
+        if results is None:
+            return
         write_report(arguments.json, results)  # first: hours of work must not be lost to a table
         print(format_table(results["models"]))
         for line in notes(results):
             print(f"linmu-eval: {line}", file=sys.stderr)
 
-    return run_command("linmu-eval", run)
+    return run_command("linmu-eval", run, "; with --output, the same command goes on with what is missing")
 
 
 if __name__ == "__main__":

@@ -89,6 +89,13 @@ def texts_of(row: Row) -> Iterator[str]:
         yield from [content] if isinstance(content, str) else (part["text"] for part in content if "text" in part)
 
 
+def question_text(row: Row) -> str:
+    """Returns the texts before the row's last answer, a line each. Its media may be missing."""
+    messages = _read_messages(row, {kind: [] for kind in MEDIA})
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    return "\n".join(texts_of({"messages": messages[:last]}))
+
+
 def _id_of(row: Row) -> str:
     return f", id {row['id']!r:.80}" if row.get("id") is not None else ""
 

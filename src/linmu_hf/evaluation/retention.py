@@ -10,7 +10,7 @@ worst       the task with the lowest retention
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,7 @@ def generate_answers(
     numbers: Sequence[int] | None = None,
     unusable: dict[int, str] | None = None,
     cut: list[int] | None = None,
+    keep: Callable[[list[int], list[str], list[bool]], None] | None = None,
 ) -> list[str]:
     """
     Answers each row's last question by greedy decoding.
@@ -89,6 +90,8 @@ def generate_answers(
             answer is then empty; without it such a row is an error.
         cut (`list[int]`, *optional*):
             Gets the number of each row whose answer had not ended after `max_new_tokens`.
+        keep (`Callable`, *optional*):
+            Is called after each batch with the places of its rows in `rows`, their answers and whether each was cut.
 
     Returns:
         `list[str]`: the answers, in the order of `rows`. Of the special tokens, those that the reference has stay.
@@ -122,11 +125,15 @@ def generate_answers(
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
         )
+        was_cut = []
         for i, said in zip(chosen, ids[:, inputs["input_ids"].shape[1] :].tolist()):
             meant = set(tokenizer(answer_text(rows[i]), add_special_tokens=False)["input_ids"])
             answers[i] = tokenizer.decode([token for token in said if token not in special - meant]).strip()
-            if cut is not None and len(said) >= max_new_tokens and said[-1] not in ends:
-                cut.append(numbers[i])
+            was_cut.append(len(said) >= max_new_tokens and said[-1] not in ends)
+        if cut is not None:
+            cut += [numbers[i] for i, one in zip(chosen, was_cut) if one]
+        if keep is not None:
+            keep(chosen, [answers[i] for i in chosen], was_cut)
     progress.close()
     return answers
 

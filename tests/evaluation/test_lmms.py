@@ -1,0 +1,272 @@
+"""Our side of lmms-eval. `make lmms-check` runs lmms-eval itself, in an environment of its own."""
+
+import sys
+import types
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from linmu_hf.data import encode_prompts
+from linmu_hf.evaluation.lmms.report import compare_benchmarks, format_benchmarks
+from linmu_hf.evaluation.lmms.rows import doc_to_messages, doc_to_target, doc_to_text, process_results, write_tasks
+from linmu_hf.evaluation.lmms.run import benchmarks_of_rows, find_benchmarks, run_model, summarise
+from linmu_hf.evaluation.lmms.tasks import SUITES, Benchmark, chance, sample_score
+from linmu_hf.evaluation.retention import generate_answers
+
+
+# ---- What lmms-eval hands over
+
+
+@pytest.mark.parametrize(
+    ("doc", "expected"),
+    [
+        ({"options": ["A. a", "B. b", "C. c", "D. d"]}, 0.25),  # Video-MME
+        ({"options": "['x', 'y']"}, 0.5),  # MMMU: as text
+        ({"options": "[]", "question_type": "open"}, 0.0),
+        ({"candidates": ["1", "2", "3"]}, 1 / 3),  # MLVU, LongVideoBench
+        ({"choices": {"A": "a", "B": "b"}}, 0.5),
+        ({"options": "not a list"}, 0.0),
+        ({"question": "?"}, 0.0),
+    ],
+)
+def test_chance(doc, expected):
+    assert chance(doc) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (1.0, 1.0),
+        (False, 0.0),
+        ({"score": 0.5}, 0.5),
+        ({"pred_answer": "A", "answer": "A"}, 1.0),  # Video-MME
+        ({"parsed_pred": "B", "answer": ["A", "B"]}, 1.0),  # MMMU
+        ({"parsed_pred": "B", "answer": "C"}, 0.0),
+        ({"submission": 1}, None),
+        ("text", None),
+    ],
+)
+def test_sample_score(value, expected):
+    assert sample_score({"metric": value}, "metric") == expected
+
+
+def found(scores, reported, metric="score"):
+    samples = [{"doc_id": i, "doc": {"options": "abcd"}, metric: score} for i, score in enumerate(scores)]
+    return {
+        "results": {"t": {f"{metric},none": reported, f"{metric}_stderr,none": 0.1}},
+        "samples": {"t": samples[::-1]},
+    }
+
+
+def test_summary_of_a_task():
+    one = summarise(Benchmark("T", "t", ""), found([1.0, 0.0, 1.0], 2 / 3), {"avg_ttft": 0.5, "avg_speed": 3.0})
+    assert (one["metric"], one["ttft"], one["tokens_per_second"]) == ("score", 0.5, 3.0)
+    assert [sample["score"] for sample in one["samples"]] == [1.0, 0.0, 1.0]
+    percent = summarise(Benchmark("T", "t", "score"), found([1.0, 0.0], 50.0), {})
+    assert percent["score"] == 0.5 and percent["samples"][0]["score"] == 1.0
+    # scores of the questions that do not make up what is reported are not used
+    other = summarise(Benchmark("T", "t", "score"), found([1.0, 0.0], 0.9), {})
+    assert [sample["score"] for sample in other["samples"]] == [None, None]
+    with pytest.raises(ValueError, match=r"t gives \['score'\], not acc"):
+        summarise(Benchmark("T", "t", "acc"), found([1.0], 1.0), {})
+
+
+def test_suites(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    paper, left_out = find_benchmarks(["paper", "docvqa_val", "mine"])
+    assert left_out == ["ActivityNet-QA", "MathVista"]
+    assert [one.task for one in paper[-2:]] == ["docvqa_val", "mine"] and paper[-2].metric == "anls"
+    assert find_benchmarks(["activitynetqa"]) == ([SUITES["paper"][8]], [])  # asked for by name
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    assert len(find_benchmarks(["paper", "dense"])[0]) == sum(map(len, SUITES.values()))
+
+
+# ---- Tables
+
+
+def result(scores, chances=None, score=None):
+    chances = chances or [0.0] * len(scores)
+    samples = [{"id": i, "score": s, "chance": c} for i, (s, c) in enumerate(zip(scores, chances))]
+    return {"samples": samples, "score": np.mean(scores) if score is None else score, "metric": "score",
+            "ttft": 0.1, "tokens_per_second": 10.0}  # fmt: skip
+
+
+def test_retention_by_hand():
+    teacher = {"a": result([1, 1, 1, 0], [0.25] * 4), "b": result([1, 1])}
+    student = {"a": result([1, 1, 0, 0], [0.25] * 4), "b": result([1, 1])}
+    benchmarks = [Benchmark("A", "a", ""), Benchmark("B", "b", "")]
+    report = compare_benchmarks({"teacher": teacher, "s": student}, benchmarks, "teacher")
+    kept = report["tasks"]["a"]["models"]["s"]
+    assert kept["retention"]["value"] == pytest.approx(0.5 / 0.75)
+    assert kept["above_chance"]["value"] == pytest.approx(0.25 / 0.5)
+    low, high = kept["retention"]["interval"]
+    assert 0 <= low <= kept["retention"]["value"] <= high <= 1  # paired: where the student is right, so is the teacher
+    assert "retention" not in report["tasks"]["a"]["models"]["teacher"]
+    assert report["mean"]["s"]["above_chance"] == pytest.approx((0.5 + 1) / 2)
+    table = format_benchmarks(report)
+    assert "66.7 [" in table and "50.0 [" in table and "100 ms" in table
+
+
+def test_no_interval_where_questions_have_no_scores():
+    none = [{"id": 0, "score": None, "chance": 0.0}]
+    results = {
+        name: {"a": {**result([1], score=score), "samples": none}} for name, score in (("teacher", 0.8), ("s", 0.6))
+    }
+    kept = compare_benchmarks(results, [Benchmark("A", "a", "")], "teacher")["tasks"]["a"]["models"]["s"]
+    assert kept["retention"] == {"value": pytest.approx(0.75), "interval": None}
+
+
+def test_other_questions_are_not_compared():
+    with pytest.raises(ValueError, match="other questions of a"):
+        compare_benchmarks(
+            {"teacher": {"a": result([1, 1])}, "s": {"a": result([1])}}, [Benchmark("A", "a", "")], None
+        )
+
+
+# ---- Rows as tasks
+
+
+def encode_texts(processor, row):
+    return processor.tokenizer.decode(encode_prompts(processor, [row])["input_ids"][0])
+
+
+def test_a_row_is_asked_as_linmu_eval_asks_it(processor, rows):
+    for row in rows:
+        asked = {"messages": [*doc_to_messages(row), {"role": "assistant", "content": "?"}]}
+        ours, theirs = encode_prompts(processor, [asked]), encode_prompts(processor, [row])
+        assert ours.keys() == theirs.keys()
+        for name in theirs:
+            torch.testing.assert_close(torch.as_tensor(ours[name]), torch.as_tensor(theirs[name]), rtol=0, atol=0)
+        assert process_results(row, [f" {doc_to_target(row).upper()}."]) == {"score": 1.0}
+        bare = {name: value for name, value in row.items() if name not in ("images", "videos")}
+        assert doc_to_text(bare) in encode_texts(processor, row)
+        assert process_results(row, ["no"]) == {"score": 0.0}
+
+
+def test_files_of_tasks(processor, dataset_folder, tmp_path):
+    names = write_tasks(str(dataset_folder), "test", tmp_path / "tasks", processor, limit=2)
+    assert list(names.values()) == [one.title for one in benchmarks_of_rows(tmp_path / "tasks")]
+    for name in names:
+        text = (tmp_path / "tasks" / f"{name}.yaml").read_text()
+        assert f"task: {name}\n" in text and "max_new_tokens: 32" in text
+
+
+# ---- The model
+
+
+@dataclass
+class Request:
+    args: tuple
+
+
+@dataclass
+class TokenCounts:
+    output_tokens: int
+
+
+@dataclass
+class GenerationResult:
+    text: str
+    token_counts: TokenCounts
+
+
+class Base:
+    def __init__(self):
+        self.cache_hook = types.SimpleNamespace(add_partial=lambda *given: None)
+        self.task_dict = {}
+
+    rank = property(lambda self: self._rank)
+
+
+@dataclass
+class Logged:
+    calls: list = field(default_factory=list)
+
+    def log_metrics(self, seconds, tokens, speed, more):
+        self.calls.append((seconds, tokens, speed, more))
+
+
+@pytest.fixture
+def lmms_eval(monkeypatch):
+    """As much of lmms-eval as the model imports."""
+    logged = Logged()
+    contents = {
+        "lmms_eval.api.instance": {"GenerationResult": GenerationResult, "TokenCounts": TokenCounts},
+        "lmms_eval.api.model": {"lmms": Base},
+        "lmms_eval.models.model_utils.gen_metrics": {"log_metrics": logged.log_metrics},
+    }
+    for name, content in contents.items():
+        parts = name.split(".")
+        for i in range(1, len(parts) + 1):
+            module = types.ModuleType(".".join(parts[:i]))
+            monkeypatch.setitem(sys.modules, module.__name__, sys.modules.get(module.__name__, module))
+        vars(sys.modules[name]).update(content)
+    monkeypatch.delitem(sys.modules, "linmu_hf.evaluation.lmms.model", raising=False)
+    yield logged
+    sys.modules.pop("linmu_hf.evaluation.lmms.model", None)
+
+
+def requests_of(rows):
+    ways = [{"max_new_tokens": 3}, {"max_new_tokens": 3, "until": ["x"]}]
+    return [Request(("", doc_to_messages, ways[i % 2], i, "t", "test")) for i in range(len(rows))]
+
+
+def test_answers_are_those_of_linmu_eval(lmms_eval, student_folder, processor, rows):
+    from linmu_hf.evaluation.lmms.model import LinMU
+
+    model = LinMU(str(student_folder), batch_size=2, device="cpu")
+    model.task_dict = {"t": {"test": rows}}
+    results = model.generate_until(requests_of(rows))
+    student = AutoModelForImageTextToText.from_pretrained(student_folder)
+    expected = generate_answers(student, processor, rows, max_new_tokens=3)
+    assert [result.text for result in results] == [
+        text.split("x")[0] if i % 2 else text for i, text in enumerate(expected)
+    ]
+    assert all(1 <= result.token_counts.output_tokens <= 3 for result in results)
+    ((seconds, tokens, speed, more),) = lmms_eval.calls
+    assert tokens == sum(result.token_counts.output_tokens for result in results)
+    assert 0 < more["ttft"] < seconds and speed == tokens / seconds
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"frames": 3}, r"model_args \['frames'\] are unknown"),
+        ({"batch_size": "auto"}, "batch_size='auto' must be a number"),
+        ({"max_batch_size": 4}, "max_batch_size=4 has no effect"),
+    ],
+)
+def test_arguments(lmms_eval, student_folder, given, message):
+    from linmu_hf.evaluation.lmms.model import LinMU
+
+    with pytest.raises(ValueError, match=message):
+        LinMU(str(student_folder), device="cpu", **given)
+
+
+def test_a_part_of_a_video_is_refused(lmms_eval, student_folder, rows):
+    from linmu_hf.evaluation.lmms.model import LinMU
+
+    model = LinMU(str(student_folder), device="cpu")
+    model.task_dict = {"t": {"test": rows}}
+    clip = [{"role": "user", "content": [{"type": "video", "url": "a.mp4", "start_time": 3.0}]}]
+    with pytest.raises(ValueError, match=r"t 0 asks for a part of a video by \['start_time'\]"):
+        model.generate_until([Request(("", lambda doc: clip, {}, 0, "t", "test"))])
+
+
+def test_results_are_kept(tmp_path, monkeypatch):
+    """What is there is not run again, and what was made otherwise is refused."""
+    runs = []
+    model = types.SimpleNamespace(rank=0, accelerator=types.SimpleNamespace(wait_for_everyone=lambda: None))
+    monkeypatch.setattr("linmu_hf.evaluation.lmms.run._load", lambda settings: model)
+    monkeypatch.setattr(
+        "linmu_hf.evaluation.lmms.run._run", lambda *given: runs.append(given[1].task) or {"score": len(runs)}
+    )
+    one, two = (Benchmark(name, name, "") for name in ("one", "two"))
+    run_model("m", [one], tmp_path, {"limit": None, "batch_size": 1}, None)
+    results = run_model("m", [one, two], tmp_path, {"limit": None, "batch_size": 1}, None)
+    assert runs == ["one", "two"] and results["one"]["score"] == 1 and results["two"]["score"] == 2
+    with pytest.raises(ValueError, match=r"one.json was made with .* give another --output"):
+        run_model("m", [one], tmp_path, {"limit": 5, "batch_size": 1}, None)
