@@ -73,6 +73,7 @@ ESTIMATE_ONLY = ("gpu", "gpus", "engine", "sequence_length")
 
 def run(script: ScriptArguments, config) -> dict:
     from ..distillation.loading import load_as_teacher
+    from ..distillation.processes import is_main, on_main
     from ..distillation.runner import check_output, distill
 
     teacher_path = script.teacher or config.teacher_model_name_or_path
@@ -97,7 +98,7 @@ def run(script: ScriptArguments, config) -> dict:
     stages = config.get_stages()
     teacher = load_as_teacher(student, teacher_path, stages, config.shared_teacher, attention, **options)
 
-    repo = _prepare_push(config)
+    repo = on_main(lambda: _prepare_push(config))
     origin = find_origin(teacher_path, revision, script.model)
 
     def write_card(folder, stages, rows):
@@ -106,7 +107,8 @@ def run(script: ScriptArguments, config) -> dict:
 
     for stage in stages:
         done = Path(config.output_dir, stage.name).is_dir() and not config.overwrite_output_dir
-        print(f"{stage.name:14}{describe(stage)}{', finished before' if done else ''}", flush=True)
+        if is_main():
+            print(f"{stage.name:14}{describe(stage)}{', finished before' if done else ''}", flush=True)
     start = time.perf_counter()
     trains = copy.copy(config)
     trains.push_to_hub = False  # the stages upload nothing, the finished model is uploaded below
@@ -122,8 +124,9 @@ def run(script: ScriptArguments, config) -> dict:
     )
     seconds = time.perf_counter() - start
     if repo:
-        commit = push_folder(config.output_dir, repo, revision=config.hub_revision, token=config.hub_token)
-        print(commit.commit_url)
+        url = on_main(lambda: _push(config, repo))
+        if is_main():
+            print(url)
     figures: dict[str, dict] = {}
     for row in rows:
         figures.setdefault(row["stage"], {}).update(row)
@@ -193,6 +196,10 @@ def _prepare_push(config) -> str | None:
     )
 
 
+def _push(config, repo: str) -> str:
+    return push_folder(config.output_dir, repo, revision=config.hub_revision, token=config.hub_token).commit_url
+
+
 def describe(stage) -> str:
     """Describes a stage in one line, such as `100 steps at 0.001: 0.5 hid + 0.5 tok`."""
     return f"{stage.max_steps:,} steps at {stage.learning_rate:g}: {stage.objective()}"
@@ -239,6 +246,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.set_verbosity_warning()
 
     def work() -> None:
+        from ..distillation.processes import is_main, on_main
         from ..distillation.recipes import format_stages
 
         given = list(sys.argv[1:] if argv is None else argv)
@@ -257,8 +265,9 @@ def main(argv: list[str] | None = None) -> int:
             return
         check_report(script.json)
         report = run(script, config)
-        write_report(script.json, report)
-        print(f"\n{format_table(report['stages'])}\n\n{report['output_dir']}: {report['seconds']} s")
+        on_main(lambda: write_report(script.json, report))
+        if is_main():
+            print(f"\n{format_table(report['stages'])}\n\n{report['output_dir']}: {report['seconds']} s")
 
     return run_command("linmu-distill", work, "; the same command takes it up again")
 
