@@ -1,6 +1,7 @@
 """Rows that cannot be read: counted, logged and left out, up to a limit."""
 
 import logging
+from collections.abc import Iterable
 
 import torch
 from torch.utils.data import get_worker_info
@@ -21,7 +22,7 @@ class RowError(ValueError):
 
 class SkippedRows:
     """
-    Counts the rows that are left out, each once, over the main process and its workers.
+    Counts the rows that are left out, each once, over a process and its workers; [`merge`] adds other processes'.
 
     Args:
         limit (`int`, *optional*, defaults to 0): How many may be left out. With 0 the first one is an error.
@@ -46,14 +47,32 @@ class SkippedRows:
         if number in known:
             return
         if len(known) >= self.limit:
-            raise RowError(
-                f"{len(known) + 1} rows cannot be read, and max_bad_rows={self.limit}: rows "
-                f"{', '.join(map(str, sorted(known)[:20]))}{', ...' if len(known) > 20 else ''}, and now {error}"
-            ) from error
+            raise RowError(f"{self._too_many(len(known) + 1, known)}, and now {error}") from error
         worker = get_worker_info()
-        own = self.numbers[0 if worker is None else 1 + worker.id % (WRITERS - 1)]
-        own[int((own >= 0).sum())] = number
+        self._note(number, 0 if worker is None else 1 + worker.id % (WRITERS - 1))
         logger.warning("Left out: %s (%d of at most %d)", error, len(known) + 1, self.limit)
+
+    def merge(self, numbers: Iterable[int]) -> None:
+        """
+        Counts rows that other processes left out, too.
+
+        Raises:
+            `RowError`: They are too many together.
+        """
+        known = self.skipped()
+        everyone = known | set(numbers)
+        if len(everyone) > self.limit:
+            raise RowError(self._too_many(len(everyone), everyone))
+        for number in everyone - known:
+            self._note(number, 0)
+
+    def _note(self, number: int, writer: int) -> None:
+        own = self.numbers[writer]
+        own[int((own >= 0).sum())] = number
+
+    def _too_many(self, count: int, known: set[int]) -> str:
+        named = ", ".join(map(str, sorted(known)[:20])) + (", ..." if len(known) > 20 else "")
+        return f"{count} rows cannot be read, and max_bad_rows={self.limit}: rows {named}"
 
     def skipped(self) -> set[int]:
         """Returns the numbers of the rows that were left out."""
