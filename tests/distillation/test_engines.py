@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
@@ -9,13 +10,14 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import prepare_multi_gpu_env
 
 import linmu_hf.distillation.engines as engines
+from linmu_hf.distillation import DistillConfig
 
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate_configs"
 
 
 @pytest.mark.parametrize(("name", "sharded"), [("ddp", False), ("fsdp2", True)])
-def test_accelerate_reads_the_configurations(name, sharded, monkeypatch):
+def test_accelerate_reads_the_configurations(name, sharded, monkeypatch, tmp_path):
     from accelerate.commands.launch import _validate_launch_command
 
     file = str(CONFIGS / f"{name}.yaml")
@@ -25,17 +27,15 @@ def test_accelerate_reads_the_configurations(name, sharded, monkeypatch):
     assert arguments.use_fsdp == sharded
     environment = prepare_multi_gpu_env(arguments)
     monkeypatch.setattr(os, "environ", environment)
-    plain = type("Arguments", (), {"fsdp": None, "deepspeed": None})()
+    plain = SimpleNamespace(fsdp=None, deepspeed_plugin=None)
     assert engines.is_sharded(plain) == sharded
     if sharded:
         assert environment["FSDP_VERSION"] == "2"
+    # accelerate's mixed precision is `--bf16`, by which weights are loaded and runs compared
+    assert DistillConfig(output_dir=str(tmp_path), use_cpu=True).bf16
 
 
-def test_deepspeed_is_refused(tmp_path, monkeypatch):
-    from linmu_hf.distillation import DistillConfig
-
-    with pytest.raises(ValueError, match=r"deepspeed=.* is not supported: .*FSDP2"):
-        DistillConfig(output_dir=str(tmp_path), deepspeed="zero2.json")
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ValueError, match=r"accelerate launch asks for DeepSpeed.*FSDP2"):
-        DistillConfig(output_dir=str(tmp_path))
+def test_other_mixed_precision_of_accelerate_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(ValueError, match="mixed_precision=fp8, which is not supported: take bf16"):
+        DistillConfig(output_dir=str(tmp_path), use_cpu=True)

@@ -1,9 +1,14 @@
-"""Two real processes on CPUs end where one ends: DDP, FSDP2, killed and resumed on another number of them."""
+"""
+Two real processes on CPUs end where one ends: DDP, FSDP2, killed and resumed on another number of them; ZeRO-2, where
+DeepSpeed is installed (`make zero-check`).
+"""
 
 import json
+import os
 import subprocess
 import sys
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,10 +17,13 @@ from safetensors.torch import load_file
 
 import linmu_hf
 from linmu_hf.distillation import processes
+from linmu_hf.distillation.targets.fill import decode_pseudo_targets
 
 
 WORKER = Path(__file__).parents[1] / "helpers" / "distil_worker.py"
+CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate_configs"
 STAGES = ("align", "fed", "lora")
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed: make zero-check")
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +38,25 @@ def folder(tmp_path_factory, processor, rows, make_student, make_teacher):
     return folder
 
 
-def start(folder, out, *options, processes=2):
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    )
+def start(folder, out, *options, processes=2, config=None):
+    """Runs the worker, by torchrun, or by accelerate with a configuration that is shipped."""
+    launcher = []
+    if config is not None:
+        given = ("--num_processes", str(processes), "--mixed_precision", "no", "--main_process_port", "0")
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml"), *given]
+    elif processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.run(
         [sys.executable, *launcher, str(WORKER), str(folder), str(out), *map(str, options)],
         capture_output=True,
         text=True,
         timeout=300,
-        env={"PYTHONPATH": str(Path(linmu_hf.__file__).parents[1]), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env={
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # DeepSpeed asks for ninja
+            "PYTHONPATH": str(Path(linmu_hf.__file__).parents[1]),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+        },
     )
 
 
@@ -68,9 +85,9 @@ def assert_equal_runs(one, other, stages=STAGES):
                 assert same[key] == pytest.approx(row[key], rel=1e-4, abs=1e-6), (key, row, same)
 
 
-@pytest.mark.parametrize(("options", "kind"), [((), "Tensor"), (("--fsdp",), "DTensor")], ids=["ddp", "fsdp2"])
-def test_two_processes_end_like_one(folder, one, tmp_path, options, kind):
-    done = start(folder, tmp_path / "out", "--batch", 2, *options)
+@pytest.mark.parametrize(("config", "kind"), [("ddp", "Tensor"), ("fsdp2", "DTensor")])
+def test_two_processes_of_accelerate_end_like_one(folder, one, tmp_path, config, kind):
+    done = start(folder, tmp_path / "out", "--batch", 2, config=config)
     assert f"trained [('{kind}', 'torch.float32')] in 9 steps of 2 processes" in done.stdout, done.stderr
     assert_equal_runs(one, tmp_path / "out")
 
@@ -94,8 +111,8 @@ def test_a_run_goes_on_with_another_number_of_processes(folder, one, tmp_path, s
 def test_the_weights_of_an_evaluation_come_back(folder, tmp_path, options):
     """By the largest held-out loss, which is not that of the last step."""
     alone, both = tmp_path / "one", tmp_path / "two"
-    assert "in 6 steps" in start(folder, alone, "--stages", 2, "--worst", processes=1).stdout
-    done = start(folder, both, "--stages", 2, "--worst", "--batch", 2, *options)
+    assert "in 6 steps" in start(folder, alone, "--plain", "--stages", 2, "--worst", processes=1).stdout
+    done = start(folder, both, "--plain", "--stages", 2, "--worst", "--batch", 2, *options)
     assert "in 6 steps of 2 processes" in done.stdout, done.stderr
     assert_equal_runs(alone, both, STAGES[:2])
     rows = [json.loads(line) for line in (both / "training_log.jsonl").open()]
@@ -113,11 +130,85 @@ def test_two_processes_learn_from_the_answers_of_one(folder, tmp_path):
     assert "refused: own: lmbda=0.75 lets the student generate" in done.stderr and not (tmp_path / "three").exists()
 
 
+@pytest.fixture(scope="module")
+def with_bad_rows(folder, rows, processor, make_teacher):
+    """Two rows, two whose picture ends in the middle, which its size does not tell, and stored log-probabilities."""
+    picture = folder / "damaged.png"
+    rows[0]["images"][0].save(picture)
+    picture.write_bytes(picture.read_bytes()[: picture.stat().st_size // 2])
+    bad = [{**row, "images": [str(picture)] * len(row["images"])} for row in rows[:2]]
+    torch.save([*rows[:2], *bad], folder / "bad.pt")
+    decode_pseudo_targets(make_teacher(), processor, rows[:2], folder / "topk", max_new_tokens=4, top_k=8)
+    return folder
+
+
+def test_a_process_without_a_readable_row_asks_the_teacher_for_nothing_either(with_bad_rows, tmp_path):
+    """The first process has both rows of every step; with FSDP2 each would wait for the other."""
+    options = ("--rows", "bad", "--max_bad_rows", 2, "--topk")
+    done = start(with_bad_rows, tmp_path / "one", *options, processes=1)
+    assert "in 2 steps of 1 processes" in done.stdout, done.stderr
+    done = start(with_bad_rows, tmp_path / "two", *options, "--batch", 2, "--fsdp")
+    assert "in 2 steps of 2 processes" in done.stdout, done.stderr
+    assert_equal_runs(tmp_path / "one", tmp_path / "two", ["topk"])
+
+
+def test_bad_rows_of_all_processes_count(with_bad_rows, tmp_path):
+    """Each process meets one in the second step."""
+    done = start(with_bad_rows, tmp_path, "--rows", "bad", "--max_bad_rows", 1, "--stages", 1, "--batch", 1)
+    assert done.returncode and "2 rows cannot be read, and max_bad_rows=1: rows 2, 3" in done.stderr
+
+
 def test_other_settings_are_refused_by_all_processes_at_once(folder, tmp_path):
     out = tmp_path / "out"
     assert not start(folder, out, "--batch", 2, "--stages", 1).returncode
     done = start(folder, out, "--batch", 2, "--stages", 1, "--temperature", 2)
     assert done.returncode and "temperature was 1.0, now 2.0" in done.stderr and "Traceback" not in done.stdout
+
+
+@pytest.fixture(scope="module")
+def one_by_adamw(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("adamw") / "out"
+    done = start(folder, out, "--plain", processes=1)
+    assert "in 9 steps of 1 processes" in done.stdout, done.stderr
+    return out
+
+
+@needs_deepspeed
+def test_two_processes_of_zero_end_like_one(folder, one_by_adamw, tmp_path):
+    done = start(folder, tmp_path / "out", "--plain", "--batch", 2, config="zero2")
+    assert "trained [('Tensor', 'torch.float32')] in 9 steps of 2 processes" in done.stdout, done.stderr
+    assert_equal_runs(one_by_adamw, tmp_path / "out")
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("step", "first", "second"),
+    [(3, (2, "--zero"), (4,)), (8, (4,), (1, "--accumulate", 2, "--zero")), (6, (2, "--zero"), (2, "--zero"))],
+    ids=["zero to one", "one to zero", "zero to zero"],
+)
+def test_a_run_goes_on_with_zero_or_without(folder, one_by_adamw, tmp_path, step, first, second):
+    def go_on(batch, *options):
+        return start(
+            folder, tmp_path, "--plain", "--batch", batch, *options, processes=2 if "--zero" in options else 1
+        )
+
+    assert go_on(*first, "--die", step).returncode
+    done = go_on(*second)
+    assert "steps of" in done.stdout, done.stderr
+    assert_equal_runs(one_by_adamw, tmp_path)
+
+
+@needs_deepspeed
+def test_zero_in_bf16_keeps_trained_parameters_in_float32(folder, one_by_adamw, tmp_path):
+    """Close to the run of one process in bf16, not to that in float32."""
+    for out, options, count in (("one", (), 1), ("two", ("--batch", 2, "--zero"), 2)):
+        done = start(folder, tmp_path / out, "--plain", "--stages", 1, "--bf16", *options, processes=count)
+        assert f"[('Tensor', 'torch.float32')] in 3 steps of {count} processes" in done.stdout, done.stderr
+    one, two, exact = (
+        json.loads((out / "training_log.jsonl").open().readline())["loss_hid"]
+        for out in (tmp_path / "one", tmp_path / "two", one_by_adamw)
+    )
+    assert abs(two - one) < abs(two - exact) / 4
 
 
 def test_an_error_that_cannot_be_pickled_still_names_itself():

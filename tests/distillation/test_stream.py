@@ -14,8 +14,11 @@ from linmu_hf.data import load_rows
 from linmu_hf.data.mixture import StreamMixture
 from linmu_hf.data.skipping import RowError, SkippedRows
 from linmu_hf.distillation.collator import DistillCollator, EncodedDataset
+from linmu_hf.distillation.model import DistillationModel
 from linmu_hf.distillation.packing import PackedDataset, PackedStream
+from linmu_hf.distillation.stages import FLEX, Stage
 from linmu_hf.distillation.stream import EncodedStream
+from linmu_hf.distillation.teacher import SeparateTeacher
 
 
 pytestmark = pytest.mark.core_training
@@ -191,6 +194,34 @@ def test_a_batch_of_bad_rows_teaches_nothing(processor, some_bad, make_student):
         assert (batch["labels"] == -100).all() and (batch["pseudo_labels"] == -100).all()
         batch.pop("labels"), batch.pop("pseudo_labels")
         assert make_student()(**batch, use_cache=False).logits.isfinite().all()
+
+
+def test_a_batch_of_bad_rows_asks_for_the_teacher_no_more_than_others(processor, make_student, make_teacher):
+    """Where log-probabilities are stored: other processes would wait for this one, or it for them."""
+    stage = Stage("topk", trains=(FLEX,), max_steps=1, learning_rate=1e-3, tok=1.0)
+    student = make_student()
+    model = DistillationModel(student, SeparateTeacher(make_teacher()), stage)
+    seen = []
+    model.teacher.register_forward_hook(lambda *_: seen.append(1))
+    for packing in (False, True):
+        for topk in (False, True):
+            batch = DistillCollator(processor.tokenizer.pad_token_id, packing=packing, topk=topk)([None])
+            seen.clear()
+            loss, sums = model(batch, torch.ones(3), compare=True)
+            assert len(seen) == (not topk) and ("errors" in sums) == (not topk)
+            assert loss == 0
+
+
+def test_other_processes_rows_count(some_bad):
+    skipped = SkippedRows(2)
+    skipped.skip(3, ValueError("row 3"))
+    skipped.merge({3, 6})
+    skipped.skip(6, ValueError("row 6"))  # known from another process: no third one
+    assert skipped.skipped() == {3, 6}
+    with pytest.raises(RowError, match=r"^3 rows cannot be read, and max_bad_rows=2: rows 3, 6, and now row 8$"):
+        skipped.skip(8, ValueError("row 8"))
+    with pytest.raises(RowError, match=r"^3 rows cannot be read, and max_bad_rows=2: rows 3, 6, 7$"):
+        skipped.merge({7})
 
 
 def test_packs_leave_bad_rows_out(processor, some_bad):

@@ -2,14 +2,16 @@
 One process of a distillation on CPUs, to be started by torchrun:
 
     distil_worker.py FOLDER OUT [--batch N] [--fsdp] [--die STEP] [--stages N] [--own] [--temperature T]
-        [--worst]
+        [--worst] [--rows NAME --max_bad_rows N [--topk]] [--plain] [--zero] [--bf16]
 
-FOLDER holds `student`, `teacher` and `rows.pt`. Prints what the trained parameters were while training.
+FOLDER holds `student`, `teacher`, `rows.pt` or other rows, and for `--topk` the teacher's answers to these, `topk`.
+Prints what the trained parameters were while training.
 """
 
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,6 +28,7 @@ STAGES = (
     Stage("lora", trains=(FLEX, SWIN, LORA), max_steps=3, learning_rate=1e-3, tok=0.5, sup=0.5, lora_r=2),
 )
 OWN = Stage("own", trains=(FLEX, SWIN), max_steps=3, learning_rate=1e-3, hid=0.1, tok=1.0, beta=1.0, lmbda=0.75)
+TOPK = (Stage("topk", trains=(FLEX, SWIN), max_steps=2, learning_rate=1e-3, tok=1.0),)
 
 
 def main() -> None:
@@ -40,11 +43,18 @@ def main() -> None:
     parser.add_argument("--own", action="store_true", help="a stage on the student's own answers, and no other")
     parser.add_argument("--worst", action="store_true", help="end with the weights of the largest held-out loss")
     parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--rows", default="rows", help="others are taken in their own order, none held out")
+    parser.add_argument("--max_bad_rows", type=int, default=0)
+    parser.add_argument("--topk", action="store_true", help="learn from stored log-probabilities")
+    parser.add_argument("--plain", action="store_true", help="AdamW for all parameters")
+    parser.add_argument("--zero", action="store_true")
+    parser.add_argument("--bf16", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     student, teacher = (
         LinMUForConditionalGeneration.from_pretrained(arguments.folder / name) for name in ("student", "teacher")
     )
+    evaluated = {"eval_steps": 1 if arguments.worst else 2}
     config = DistillConfig(
         output_dir=arguments.out,
         use_cpu=True,
@@ -55,10 +65,14 @@ def main() -> None:
         temperature=arguments.temperature,
         max_completion_length=4,
         adam_epsilon=1e-3,  # else rounding decides the sign of steps whose gradients are next to zero
-        eval_steps=1 if arguments.worst else 2,
         per_device_eval_batch_size=1,
         disable_tqdm=True,
+        bf16=arguments.bf16,
+        max_bad_rows=arguments.max_bad_rows,
+        **({"train_sampling_strategy": "sequential"} if arguments.max_bad_rows else evaluated),
+        **({"pseudo_targets": str(arguments.folder / "topk")} if arguments.topk else {}),
         **({"load_best_model_at_end": True, "greater_is_better": True} if arguments.worst else {}),
+        **({"deepspeed": {"zero_optimization": {"stage": 2}}} if arguments.zero else {}),
         **({"fsdp": True, "fsdp_config": {"version": 2}} if arguments.fsdp else {}),
     )
     kinds, steps, step = set(), [], DistillTrainer.training_step
@@ -72,11 +86,12 @@ def main() -> None:
 
     DistillTrainer.training_step = watched
     processor = AutoProcessor.from_pretrained(arguments.folder / "student")
-    rows = torch.load(arguments.folder / "rows.pt", weights_only=False)
+    rows = torch.load(arguments.folder / f"{arguments.rows}.pt", weights_only=False)
+    held_out = None if arguments.max_bad_rows else rows[:3]  # no equal share for two processes
+    stages = TOPK if arguments.topk else (OWN,) if arguments.own else STAGES[: arguments.stages]
+    stages = [replace(stage, muon=False) for stage in stages] if arguments.plain else stages
     try:
-        stages = (OWN,) if arguments.own else STAGES[: arguments.stages]
-        # Three rows are no equal share for two processes.
-        distill(config, student, teacher, rows, processor, eval_dataset=rows[:3], stages=stages)
+        distill(config, student, teacher, rows, processor, eval_dataset=held_out, stages=stages)
     except ValueError as error:
         sys.exit(f"refused: {error}")
     print(f"trained {sorted(kinds)} in {len(steps)} steps of {config.world_size} processes", flush=True)

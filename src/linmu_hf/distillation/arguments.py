@@ -16,7 +16,7 @@ RESULT = (
 # Honoured, and free to differ when a run is continued. `do_train` asks for what happens anyway.
 FREE = (
     "per_device_train_batch_size", "gradient_accumulation_steps",  # their product, times the processes, is not
-    "fsdp", "fsdp_config", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
+    "fsdp", "fsdp_config", "deepspeed", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers",
     "ddp_timeout", "ddp_backend", "local_rank", "accelerator_config",
     "output_dir", "tf32", "use_cpu", "full_determinism", "torch_empty_cache_steps", "do_train",
     "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
@@ -45,13 +45,12 @@ REMEDIES = {
     "dataloader_drop_last": "rows are drawn pass after pass, so that every batch is full",
     "remove_unused_columns": "rows are encoded whole, with images and messages",
     "fp16": "use bf16=True",
-    "deepspeed": "its checkpoints are not ours to write yet: shard by FSDP2, fsdp=True and fsdp_config={'version': 2}",
 } | dict.fromkeys(
     ("eval", "do_predict", "bf16_full_eval", "fp16_full_eval", "batch_eval", "include_for", "prediction_loss_only"),
     "held-out rows are measured as the rows of the training are; for answers take linmu-eval",
 ) | dict.fromkeys(
     ("parallelism", "average_tokens", "save_on_each", "log_on_each"),
-    "processes share the rows of a step by DDP or FSDP2, and the first one writes and logs",
+    "processes share the rows of a step by DDP, FSDP2 or ZeRO-2, and the first one writes and logs",
 )  # fmt: skip
 
 # Values, by their start, of arguments that are honoured otherwise: they need epochs, checkpoints
@@ -83,12 +82,21 @@ def refuse_ignored(config) -> None:
             specific = (remedy for start, remedy in REMEDIES.items() if name.startswith(start))
             remedy = next(specific, "a distillation has no use for it")
             raise ValueError(f"{name}={value!r} is not supported: {remedy}, and leave {name} at {default!r}")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise ValueError(f"accelerate launch asks for DeepSpeed, which is not supported: {REMEDIES['deepspeed']}")
     for name, starts in REFUSED_VALUES.items():
         value = str(getattr(getattr(config, name), "value", getattr(config, name)))
         if value.startswith(starts):
             raise ValueError(f"{name}={value!r} is not supported: use {defaults[name].default!r}, for example")
+
+
+def settle_precision(config) -> None:
+    """
+    Takes the mixed precision that `accelerate launch` asks for, which the Trainer would follow unseen by all else. To
+    be called before `TrainingArguments` reads it.
+    """
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", "bf16"):
+        raise ValueError(f"accelerate launch asks for mixed_precision={asked}, which is not supported: take bf16")
+    config.bf16 |= asked == "bf16"
 
 
 def settle_packing(config) -> None:

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .processes import copy_whole, is_main, whole_tensor
+from .zero import gather_states, is_zero, spread_states
 
 
 TRAINED_WEIGHTS = "trained.safetensors"
@@ -51,7 +52,7 @@ def save_optimizer(model: nn.Module, optimizer: Any, scheduler: Any, folder: str
     """Writes optimizer and scheduler, the optimizer's states by the names of their parameters."""
     names = {parameter: name for name, parameter in trained_parameters(model).items()}
     states: dict[str, dict[str, Any]] = {}
-    for parameter, state in optimizer.state.items():
+    for parameter, state in gather_states(optimizer) if is_zero(optimizer) else optimizer.state.items():
         whole = {key: whole_tensor(value) if isinstance(value, Tensor) else value for key, value in state.items()}
         if is_main():
             states[names[parameter]] = {
@@ -67,8 +68,12 @@ def load_optimizer(model: nn.Module, optimizer: Any, scheduler: Any, folder: str
     """Reads what [`save_optimizer`] wrote, on this number of processes."""
     saved = torch.load(Path(folder) / OPTIMIZER, map_location="cpu", weights_only=True)
     trained = trained_parameters(model)
-    for name, state in saved["states"].items():
-        parameter, own = trained[name], {}
+    states = {trained[name]: state for name, state in saved["states"].items()}
+    if is_zero(optimizer):
+        spread_states(optimizer, states)
+        states = {}
+    for parameter, state in states.items():
+        own = {}
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 own[key] = torch.empty_like(parameter, dtype=value.dtype)

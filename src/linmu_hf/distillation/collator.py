@@ -166,17 +166,19 @@ class DistillCollator:
     where `labels` count none.
 
     Rows of a stream are encoded here, rows that are left out (`None`) are missing, and lists of rows, as packed
-    datasets give them, count as their rows. A batch of which nothing is left is one token without a label.
+    datasets give them, count as their rows. A batch of which nothing is left is one token without a label, with the
+    fields of the others: processes must agree on whether they ask the teacher.
 
     Args:
         pad_token_id (`int`): id to pad `input_ids` with.
         pseudo (`bool`, *optional*, defaults to `False`): whether to make `pseudo_labels`.
         packing (`bool`, *optional*, defaults to `False`):
             Whether the batch is one row [1, t] with `cu_seq_lens_q`, see [`pack`], instead of a padded one.
+        topk (`bool`, *optional*, defaults to `False`): whether rows have `topk_ids` and `topk_logprobs`.
     """
 
-    def __init__(self, pad_token_id: int, pseudo: bool = False, packing: bool = False):
-        self.pad_token_id, self.pseudo, self.packing = pad_token_id, pseudo, packing
+    def __init__(self, pad_token_id: int, pseudo: bool = False, packing: bool = False, topk: bool = False):
+        self.pad_token_id, self.pseudo, self.packing, self.topk = pad_token_id, pseudo, packing, topk
 
     def __call__(self, items: Sequence[Any]) -> Features:
         return self.batch(self.load(items))
@@ -188,7 +190,7 @@ class DistillCollator:
 
     def batch(self, items: Sequence[Item | None]) -> Features:
         """Makes a batch of rows that [`load`] returned."""
-        kept: list[Item] = [item for item in items if item is not None] or [{"row": _blank(self.pad_token_id)}]
+        kept: list[Item] = [item for item in items if item is not None] or [{"row": self._blank()}]
         rows = [dict(item["row"]) for item in kept]
         if self.pseudo:
             for item, row in zip(kept, list(rows)):
@@ -199,8 +201,10 @@ class DistillCollator:
                     rows.append({**item["pseudo"], "labels": unlabelled, "pseudo_labels": item["pseudo"]["labels"]})
         return pack(rows) if self.packing else collate(rows, self.pad_token_id)
 
-
-def _blank(pad_token_id: int) -> Features:
-    """The features of a row of one token, from which nothing is learned."""
-    values = {"input_ids": pad_token_id, "attention_mask": 1, "mm_token_type_ids": 0, "labels": IGNORE_INDEX}
-    return {key: torch.tensor([value]) for key, value in values.items()}
+    def _blank(self) -> Features:
+        """The features of a row of one token, from which nothing is learned."""
+        values = {"input_ids": self.pad_token_id, "attention_mask": 1, "mm_token_type_ids": 0, "labels": IGNORE_INDEX}
+        features = {key: torch.tensor([value]) for key, value in values.items()}
+        if self.topk:
+            features |= {"topk_ids": torch.zeros(1, 1, dtype=torch.int32), "topk_logprobs": torch.zeros(1, 1)}
+        return features

@@ -6,10 +6,11 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from .arguments import refuse_ignored, settle_packing
+from .arguments import refuse_ignored, settle_packing, settle_precision
 from .held_out import settle_evaluation
 from .recipes import DEFAULT_RECIPE, RECIPES, read_stages, recipe_file, stage_values
 from .stages import Stage
+from .zero import check_zero, check_zero_asked
 
 
 TEACHER_REMEDIES = {
@@ -142,12 +143,15 @@ class DistillConfig(TrainingArguments):
 
     def __post_init__(self):
         refuse_ignored(self)
+        settle_precision(self)
         stages = self.get_stages()
         by_muon = next((stage.name for stage in stages if stage.muon), None)
         if by_muon and not str(getattr(self.optim, "value", self.optim)).startswith("adamw_torch"):
             raise ValueError(f"{by_muon}: muon takes AdamW for all but matrices: leave optim={self.optim!r} out")
         settle_evaluation(self)
+        check_zero_asked(self)
         super().__post_init__()
+        check_zero(self)
         settle_packing(self)
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False

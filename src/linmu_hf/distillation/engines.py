@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 
 def is_sharded(args) -> bool:
-    """Returns whether parameters are spread over processes, as these arguments or `accelerate launch` say."""
-    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    """Returns whether an engine takes a model apart for good, as these arguments or `accelerate launch` say."""
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return bool(args.fsdp) or launched or args.deepspeed_plugin is not None
 
 
 def prepare_fsdp(accelerator: Accelerator, plugin_args: dict[str, Any] | None) -> bool:

@@ -150,8 +150,8 @@ def check_on_policy(config, stages: Sequence[Stage], stored: bool = False) -> No
                 )
         if stage.lmbda and is_sharded(config):
             raise ValueError(
-                f"{stage.name}: lmbda={stage.lmbda} lets the student generate, which parameters that FSDP2 spreads "
-                "over processes cannot: leave fsdp out, so that DDP runs, or set lmbda=0"
+                f"{stage.name}: lmbda={stage.lmbda} lets the student generate, which FSDP2 and ZeRO, having taken it "
+                "apart, cannot: leave fsdp out, or deepspeed, so that DDP runs, or set lmbda=0"
             )
         if stage.lmbda and config.max_length is not None:
             raise ValueError(

@@ -116,7 +116,7 @@ def arrange(
         batch_size (`int`, *optional*, defaults to 1): Rows, or packs, of a micro-batch of all processes.
         seed (`int`, *optional*, defaults to 0): Decides the order of a stream, and which rows share a pack.
     """
-    collator = DistillCollator(pad_token_id, pseudo, packing)
+    collator = DistillCollator(pad_token_id, pseudo, packing, topk=dataset.stored_topk is not None)
     if isinstance(dataset, EncodedStream):
         dataset.batch_size, dataset.seed = batch_size, seed
         return (PackedStream(dataset, max_length) if packing and max_length else dataset), collator

@@ -50,6 +50,7 @@ from .targets.store import PseudoTargets
 from .teacher import SharedTeacher, Teacher, as_teacher
 from .trainer import DistillTrainer
 from .training_rows import TrainingRows, check_rows, first_row, open_held_out, open_rows, readable_rows
+from .zero import check_zero_stages
 
 
 PSEUDO_COLUMN = "pseudo_messages"
@@ -117,6 +118,7 @@ def distill(
     features = open_rows(config, processor, dataset)
     _check_inputs(config, stages, student, teacher, features)
     check_stages(student, stages)
+    check_zero_stages(config, student, stages)
     config = _evaluating(config) if eval_dataset is not None else config
     check_evaluation(config, stages, _replaced(student), eval_dataset is not None)
     held_out = open_held_out(config, processor, eval_dataset)
@@ -222,7 +224,7 @@ def _train(
     Trains the student, from the last checkpoint on if there is one, and leaves it with the best weights if they are
     asked for; returns the rows of the log.
     """
-    # FSDP2 and ZeRO-3 take a model apart for good: they get one of their own.
+    # FSDP2 and ZeRO take a model apart for good: they get one of their own.
     ours = (student, teacher)
     student, teacher = copy.deepcopy(ours) if is_sharded(args) else ours
     # The Trainer writes its own choice into the config, which the stage's folder would keep.

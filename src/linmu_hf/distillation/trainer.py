@@ -5,6 +5,8 @@ import time
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
@@ -26,6 +28,7 @@ from .sampling import Order, StageSampler, in_order, shuffled
 from .stages import Stage, parameter_groups
 from .teacher import as_teacher
 from .training_rows import GROUPED, TrainingRows
+from .zero import join_gradients, settle_zero
 
 
 class DistillTrainer(Trainer):
@@ -115,9 +118,11 @@ class DistillTrainer(Trainer):
         self._first_unlogged_step = 0
         self._seconds_before: float | None = None  # of the run that this one continues
         if args.world_size > 1:
+            complete = touch_parameters if args.deepspeed_plugin is None else join_gradients
             for index in wrapped.replaced:
-                touch_parameters(model.model.language_model.layers[index].mixer)
-        self.add_callback(FillGradients)
+                complete(model.model.language_model.layers[index].mixer)
+        if args.deepspeed_plugin is None:  # which takes a missing gradient for zeros itself
+            self.add_callback(FillGradients)
         self.add_callback(LogLastStep)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -158,6 +163,7 @@ class DistillTrainer(Trainer):
         return (loss, None) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples, device):
+        self._share_skipped(self.features)
         counts = self._count(batch_samples).to(device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "sum")
@@ -183,6 +189,11 @@ class DistillTrainer(Trainer):
         place = (number * args.world_size + args.process_index) * args.per_device_train_batch_size
         with self.accelerator.autocast():
             return self.collator.batch(self.on_policy(items, self.state.global_step, place))
+
+    def _share_skipped(self, rows: TrainingRows) -> None:
+        """Counts the unreadable rows of all processes together, so that `max_bad_rows` is their limit."""
+        if self.args.world_size > 1 and rows.skipped.limit:
+            rows.skipped.merge(set().union(*gather_object([rows.skipped.skipped()])))
 
     @property
     def rows_per_step(self) -> int:
@@ -269,7 +280,10 @@ class DistillTrainer(Trainer):
             raise ValueError("no held-out rows: give eval_dataset")
         model, training = self.model_wrapped, self.model_wrapped.training
         collator = DistillCollator(
-            rows.processor.tokenizer.pad_token_id, pseudo=self.stage.seq > 0, packing=bool(args.packing)
+            rows.processor.tokenizer.pad_token_id,
+            pseudo=self.stage.seq > 0,
+            packing=bool(args.packing),
+            topk=rows.stored_topk is not None,
         )
         batches = self.callback_handler.eval_dataloader = loader(rows, collator, args)
 
@@ -285,6 +299,7 @@ class DistillTrainer(Trainer):
         finally:
             model.train(training)
             reshard(model)
+        self._share_skipped(rows)
         figures = means(sums, counts, self.stage, self.distillation.replaced)
         figures["runtime"] = round(time.perf_counter() - start, 3)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in figures.items()}
@@ -301,7 +316,11 @@ class DistillTrainer(Trainer):
     # ---- Engines
 
     def create_accelerator_and_postprocess(self):
+        if self.args.deepspeed_plugin is not None:
+            AcceleratorState._reset_state()  # it takes one plugin, that of the stage before
+            settle_zero(self.args)
         super().create_accelerator_and_postprocess()
+        self.is_deepspeed_enabled = False  # accelerate knows; the Trainer would ask for checkpoints of DeepSpeed's
         self.is_fsdp_enabled = prepare_fsdp(self.accelerator, self.args.fsdp_plugin_args)
 
     # ---- Checkpoints: what trains, and no more
