@@ -6,8 +6,9 @@ kill leaves may load as something else.
     python tools/chaos_distill.py [--runs 20] [--seed N] [--json FILE]
 
 Half of the moments are random times, half come shortly after something on disk: a checkpoint or a stage's folder that
-is being written, a stage that is finished, the teacher's answers. Every run is a process group of its own, forked from
-this process once all is imported. With two processes, which have torchrun's environment variables, the whole group is
+is being written, a stage that is finished, a group of layers that begins or ends, the teacher's answers. With one
+process the teacher-fed stage trains two layers at a time. Every run is a process group of its own, forked from this
+process once all is imported. With two processes, which have torchrun's environment variables, the whole group is
 killed. Exit code 1: a run that ended otherwise.
 """
 
@@ -49,7 +50,8 @@ LEFT_OVER = (".running", ".partial", ".old", ".part", ".lock")
 
 # What is on disk when a kill comes a little later.
 MOMENTS = {
-    "a checkpoint": "*.running/checkpoint-*",
+    "a checkpoint": "*.running/**/checkpoint-*",
+    "a group of layers": "align.running/layers-*",
     "a stage's folder": "*.partial",
     "a finished stage": "*/training_log.jsonl",
     "the teacher's answers": "pseudo_targets/shard-*/answers.jsonl",
@@ -131,6 +133,8 @@ def command(folder: Path, out: Path, processes: int) -> list[str]:
         "use_cpu": True,
         "disable_tqdm": True,
     }
+    if processes == 1:
+        values["layers_at_a_time"] = 2
     return [part for name, value in values.items() for part in (f"--{name}", str(value))]
 
 
@@ -265,9 +269,9 @@ def check_end(out: Path, whole: Path) -> list[str]:
 
 
 def _losses(out: Path) -> list[dict[str, object]]:
-    """The log's figures but for summaries: a stage that was killed after its last checkpoint has none."""
+    """The log's figures but for times and summaries: a stage that was killed after its last checkpoint has none."""
     rows = map(json.loads, (out / "training_log.jsonl").read_text().splitlines())
-    return [row for row in rows if "loss" in row]
+    return [{**row, "seconds": None} for row in rows if "loss" in row]
 
 
 def main() -> int:

@@ -72,6 +72,7 @@ ESTIMATE_ONLY = ("gpu", "gpus", "engine", "sequence_length")
 
 
 def run(script: ScriptArguments, config) -> dict:
+    from ..distillation.arguments import check_layers_at_a_time
     from ..distillation.loading import load_as_teacher
     from ..distillation.processes import is_main, on_main
     from ..distillation.runner import check_output, distill
@@ -84,6 +85,8 @@ def run(script: ScriptArguments, config) -> dict:
     if read_raw_config(script.model)["model_type"] != LinMUConfig.model_type:
         raise ValueError(f"{script.model} is no LinMU model: make one of it with `linmu-convert` first")
     check_output(config)
+    stages = config.get_stages()
+    check_layers_at_a_time(config, stages)
     dataset = load_training_rows(
         script.dataset, script.dataset_train_split, streaming=script.streaming, seed=config.seed
     )
@@ -95,7 +98,6 @@ def run(script: ScriptArguments, config) -> dict:
     options = {"dtype": None if config.bf16 else "float32", **config.teacher_options()}
     attention, revision = options.pop("attn_implementation", None), options["revision"]
     check_tokenizers(processor.tokenizer, load_processor(teacher_path, revision=revision).tokenizer)
-    stages = config.get_stages()
     teacher = load_as_teacher(student, teacher_path, stages, config.shared_teacher, attention, **options)
 
     repo = on_main(lambda: _prepare_push(config))
@@ -147,6 +149,7 @@ def run(script: ScriptArguments, config) -> dict:
 def estimate(script: ScriptArguments, config) -> str:
     """Returns memory and time of every stage, and what to change if one does not fit."""
     from ..distillation import estimate as estimates
+    from ..distillation.arguments import check_layers_at_a_time
     from ..distillation.tracing import Shape
 
     name = script.teacher or config.teacher_model_name_or_path
@@ -157,6 +160,8 @@ def estimate(script: ScriptArguments, config) -> str:
     student = _read_config(script.model) if script.model else teacher
     estimates.check_fits_teacher(student, teacher)
     machine = estimates.Machine(script.gpu or DEFAULT_GPU, script.gpus or 1, script.engine)
+    stages = config.get_stages()
+    check_layers_at_a_time(config, stages, machine.count)
     shape = Shape(
         script.sequence_length or 8192,
         config.per_device_train_batch_size,
@@ -164,10 +169,11 @@ def estimate(script: ScriptArguments, config) -> str:
         shared=config.shared_teacher is not False,
         checkpoints=config.gradient_checkpointing,
         logits_chunk_size=config.logits_chunk_size,
+        layers=config.layers_at_a_time,
     )
     micro_batches = config.gradient_accumulation_steps
     found: list[Any] = []
-    for stage in config.get_stages():
+    for stage in stages:
         if shape.shared and any(one.stage.lora_r for one in found):
             shape = replace(shape, shared=False)  # adapters were merged into the backbone
         found.append(estimates.estimate_stage(student, stage, shape, machine, micro_batches))

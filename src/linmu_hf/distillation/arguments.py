@@ -1,9 +1,13 @@
 """Which of `TrainingArguments` a distillation honours and which it refuses, in one table."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import MISSING, fields
 
 from transformers import TrainingArguments
+
+from .engines import is_sharded
+from .stages import Stage
 
 
 # Honoured, and they decide the result: a run is continued only with the same values.
@@ -126,3 +130,33 @@ def settle_packing(config) -> None:
             "accelerator_config: dispatch_batches=True is not supported: every process reads its own rows"
         )
     config.accelerator_config.dispatch_batches = False
+
+
+def check_layers_at_a_time(config, stages: Sequence[Stage] | None = None, gpus: int = 1) -> None:
+    """
+    Raises a `ValueError` where `layers_at_a_time` cannot be had or would have no effect.
+
+    Args:
+        config (`DistillConfig`): The arguments.
+        stages (`Sequence[Stage]`, *optional*): What is going to be trained.
+        gpus (`int`, *optional*, defaults to 1): Those of an estimate.
+    """
+    if config.layers_at_a_time is None:
+        return
+    given = f"layers_at_a_time={config.layers_at_a_time}"
+    if config.layers_at_a_time < 1:
+        raise ValueError(f"{given} must be at least 1")
+    if max(config.world_size, gpus) > 1 or is_sharded(config):
+        raise ValueError(f"{given} is for one GPU: leave it out, and FSDP2 spreads layers and states over several")
+    if config.shared_teacher is False:
+        raise ValueError(f"{given} needs a teacher on the student's backbone: leave shared_teacher=False out")
+    if config.load_best_model_at_end:
+        raise ValueError(
+            f"{given} ends one group of layers before the next begins, and load_best_model_at_end=True takes the best "
+            "step of all: leave one of them out"
+        )
+    if stages is not None and not any(stage.hidden_input == "teacher" for stage in stages):
+        raise ValueError(
+            f"{given} has no effect, for no stage has hidden_input: teacher: set it for a stage of `hid` alone, or "
+            "leave the option out"
+        )

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from .arguments import refuse_ignored, settle_packing, settle_precision
+from .arguments import check_layers_at_a_time, refuse_ignored, settle_packing, settle_precision
 from .held_out import settle_evaluation
 from .recipes import DEFAULT_RECIPE, RECIPES, read_stages, recipe_file, stage_values
 from .stages import Stage
@@ -46,6 +46,10 @@ class DistillConfig(TrainingArguments):
         shared_teacher (`bool`, *optional*):
             Whether the teacher runs on the student's own backbone, with its attention beside M-MATE: one model in
             memory in place of two. By default where all other weights are equal and no stage trains them.
+        layers_at_a_time (`int`, *optional*):
+            Stages that the teacher feeds (`hidden_input="teacher"`) train so many layers after one another, each group
+            with all the steps of its stage, so that gradients and optimizer states of no more layers are held. One
+            process and a shared teacher; `max_grad_norm` bounds the gradients of a group. Other stages run as without.
         recipe (`str`, *optional*, defaults to `"paper"`):
             A list of stages that is shipped: `"paper"`, `"default"` (what was measured to be best) or `"quick"`.
         stages (`str` or `Sequence[Stage | Mapping]`, *optional*):
@@ -92,6 +96,11 @@ class DistillConfig(TrainingArguments):
     )
     shared_teacher: bool | None = field(
         default=None, metadata={"help": "Whether teacher and student share one backbone, by default where they can."}
+    )
+
+    layers_at_a_time: int | None = field(
+        default=None,
+        metadata={"help": "Layers that a teacher-fed stage trains at a time, all its steps for each group of them."},
     )
 
     recipe: str | None = field(
@@ -153,6 +162,7 @@ class DistillConfig(TrainingArguments):
         super().__post_init__()
         check_zero(self)
         settle_packing(self)
+        check_layers_at_a_time(self)
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
         for name in ("temperature", "slow_lr_multiplier"):

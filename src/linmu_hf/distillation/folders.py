@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import copy_file, whole_folder, write_text
+from .checkpoints import save_trained
 from .config import DistillConfig
 from .plots import plot_error_map, plot_training_log
 from .stages import Stage, is_stage_name
@@ -112,7 +113,7 @@ def write_stage(
     with whole_folder(out / stages[-1].name) as folder:
         student.save_pretrained(folder)
         processor.save_pretrained(folder)
-        (folder / LOG).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        _write_log(folder, rows)
         rows = logged(out, stages[:-1]) + rows
         plot_training_log(rows, folder / CURVES)
         plot_error_map(rows, folder / ERROR_MAP)
@@ -120,9 +121,25 @@ def write_stage(
             finish_folder(folder, stages, rows)
 
 
+def write_group(folder: Path, student, rows: list[dict[str, Any]]) -> None:
+    """Writes what a group of layers has become and its log, whole or not at all; no model."""
+    with whole_folder(folder) as partial:
+        save_trained(student, partial)
+        _write_log(partial, rows)
+
+
 def logged(out: Path, stages: Sequence[Stage]) -> list[dict[str, Any]]:
     """The rows of the logs of finished stages."""
-    return [json.loads(line) for stage in stages for line in (out / stage.name / LOG).read_text().splitlines()]
+    return [row for stage in stages for row in read_log(out / stage.name)]
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The rows of the log in a folder."""
+    return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+
+
+def _write_log(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    write_text(folder / LOG, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def publish(stage: Path, out: Path, rows: list[dict[str, Any]]) -> None:
@@ -136,4 +153,4 @@ def publish(stage: Path, out: Path, rows: list[dict[str, Any]]) -> None:
         if path.name != LOG and not (path.name == CARD and target.exists()):
             target.parent.mkdir(exist_ok=True, parents=True)
             copy_file(path, target)
-    write_text(out / LOG, "".join(json.dumps(row) + "\n" for row in rows))
+    _write_log(out, rows)

@@ -1,6 +1,6 @@
 """One step of a distillation as one module: student, teacher and losses, which engines wrap as a whole."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -34,6 +34,9 @@ class DistillationModel(nn.Module):
         logits_chunk_size (`int`, *optional*, defaults to 1024): Positions whose logits exist at a time.
         checkpoints (`bool`, *optional*, defaults to `False`): Whether the student's activations are checkpointed.
         position_shift (`int`, *optional*, defaults to 0): Largest number that is added to all positions of a row.
+        layers (`Sequence[int]`, *optional*): The replaced layers that are compared in a step that the teacher feeds,
+            by default all. Losses are those of all layers, so that the losses of disjoint groups add up. Given, no
+            parameter is moved when this module is: [`LayerOffload`] says where they are.
     """
 
     def __init__(
@@ -45,12 +48,14 @@ class DistillationModel(nn.Module):
         logits_chunk_size: int = 1024,
         checkpoints: bool = False,
         position_shift: int = 0,
+        layers: Sequence[int] | None = None,
     ):
         super().__init__()
         self.student, self.teacher, self.stage = student, teacher, stage
         self.temperature, self.logits_chunk_size, self.checkpoints = temperature, logits_chunk_size, checkpoints
         self.config, self.position_shift = student.config, position_shift
         self.replaced = recurrent_layers(student.config.text_config.layer_types)
+        self.compared, self.moves = list(self.replaced if layers is None else layers), layers is None
         ours, theirs = student.config.text_config, teacher.config.text_config
         self.comparable = (ours.hidden_size, len(ours.layer_types)) == (theirs.hidden_size, len(theirs.layer_types))
         # What FSDP2 loads piece by piece. Not the vision side: a process with text alone would not ask for it, and the
@@ -62,6 +67,9 @@ class DistillationModel(nn.Module):
         super().train(mode and self.stage.hidden_input == "student")
         self.training = mode
         return self
+
+    def _apply(self, fn, recurse=True):
+        return super()._apply(fn, recurse) if self.moves else self
 
     def tie_weights(self, **kwargs) -> None:
         self.student.tie_weights(**kwargs)
@@ -144,8 +152,8 @@ class DistillationModel(nn.Module):
             embeds = model.embed_prompt(prompt, features)
         own, given = {"media": media} if isinstance(self.teacher, SeparateTeacher) else {}, embeds.detach()
 
-        def teach(see: See | None = None) -> Tensor:
-            return self.teacher(prompt, features, given, see=see, **own)
+        def teach(see: See | None = None, num_layers: int | None = None) -> Tensor:
+            return self.teacher(prompt, features, given, see=see, num_layers=num_layers, **own)
 
         if self.checkpoints and self.training and frozen:
             # A reentrant checkpoint without an input to differentiate would silently drop all gradients.
@@ -169,7 +177,7 @@ class DistillationModel(nn.Module):
         memory holds the activations of one block, whatever the number of layers.
         """
         text: Any = self.student.model.language_model
-        kinds = sorted({self.config.text_config.layer_types[index] for index in self.replaced})
+        kinds = sorted({self.config.text_config.layer_types[index] for index in self.compared})
         rope, layout, _ = text.prepare(
             embeds, prompt.mask, prompt.positions, prompt.vision_layout, packed=prompt.lengths, layer_types=kinds
         )
@@ -190,7 +198,7 @@ class DistillationModel(nn.Module):
             return found
 
         def see(index: int, mixer_input: Tensor, mixer_output: Tensor, layer: nn.Module | None) -> Tensor | None:
-            if index not in self.replaced:
+            if index not in self.compared:
                 return None
             run = partial(fit, mixer_output)
             # Inside the layer's call where its parameters are loaded already, else in a call of its own.
@@ -198,8 +206,8 @@ class DistillationModel(nn.Module):
             return found[index][0]
 
         takes_gradients = torch.is_grad_enabled()
-        teach(see)
-        losses, errors, energies = zip(*(found[index] for index in self.replaced))
+        teach(see, self.compared[-1] + 1)
+        losses, errors, energies = zip(*(found[index] for index in self.compared))
         return {"hid": torch.stack(losses).sum()}, {"errors": torch.cat(errors), "energies": torch.cat(energies)}
 
     # ---- Losses on the logits

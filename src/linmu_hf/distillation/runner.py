@@ -4,9 +4,8 @@ import copy
 import json
 import re
 import shutil
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
@@ -14,41 +13,36 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from transformers import TrainerState, set_seed
+from transformers import set_seed
 from transformers.trainer_utils import IntervalStrategy
 
 from ..conversion.teacher import check_pair
 from ..files import disk_errors, locked
 from ..modeling.mixers import recurrent_layers
-from .arguments import RESULT
-from .checkpoints import load_trained
+from .arguments import RESULT, check_layers_at_a_time
 from .collator import EncodedDataset, EncodePseudo, encode_row
 from .config import DistillConfig
-from .engines import is_sharded
 from .fingerprint import fingerprint_processor, fingerprint_rows, fingerprint_weights
 from .folders import (
     PSEUDO_TARGETS,
     FinishFolder,
     check_output,
-    last_checkpoint,
     logged,
     prepare_output,
     publish,
     write_stage,
 )
 from .held_out import check_evaluation
-from .lora import add_lora, merge_lora
+from .lora import add_lora
 from .on_policy import check_on_policy
 from .processes import on_main
 from .recipes import read_stages
-from .stages import Stage, check_stages, set_trainable
+from .stage_training import train_stage
+from .stages import Stage, check_stages
 from .targets.encode import encode_stored, stored_topk
 from .targets.fill import decode_pseudo_targets, describe
 from .targets.store import PseudoTargets
 from .teacher import SharedTeacher, Teacher, as_teacher
-from .trainer import DistillTrainer
 from .training_rows import TrainingRows, check_rows, first_row, open_held_out, open_rows, readable_rows
 from .zero import check_zero_stages
 
@@ -59,6 +53,7 @@ PSEUDO_COLUMN = "pseudo_messages"
 ARGUMENTS = (
     *RESULT,
     "packing",
+    "layers_at_a_time",
     "max_length",
     "shuffle_buffer_size",
     "slow_lr_multiplier",
@@ -112,6 +107,7 @@ def distill(
     """
     config.refuse_push_to_hub()
     stages = config.get_stages() if stages is None else read_stages(stages)
+    check_layers_at_a_time(config, stages)
     out = Path(config.output_dir)
     on_main(lambda: check_output(config))
     check_on_policy(config, stages)
@@ -171,7 +167,13 @@ def _teacher(config: DistillConfig, stages: Sequence[Stage], student, teacher) -
             f"the teacher shares the student's backbone, but {reason}: set shared_teacher=False, and it gets memory "
             "of its own"
         )
-    return as_teacher(student, teacher, False if reason else config.shared_teacher)
+    teacher = as_teacher(student, teacher, False if reason else config.shared_teacher)
+    if config.layers_at_a_time and not isinstance(teacher, SharedTeacher):
+        raise ValueError(
+            f"layers_at_a_time={config.layers_at_a_time} needs a teacher on the student's backbone, but "
+            f"{reason or 'their weights differ'}: leave it out"
+        )
+    return teacher
 
 
 def _run_stage(
@@ -190,85 +192,10 @@ def _run_stage(
     set_seed(args.seed)  # LoRA starts from random numbers
     if stage.lora_r:
         add_lora(student, stage.lora_r, stage.alpha())
-    set_trainable(student, stage)
-    dtypes = _train_in_fp32(student)
-    with _own_tracker():
-        rows = _train(args, stage, title, student, teacher, features, held_out, running)
-    _finish_training(student, stage, dtypes)
+    rows = train_stage(args, stage, title, student, teacher, features, held_out)
     rows = [{"stage": stage.name, **row} for row in rows]
     on_main(lambda: write_stage(out, stages, student, features.processor, rows, finish_folder))
     on_main(lambda: shutil.rmtree(running, ignore_errors=True))
-
-
-@contextmanager
-def _own_tracker() -> Iterator[None]:
-    """Ends the run of W&B that a stage has begun, or the next stage would go on in it, under the same name."""
-    before = getattr(sys.modules.get("wandb"), "run", None)
-    yield
-    tracker: Any = sys.modules.get("wandb")
-    if before is None and getattr(tracker, "run", None) is not None:
-        tracker.finish()
-
-
-def _train(
-    args: DistillConfig,
-    stage: Stage,
-    title: str,
-    student,
-    teacher: Teacher,
-    features: TrainingRows,
-    held_out: EncodedDataset | None,
-    running: Path,
-) -> list[dict[str, Any]]:
-    """
-    Trains the student, from the last checkpoint on if there is one, and leaves it with the best weights if they are
-    asked for; returns the rows of the log.
-    """
-    # FSDP2 and ZeRO take a model apart for good: they get one of their own.
-    ours = (student, teacher)
-    student, teacher = copy.deepcopy(ours) if is_sharded(args) else ours
-    # The Trainer writes its own choice into the config, which the stage's folder would keep.
-    use_cache = student.config.__dict__.get("use_cache")
-    trainer = DistillTrainer(student, teacher, args, stage, features, held_out, title)
-    checkpoint = on_main(lambda: last_checkpoint(running))
-    state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json") if checkpoint else TrainerState()
-    trainer.args.eval_on_start &= checkpoint is None
-    if state.global_step < stage.max_steps:
-        trainer.train(resume_from_checkpoint=checkpoint)
-        state = trainer.state
-    else:  # killed after the last step; resuming would train one step too many
-        best = args.load_best_model_at_end and state.best_model_checkpoint
-        trainer._load_from_checkpoint(running / Path(best).name if best else checkpoint)  # the folder may have moved
-    rows = state.log_history
-    if args.load_best_model_at_end and state.best_model_checkpoint:
-        rows = [*rows, {"step": state.global_step, "best_step": state.best_global_step}]
-
-    if student is not ours[0]:
-        trainer.save_model(str(running / "trained"))
-        on_main(lambda: None)
-        load_trained(ours[0], running / "trained")
-        return rows
-    student.config.__dict__.pop("use_cache", None)
-    if use_cache is not None:
-        student.config.use_cache = use_cache
-    if args.gradient_checkpointing:  # the name in every Transformers of the range
-        student.gradient_checkpointing_disable()
-    return rows
-
-
-def _finish_training(student: nn.Module, stage: Stage, dtypes: dict[str, torch.dtype]) -> None:
-    """Back to an ordinary model: adapters merged, nothing trainable, the dtypes of before."""
-    for name, parameter in student.named_parameters():
-        if parameter.requires_grad and not parameter.isfinite().all():
-            raise FloatingPointError(
-                f"{stage.name}: {name} is not finite after the last step: lower its learning rate"
-            )
-    merge_lora(student)
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_(False)
-        if name in dtypes:
-            parameter.data = parameter.data.to(dtypes[name])
-    student.eval()
 
 
 def _stage_arguments(config: DistillConfig, index: int, stage: Stage, out: Path) -> DistillConfig:
@@ -279,15 +206,6 @@ def _stage_arguments(config: DistillConfig, index: int, stage: Stage, out: Path)
     if config.data_seed is not None:
         args.data_seed = config.data_seed + index
     return args
-
-
-def _train_in_fp32(student: nn.Module) -> dict[str, torch.dtype]:
-    """Turns half-precision parameters that train into fp32, for small updates count; returns what they were."""
-    dtypes = {name: p.dtype for name, p in student.named_parameters() if p.requires_grad and p.dtype.itemsize < 4}
-    for name, parameter in student.named_parameters():
-        if name in dtypes:
-            parameter.data = parameter.data.float()
-    return dtypes
 
 
 def _pseudo_encoder(config: DistillConfig, teacher: Teacher, features: TrainingRows, out: Path) -> EncodePseudo:

@@ -74,7 +74,12 @@ class SharedTeacher(Teacher):
         return self.student.lm_head
 
     def forward(
-        self, prompt: Prompt, features: Mapping[str, Tensor], embeds: Tensor, see: See | None = None
+        self,
+        prompt: Prompt,
+        features: Mapping[str, Tensor],
+        embeds: Tensor,
+        see: See | None = None,
+        num_layers: int | None = None,
     ) -> Tensor:
         """
         Args:
@@ -82,6 +87,7 @@ class SharedTeacher(Teacher):
             features (`Mapping[str, Tensor]`): Of the student's vision side; already in `embeds`.
             embeds (`Tensor` of shape `[b, t, d]`): The student's embeddings of the prompt.
             see (`Callable`, *optional*): Is shown every layer's states.
+            num_layers (`int`, *optional*): Layers to run, by default all.
         """
         text: Any = self.student.model.language_model
         with torch.no_grad(), adapters_off(self.student):
@@ -99,7 +105,7 @@ class SharedTeacher(Teacher):
                 return layer.after_mixer(hidden_states, mixer_output), seen
 
             hidden_states = embeds
-            for layer in text.layers:
+            for layer in text.layers[:num_layers]:
                 hidden_states, _ = layer(hidden_states, run=run)
             return text.norm(hidden_states)
 
@@ -146,11 +152,17 @@ class SeparateTeacher(Teacher):
 
     @torch.no_grad()
     def forward(
-        self, prompt: Prompt, features: Mapping[str, Tensor], embeds: Tensor, see: See | None = None, media=None
+        self,
+        prompt: Prompt,
+        features: Mapping[str, Tensor],
+        embeds: Tensor,
+        see: See | None = None,
+        num_layers: int | None = None,
+        media=None,
     ) -> Tensor:
         """
         Args:
-            prompt, features, embeds, see: As in [`SharedTeacher`]; the embeddings are not used.
+            prompt, features, embeds, see, num_layers: As in [`SharedTeacher`]; the embeddings are not used.
             media (`dict[str, Medium]`, *optional*): Pixels and grids, which a vision side of its own reads.
         """
         model, text = self.model.model, self.model.model.language_model
@@ -161,7 +173,7 @@ class SeparateTeacher(Teacher):
         rope, layout, attention = text.prepare(
             hidden_states, mask, prompt.positions, prompt.vision_layout, packed=prompt.lengths
         )
-        for layer in text.layers:
+        for layer in text.layers[:num_layers]:
             hidden_states, mixer_input, mixer_output = layer(hidden_states, rope, layout, attention)
             if see is not None:
                 see(layer.layer_idx, mixer_input, mixer_output, None)

@@ -27,8 +27,10 @@ from .stages import Stage, parameter_groups, set_trainable
 from .teacher import SeparateTeacher, SharedTeacher
 
 
-# Layers of the decoders that are run: two apart, for every other layer shifts its windows.
-FEW, MORE = 1, 3
+# Layers of the decoders that are run: more than one, for the first reads the embeddings themselves, and two apart, for
+# every other layer shifts its windows.
+FEW, MORE = 2, 4
+ATTENTION = 2  # that keep attention
 
 # Text and vision tokens that are run in place of more: once the windows of all branches are full, memory grows in
 # proportion to both. Full attention is counted by the square of the length.
@@ -53,6 +55,7 @@ class Shape:
         checkpoints (`bool`, *optional*, defaults to `False`): Gradient checkpointing.
         accumulates (`bool`, *optional*, defaults to `False`): Gradients of earlier micro-batches are there.
         logits_chunk_size (`int`, *optional*, defaults to 1024): As in [`DistillConfig`].
+        layers (`int`, *optional*): Its `layers_at_a_time`.
     """
 
     sequence_length: int
@@ -65,6 +68,7 @@ class Shape:
     checkpoints: bool = False
     accumulates: bool = False
     logits_chunk_size: int = 1024
+    layers: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -189,8 +193,9 @@ def _trace(student: Any, stage: Stage, shape: Shape, text: int, vision: int) -> 
     more = run(*(recurrent[:1] * MORE))
     trace = more.plus(more.plus(few, -1), (len(recurrent) - MORE) / (MORE - FEW))
     if kept:
-        attention = run(*(recurrent[:1] * FEW), *(["full_attention"] * FEW))
-        trace = trace.plus(attention.plus(few, -1), kept / FEW)
+        # In front, for a step fed by the teacher ends with the last replaced layer; and two, as above.
+        attention = run(*(["full_attention"] * ATTENTION), *(recurrent[:1] * FEW))
+        trace = trace.plus(attention.plus(few, -1), kept / ATTENTION)
     return trace
 
 
@@ -306,7 +311,11 @@ class _Step(DistillationModel):
         embeds = embeds.clone()
         if self.checkpoints and self.training:
             embeds = embeds.requires_grad_()
-        return prompt, lambda see=None: self.teacher(prompt, {}, embeds.detach(), see=see), embeds
+
+        def teach(see=None, num_layers=None):
+            return self.teacher(prompt, {}, embeds.detach(), see=see, num_layers=num_layers)
+
+        return prompt, teach, embeds
 
 
 class _Positions(TorchDispatchMode):

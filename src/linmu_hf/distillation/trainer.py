@@ -2,6 +2,7 @@
 
 import copy
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ class DistillTrainer(Trainer):
         train_dataset (`EncodedDataset` or `EncodedStream`): the rows, which are packed or padded as `args` say.
         eval_dataset (`EncodedDataset`, *optional*): held-out rows.
         title (`str`, *optional*): what the progress bar is called; by default the stage's name.
+        layers (`Sequence[int]`, *optional*): the only layers that are compared, see [`DistillationModel`].
         kwargs: passed on to [`~transformers.Trainer`].
     """
 
@@ -71,6 +73,7 @@ class DistillTrainer(Trainer):
         train_dataset: TrainingRows,
         eval_dataset: EncodedDataset | None = None,
         title: str | None = None,
+        layers: Sequence[int] | None = None,
         **kwargs,
     ):
         args.refuse_push_to_hub()
@@ -102,6 +105,7 @@ class DistillTrainer(Trainer):
             logits_chunk_size=args.logits_chunk_size,
             checkpoints=args.gradient_checkpointing,  # the name in every Transformers of the range
             position_shift=args.position_shift,
+            layers=layers,
         )
         super().__init__(
             model=wrapped,
@@ -119,7 +123,7 @@ class DistillTrainer(Trainer):
         self._seconds_before: float | None = None  # of the run that this one continues
         if args.world_size > 1:
             complete = touch_parameters if args.deepspeed_plugin is None else join_gradients
-            for index in wrapped.replaced:
+            for index in wrapped.compared:
                 complete(model.model.language_model.layers[index].mixer)
         if args.deepspeed_plugin is None:  # which takes a missing gradient for zeros itself
             self.add_callback(FillGradients)
@@ -257,7 +261,7 @@ class DistillTrainer(Trainer):
             for key, value in sums.items():
                 if key not in ("errors", "energies"):
                     logs[key if key == "agreement" else f"loss_{key}"] = float(value) / steps
-            logs.update(relative_errors(sums, self.distillation.replaced))
+            logs.update(relative_errors(sums, self.distillation.compared))
         super().log(logs, start_time)
 
     # ---- Held-out rows
@@ -300,7 +304,7 @@ class DistillTrainer(Trainer):
             model.train(training)
             reshard(model)
         self._share_skipped(rows)
-        figures = means(sums, counts, self.stage, self.distillation.replaced)
+        figures = means(sums, counts, self.stage, self.distillation.compared)
         figures["runtime"] = round(time.perf_counter() - start, 3)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in figures.items()}
         self.log(dict(metrics))
