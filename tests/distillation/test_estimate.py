@@ -5,11 +5,11 @@ import torch
 
 from linmu_hf import LinMUConfig
 from linmu_hf.commands import distill
-from linmu_hf.distillation.estimate import Machine, advise, count_parameters, estimate_stage
+from linmu_hf.distillation.estimate import GPUS, Machine, advise, count_parameters, estimate_stage
 from linmu_hf.distillation.stages import Stage
 from linmu_hf.distillation.tracing import Shape, build_on_meta
 
-from ..helpers.training_memory import build, measure, student_config
+from ..helpers.training_memory import build, measure, measure_group, student_config
 
 
 pytestmark = pytest.mark.core_training
@@ -31,6 +31,34 @@ def test_estimate_is_within_15_percent_of_what_is_held(kind, shared):
     measured = measure(config, STAGES[kind], tokens=512, vision=256, checkpoints=checkpoints, shared=shared)
     estimate = estimate_stage(config, STAGES[kind], shape, Machine("h100"))
     assert abs(estimate.total / measured.total() - 1) < 0.15
+
+
+def test_estimate_of_a_few_layers_at_a_time_is_what_their_steps_hold_and_multiply():
+    """Memory within 15% of the steps of a group, products within 5% of one step of every group."""
+    config, groups = student_config(layers=5, hidden_size=128, intermediate_size=512), [[0, 1], [2, 3], [4]]
+    estimate = estimate_stage(config, STAGES["teacher-fed"], replace(SHAPE, layers=2), Machine("h100"))
+    held, multiplied = zip(*(measure_group(config, STAGES["teacher-fed"], group) for group in groups))
+    assert abs(estimate.total / max(held) - 1) < 0.15
+    assert abs(estimate.flops / sum(multiplied) - 1) < 0.05
+    whole = estimate_stage(config, STAGES["teacher-fed"], SHAPE, Machine("h100"))
+    assert estimate.trained == whole.trained and estimate.memory["optimizer states"] < whole.memory["optimizer states"]
+
+
+def test_cpu_memory_holds_both_models_and_a_checkpoint():
+    config = student_config(layers=3, intermediate_size=600)
+    model = build(config, STAGES["teacher-fed"], shared=True, checkpoints=False)
+    found = estimate_stage(config, STAGES["teacher-fed"], replace(SHAPE, layers=1), Machine("h100"))
+    weights = 4 * sum(p.numel() for p in {*model.student.parameters(), *model.teacher.parameters()})
+    assert weights < found.host - found.memory["optimizer states"] < 2 * weights
+
+
+def test_a_stage_that_does_not_fit_is_told_of_layers_at_a_time(monkeypatch):
+    config, stage, machine = student_config(layers=4, hidden_size=128), STAGES["teacher-fed"], Machine("rtx4090")
+    shape = replace(SHAPE, half=True)
+    one, two = (estimate_stage(config, stage, replace(shape, layers=layers), machine).total for layers in (1, 2))
+    monkeypatch.setitem(GPUS, "rtx4090", ((one + two) / 2 / machine.budget * GPUS["rtx4090"][0], 165))
+    whole = estimate_stage(config, stage, shape, machine)
+    assert advise(config, [whole], shape, machine, 1) == ["s does not fit: --layers_at_a_time 1: 0 GB"]
 
 
 def test_parameters_are_those_of_the_models():
@@ -93,6 +121,8 @@ def test_engines_share_what_they_share():
         (["--engine", "ddp", "--teacher", "tiny"], "gpus=1"),
         (["--gpus", "0", "--teacher", "tiny"], "at least 1"),
         ([], "--teacher"),
+        (["--teacher", "tiny", "--layers_at_a_time", "2"], "no stage has hidden_input: teacher"),
+        (["--teacher", "tiny", "--layers_at_a_time", "2", "--recipe", "default", "--gpus", "2"], "for one GPU"),
     ],
 )
 def test_what_cannot_be_is_refused(flags, message, capsys):
@@ -108,6 +138,9 @@ def test_command_prints_a_table(tmp_path, capsys):
     assert distill.main(arguments.split()) == 0
     out = capsys.readouterr().out
     assert "| GB on each GPU | align |" in out and "optimizer states" in out and "Assumed: " in out
+    assert distill.main([*arguments.split(), "--layers_at_a_time", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "| GB of CPU memory |" in out and "teacher-fed stages 1 layers at a time" in out
 
 
 def test_muon_holds_one_moment_of_a_matrix():

@@ -8,9 +8,11 @@ from transformers import Qwen2_5_VLConfig
 
 from linmu_hf import LinMUConfig, LinMUForConditionalGeneration
 from linmu_hf.distillation.accounting import Account
+from linmu_hf.distillation.layer_groups import freeze_others
 from linmu_hf.distillation.lora import add_lora
 from linmu_hf.distillation.losses import IGNORE_INDEX
 from linmu_hf.distillation.model import DistillationModel
+from linmu_hf.distillation.offload import LayerOffload, always_there
 from linmu_hf.distillation.stages import set_trainable
 from linmu_hf.distillation.teacher import as_teacher
 from linmu_hf.distillation.tracing import with_layers
@@ -118,3 +120,32 @@ def measure(config, stage, tokens=1024, vision=640, shared=True, checkpoints=Fal
             optimizer.zero_grad()
     held = max(account.peaks.values(), key=Counter.total)
     return Counter({tag: size for tag, size in held.items() if tag != "inputs"})
+
+
+def measure_group(config, stage, group, tokens=512, vision=256):
+    """A teacher-fed step of some layers, the others being in CPU memory: what it holds at its peak, and multiplies."""
+    model = build(config, stage, shared=True, checkpoints=False)
+    student, account = model.student, Account()
+    freeze_others(student, group)
+    batch = video_batch(tokens, vision, tokens // 8)
+    batch.pop("pseudo_labels")
+    with LayerOffload(student, model.teacher, torch.device("cpu")).active() as offload, offload.training(group):
+        mixers = [student.model.language_model.layers[index].mixer for index in group]
+        for module in (*always_there(student), *mixers):
+            for tensor in (*module.parameters(), *module.buffers()):
+                account.hold(tensor, "weights")
+        for tensor in (*offload.places, *batch.values()):
+            account.hold(tensor, "places")
+        account.tag_gradients(student)
+        trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, fused=True)
+        step = DistillationModel(student, model.teacher, stage, layers=group).train()
+        with account:
+            for _ in range(2):
+                account.flops = account.attention = 0
+                loss, _ = step(dict(batch), torch.tensor([tokens, tokens // 8, tokens // 8]))
+                loss.backward()
+                del loss
+                optimizer.step()
+                optimizer.zero_grad()
+    return account.peak, account.flops + account.attention

@@ -6,8 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..modeling.mixers import recurrent_layers
+from .layer_groups import freeze_others, layer_groups
+from .offload import PLACES, always_there, passing, span
 from .stages import Stage, parameter_groups
-from .tracing import Shape, build_on_meta, build_student, trace_step, with_layers
+from .teacher import SharedTeacher
+from .tracing import Shape, Trace, build_on_meta, build_student, trace_step, with_layers
 
 
 GB = 10**9
@@ -22,11 +25,13 @@ GPUS = {
     "rtx4090": (24, 165),
 }
 ENGINES = ("single", "ddp", "fsdp2")
+GROUPS = (32, 24, 16, 12, 8, 6, 4, 3, 2, 1)  # layers at a time that are tried
 
-# Assumed, not measured: the share of the data sheet's rate that a step reaches, and of a card's memory that CUDA, the
-# allocator's gaps and communication leave.
+# Assumed, not measured: the share of the data sheet's rate that a step reaches, of a card's memory that CUDA, the
+# allocator's gaps and communication leave, and the bytes per second that come out of CPU memory.
 UTILISATION = 0.35
 USABLE = 0.92
+LINK = 25 * GB
 
 NAMES = {
     "teacher": "teacher's pass and kept mixer outputs",
@@ -69,6 +74,11 @@ class Machine:
     def budget(self) -> float:
         return GPUS[self.gpu][0] * GB * USABLE
 
+    @property
+    def rate(self) -> float:
+        """Multiplications and additions per second that are expected of each GPU."""
+        return GPUS[self.gpu][1] * 1e12 * UTILISATION
+
 
 @dataclass(frozen=True)
 class StageEstimate:
@@ -79,6 +89,7 @@ class StageEstimate:
         memory (`dict[str, float]`): Bytes on each GPU by item, at the peak of a step.
         flops (`float`): Multiplications and additions of a micro-batch on each GPU.
         seconds (`float`): Of all its steps.
+        host (`float`, *optional*, defaults to 0.0): Bytes in CPU memory, of a stage that keeps its model there.
     """
 
     stage: Stage
@@ -86,6 +97,7 @@ class StageEstimate:
     memory: dict[str, float]
     flops: float
     seconds: float
+    host: float = 0.0
 
     @property
     def total(self) -> float:
@@ -118,8 +130,7 @@ def count_parameters(student: Any, stage: Stage, shape: Shape) -> dict[str, Coun
     for name, parameter in model.named_parameters():
         counts["trained" if parameter.requires_grad else "frozen"][part(name)] += parameter.numel()
     if stage.muon:
-        for group in parameter_groups(model, 1.0, 0.0, 1.0, muon=True):
-            counts["matrices"]["decoder"] += sum(p.numel() for p in group["params"]) if group["heads"] else 0
+        counts["matrices"]["decoder"] = _count_matrices(model)
     types = student.text_config.layer_types
     teacher = build_on_meta(teacher_config(student), shape.dtype)
     replaced = recurrent_layers(types)
@@ -157,6 +168,8 @@ def estimate_stage(
         machine (`Machine`): GPUs and engine.
         micro_batches (`int`, *optional*, defaults to 1): Of a step, one after the other on each GPU.
     """
+    if shape.layers and stage.hidden_input == "teacher":
+        return _estimate_groups(student, stage, shape, machine, micro_batches)
     counts = count_parameters(student, stage, shape)
     trained, matrices = (counts[key].total() for key in ("trained", "matrices"))
     size = shape.dtype.itemsize
@@ -168,12 +181,8 @@ def estimate_stage(
     }
     memory["trained weights"] = 4 * trained / weights
     memory["optimizer states"] = (8 * trained - 4 * matrices) / states
-    held = trace.at_peak()
-    for tag, count in held.items():
-        # A step fed by the teacher takes all gradients, whole, before an engine spreads them.
-        share = states if tag == "gradients" and stage.hidden_input == "student" else 1
-        if count > 0.001 * GB or tag == "gradients":
-            memory[NAMES.get(tag, tag)] = max(count, 0) / share
+    # A step fed by the teacher takes all gradients, whole, before an engine spreads them.
+    memory |= _held(trace, states if stage.hidden_input == "student" else 1)
     if engine == "ddp":
         memory["buckets of gradients"] = 4 * trained
     if weights > 1:
@@ -181,14 +190,79 @@ def estimate_stage(
         layers = student.text_config.num_hidden_layers
         layer = (size * counts["frozen"]["decoder"] + 4 * counts["trained"]["decoder"]) / layers
         memory["gathered weights"] = root * size + 2 * layer
-    flops = trace.flops + trace.attention + vision_flops(counts, shape) + _unseen_logits(student, stage, shape)
-    seconds = stage.max_steps * micro_batches * flops / (GPUS[machine.gpu][1] * 1e12 * UTILISATION)
-    return StageEstimate(stage, trained, memory, flops, seconds)
+    flops = trace.flops + trace.attention + vision_flops(counts["frozen"]["vision"], shape)
+    flops += _unseen_logits(student, stage, shape)
+    return StageEstimate(stage, trained, memory, flops, stage.max_steps * micro_batches * flops / machine.rate)
 
 
-def vision_flops(counts: dict[str, Counter], shape: Shape) -> float:
+def _estimate_groups(student: Any, stage: Stage, shape: Shape, machine: Machine, micro_batches: int) -> StageEstimate:
+    """Estimates a stage of a few layers at a time, as [`LayerOffload`] moves them; memory at its largest group."""
+    assert shape.layers is not None
+    model = build_student(student, stage, shape.dtype)
+    full, types = build_on_meta(teacher_config(student), shape.dtype), student.text_config.layer_types
+    attention = {index: full.model.language_model.layers[index].mixer for index in recurrent_layers(types)}
+    teacher = SharedTeacher(model, attention, full.config)
+    layers, (vision, *around) = model.model.language_model.layers, always_there(model)
+    moving = [passing(layer, teacher) for layer in layers]
+    places = PLACES * max(sum(map(span, tensors)) for tensors in moving)
+    host = shape.dtype.itemsize * sum(p.numel() for p in (*model.parameters(), *teacher.parameters()))
+    # pinned memory comes in powers of two
+    host += sum((1 << (tensor.nbytes - 1).bit_length()) - tensor.nbytes for tensors in moving for tensor in tensors)
+
+    groups, everything = layer_groups(model, shape.layers), _count_trained(model)
+    traces = [_trace_group(student, stage, shape, group, micro_batches) for group in groups]
+    flops = sum(trace.flops + trace.attention for trace in traces)
+    flops += len(groups) * vision_flops(sum(p.numel() for p in vision.parameters()), shape)
+    copied = sum(tensor.nbytes for group in groups for tensors in moving[: group[-1] + 1] for tensor in tensors)
+
+    largest = max(range(len(groups)), key=lambda number: traces[number].at_peak().total())
+    freeze_others(model, groups[largest])
+    trained = _count_trained(model)
+    mixers = [p for index in groups[largest] for p in layers[index].mixer.parameters()]
+    memory = {
+        "frozen weights: vision": sum(p.nbytes for p in vision.parameters()),
+        "frozen weights: embeddings": sum(p.nbytes for module in around for p in module.parameters()),
+        "frozen weights: mixers": sum(p.nbytes for p in mixers if not p.requires_grad),
+        "two layers on their way": places,
+        "trained weights": 4 * trained,
+        "optimizer states": 8 * trained - 4 * (_count_matrices(model) if stage.muon else 0),
+        **_held(traces[largest]),
+    }
+    seconds = stage.max_steps * micro_batches * max(flops / machine.rate, copied / LINK)
+    host += memory["optimizer states"]  # a checkpoint that is being written
+    return StageEstimate(stage, everything, memory, flops, seconds, host)
+
+
+def _trace_group(student: Any, stage: Stage, shape: Shape, group: Sequence[int], micro_batches: int) -> Trace:
+    """A step of a group of layers: all others before its last one are those of the teacher, and later ones not run."""
+    types = student.text_config.layer_types
+    own = [types[index] if index in group else "full_attention" for index in range(group[-1] + 1)]
+    shape = replace(shape, layers=None, accumulates=micro_batches > 1)
+    return trace_step(with_layers(student, own), stage, shape)
+
+
+def _held(trace: Trace, gradient_shares: int = 1) -> dict[str, float]:
+    """What a step holds at its peak, by item, the gradients being spread over so many GPUs."""
+    return {
+        NAMES.get(tag, tag): max(count, 0) / (gradient_shares if tag == "gradients" else 1)
+        for tag, count in trace.at_peak().items()
+        if count > 0.001 * GB or tag == "gradients"
+    }
+
+
+def _count_trained(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _count_matrices(model: Any) -> int:
+    """Parameters that [`Muon`] takes as matrices."""
+    groups = parameter_groups(model, 1.0, 0.0, 1.0, muon=True)
+    return sum(p.numel() for group in groups if group["heads"] for p in group["params"])
+
+
+def vision_flops(parameters: int, shape: Shape) -> float:
     """Products of a vision tower that reads four patches for every vision token."""
-    return 2.0 * counts["frozen"]["vision"] * 4 * shape.vision * shape.batch
+    return 2.0 * parameters * 4 * shape.vision * shape.batch
 
 
 def _unseen_logits(student: Any, stage: Stage, shape: Shape) -> float:
@@ -211,7 +285,7 @@ def advise(
 
         def tried(text: str, stage: Stage = stage, shape: Shape = shape, machine: Machine = machine, options=options):
             total = estimate_stage(student, stage, shape, machine, micro_batches).total
-            options.append((total <= machine.budget, f"{text}: {total / GB:.0f} GB"))
+            options.append((total <= machine.budget, f"{'and ' if options else ''}{text}: {total / GB:.0f} GB"))
             return total <= machine.budget
 
         better = shape
@@ -220,18 +294,33 @@ def advise(
             tried("--gradient_checkpointing True", shape=better)
         if shape.batch > 1:
             better = replace(better, batch=1)
-            tried("and --per_device_train_batch_size 1", shape=better)
+            tried("--per_device_train_batch_size 1", shape=better)
         if not shape.half:
             better = replace(better, half=True)
-            tried("and --bf16 True", shape=better)
+            tried("--bf16 True", shape=better)
+        if stage.hidden_input == "teacher" and shape.shared and machine.count == 1:
+            size = _largest_group(student, stage, better, machine, micro_batches)
+            if size is not None:
+                tried(f"--layers_at_a_time {size}", shape=replace(better, layers=size))
         for count in (2, 4, 8, 16, 32):
             if any(fits for fits, _ in options) or count <= machine.count:
                 continue
-            tried(f"and FSDP2 over {count} GPUs", shape=better, machine=Machine(machine.gpu, count, "fsdp2"))
+            other = Machine(machine.gpu, count, "fsdp2")
+            tried(f"FSDP2 over {count} GPUs", shape=replace(better, layers=None), machine=other)
         if stage.hid and not stage.lora_r and stage.hidden_input == "student":
             options.append((False, "or a first stage of `hid` alone with hidden_input: teacher"))
         lines.append(f"{stage.name} does not fit: " + "; ".join(text for _, text in options))
     return lines
+
+
+def _largest_group(student: Any, stage: Stage, shape: Shape, machine: Machine, micro_batches: int) -> int | None:
+    """The most layers at a time, of those that are tried, with which a stage fits; `None` if it does with none."""
+    for size in GROUPS:
+        if size < (shape.layers or student.text_config.num_hidden_layers):
+            found = estimate_stage(student, stage, replace(shape, layers=size), machine, micro_batches)
+            if found.total <= machine.budget:
+                return size
+    return None
 
 
 def format_estimates(found: Sequence[StageEstimate], machine: Machine) -> str:
@@ -245,6 +334,8 @@ def format_estimates(found: Sequence[StageEstimate], machine: Machine) -> str:
     rows.append(["**peak**", *(f"**{one.total / GB:.1f}**" for one in found)])
     fits = f"fits into {machine.budget / GB:.0f} of {GPUS[machine.gpu][0]} GB"
     rows.append([fits, *("yes" if one.total <= machine.budget else "no" for one in found)])
+    if any(one.host for one in found):
+        rows.append(["GB of CPU memory", *(f"{one.host / GB:.1f}" if one.host else "-" for one in found)])
     rows.append(["trained parameters", *(f"{one.trained / 1e9:.2f} B" for one in found)])
     rows.append(["TFLOP of a micro-batch", *(f"{one.flops / 1e12:.0f}" for one in found)])
     rows.append(["steps", *(f"{one.stage.max_steps:,}" for one in found)])
@@ -255,10 +346,13 @@ def format_estimates(found: Sequence[StageEstimate], machine: Machine) -> str:
 
 def describe(shape: Shape, machine: Machine) -> str:
     """Says what an estimate is of, and what it assumes."""
+    extra = ", gradient checkpointing" if shape.checkpoints else ""
+    extra += f", teacher-fed stages {shape.layers} layers at a time" if shape.layers else ""
+    link = f", {LINK / GB:.0f} GB/s out of CPU memory while layers run" if shape.layers else ""
     return (
         f"{machine.count} {machine.gpu}, {machine.engine}; micro-batches of {shape.batch} x {shape.sequence_length:,} "
         f"tokens, {shape.vision_share:.0%} of them vision and {shape.answer_share:.1%} answers, in "
-        f"{'bfloat16' if shape.half else 'float32'}{', gradient checkpointing' if shape.checkpoints else ''}; GB are "
-        f"10^9 bytes.\nAssumed: {UTILISATION:.0%} of {GPUS[machine.gpu][1]} TFLOPS, nothing "
-        f"for communication and for decoding answers; {1 - USABLE:.0%} of memory for CUDA and gaps."
+        f"{'bfloat16' if shape.half else 'float32'}{extra}; GB are 10^9 bytes.\n"
+        f"Assumed: {UTILISATION:.0%} of {GPUS[machine.gpu][1]} TFLOPS{link}, nothing for communication and for "
+        f"decoding answers; {1 - USABLE:.0%} of memory for CUDA and gaps."
     )
