@@ -146,9 +146,9 @@ def start(folder: Path, out: Path, processes: int, log: Path) -> int:
     arguments = command(folder, out, processes)
     sys.stdout.flush()
     leader = os.fork()
+    os.setpgid(leader, leader)  # both do it: whoever kills the group finds one
     if leader:
         return leader
-    os.setsid()
     with open(log, "ab", buffering=0) as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
