@@ -136,7 +136,10 @@ def run_benchmarks(arguments: argparse.Namespace) -> dict | None:
     else:
         benchmarks, left_out = find_benchmarks(arguments.tasks)
     for title in left_out:
-        print(f"linmu-eval: {title} is left out: a model behind OPENAI_API_KEY judges its answers", file=sys.stderr)
+        print(
+            f"linmu-eval: {title} is left out: an OpenAI model judges its answers, set OPENAI_API_KEY",
+            file=sys.stderr,
+        )
     settings = {name: getattr(arguments, name) for name in ("limit", "dtype", "device")}
     settings["batch_size"] = arguments.batch_size or 1
     results = {
