@@ -94,7 +94,7 @@ def test_an_interrupted_calibration_is_taken_up_again(teacher, dataset, tmp_path
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Walk, "leave", interrupt)
+        patch.setattr(Walk, "states", interrupt)
         assert main(flags) == 130
     assert "interrupted; the same command takes it up again" in capsys.readouterr().err
     assert not output.exists()

@@ -2,16 +2,16 @@
 attention on a few samples, layer by layer.
 
 Lambda of every head is set first, one value for text and one for vision tokens; heads whose scan says little start
-near 0. Then the output projections follow, by ridge regression. A layer is fitted on what the student itself has
-reached with the layers before, so that it makes up for what they have missed.
+near 0. Then the output projections follow, by ridge regression. Every layer is fed with the teacher's hidden states,
+as in the alignment that trains it next.
 
-What fits some rows may lead others away. So after each fit the student runs on held-out rows from this layer to its
-end, and keeps the weights whose last hidden states are nearest to the teacher's.
+What fits some rows, or single layers, may lead the whole astray. So the student then runs on held-out rows, and each
+of the two fits is kept, in all layers, only if the last hidden states come nearer to the teacher's.
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
@@ -30,10 +30,9 @@ FITTED = r"^(flex_ma\.o_proj\.weight|local_swin\.o_proj\.weight|(text_)?fusion_p
 @dataclass(frozen=True)
 class LayerReport:
     """
-    What became of one layer: its relative error |output - target|^2 / |target|^2 on held-out rows, before and after,
-    where the target leads from what the student has reached to the teacher's hidden states after this mixer; how much
-    the norm of its output projections grew; the smallest sum of weights that an output of Flex-MA is divided by there;
-    and the fits that were kept.
+    What became of one layer: its relative error |output - target|^2 / |target|^2 on held-out rows, fed with the
+    teacher's hidden states, before and after; how much the norm of its output projections grew; and the smallest sum
+    of weights that an output of Flex-MA is divided by there.
     """
 
     layer: int
@@ -41,36 +40,38 @@ class LayerReport:
     error_after: float
     weight_growth: float
     smallest_normalizer: float
-    kept: list[str]
 
     def __str__(self) -> str:
         figures = f"  {self.layer:5d}   {self.error_before:12.4f} {self.error_after:8.4f}   x {self.weight_growth:.2f}"
-        return f"{figures}   {self.smallest_normalizer:23.1e}   {', '.join(self.kept) or 'nothing'}"
+        return f"{figures}   {self.smallest_normalizer:23.1e}"
 
 
 @dataclass(frozen=True)
 class CalibrationReport:
     """
-    What a calibration did to every M-MATE layer, the relative error of the student's last hidden states on its own
-    path over held-out rows, before and after, and the names of the parameters that may have changed.
+    What a calibration did to every M-MATE layer, the fits that were kept, the relative error of the student's last
+    hidden states on its own path over held-out rows, before and after, and the names of the parameters that may have
+    changed.
     """
 
     layers: list[LayerReport]
+    kept: list[str]
     path_before: float
     path_after: float
     changed: list[str]
 
     def __str__(self) -> str:
-        head = "  layer   error before    after   weight norm   smallest normalizer   kept"
+        head = "  layer   error before    after   weight norm   smallest normalizer"
         n = len(self.layers)
         before, after = (
             sum(getattr(one, name) for one in self.layers) / n for name in ("error_before", "error_after")
         )
         mean = f"  {'mean':>5}   {before:12.4f} {after:8.4f}"
+        kept = f"  kept: {', '.join(self.kept) or 'nothing'}"
         path = (
             f"  last hidden states on the student's own path: error {self.path_before:.4f}, now {self.path_after:.4f}"
         )
-        return "\n".join([head, *map(str, self.layers), mean, path])
+        return "\n".join([head, *map(str, self.layers), mean, kept, path])
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -88,8 +89,8 @@ def calibrate(
     """
     Fits lambda, the output projections and the output norm of every M-MATE layer, in place.
 
-    Memory beside the models: on their device 16 h p (2 h p + d) bytes of sums and what one layer needs for one batch;
-    on the CPU three hidden states of every batch, however many layers there are.
+    Memory beside the models: on their device 16 h p (2 h p + d) bytes of sums and what one layer needs for one batch,
+    however many layers there are; on the CPU three hidden states of every batch and a copy of what may change.
 
     Args:
         student (`LinMUForConditionalGeneration`): The converted model.
@@ -113,48 +114,69 @@ def calibrate(
     if not layers:
         raise ValueError("every layer of the student keeps the teacher's attention: there is nothing to calibrate")
     walk = Walk(student, teacher, batches)
-    reports = []
-    start = path = walk.path_error(0)
-    bar = tqdm(range(len(text.layers)), desc="calibrating", unit="layer")
-    for layer in bar:
-        walk.enter(layer)
-        if layer in layers:
-            report, path = _fit_layer(walk, layer, path, strength, max_growth)
-            reports.append(report)
-        walk.leave(layer)
-        bar.set_postfix({"error of the last states": f"{path:.4g}"})
+    start = path = walk.path_error()
+    kept: list[str] = []
+    reports: dict[int, LayerReport] = {}
+    ways: dict[str, Callable] = {
+        "lambda": _share,
+        "projections": partial(_project, strength=strength, max_growth=max_growth),
+    }
+    for name, fit in ways.items():
+        weights = {layer: _copies(text.layers[layer].mixer) for layer in layers}
+        found = _fit_all(walk, layers, fit, name)
+        error = walk.path_error()
+        if error < path:  # NaN is not
+            path = error
+            kept.append(name)
+        else:
+            for layer in layers:
+                for name, parameter in _fitted(text.layers[layer].mixer).items():
+                    parameter.copy_(weights[layer][name])
+            found = {
+                layer: replace(one, error_after=one.error_before, weight_growth=1.0) for layer, one in found.items()
+            }
+        reports = {
+            layer: replace(one, error_before=reports.get(layer, one).error_before) for layer, one in found.items()
+        }
     changed = [
         f"model.language_model.layers.{layer}.mixer.{name}"
         for layer in layers
         for name in _fitted(text.layers[layer].mixer)
     ]
-    return CalibrationReport(reports, start, path, changed)
+    return CalibrationReport(list(reports.values()), kept, start, path, changed)
 
 
-def _fit_layer(walk: Walk, layer: int, path: float, strength: float, max_growth: float) -> tuple[LayerReport, float]:
-    """Takes one fit of a layer after the other, and keeps those that lessen `path`; returns what that is then."""
-    mixer = walk.ours.layers[layer].mixer
-    fitted, held_out = (partial(walk.states, layer, rows) for rows in (walk.fitted, walk.held_out))
-    before, _ = fits.measure(mixer, held_out())
-    growth, kept = 1.0, []
+def _fit_all(walk: Walk, layers: Sequence[int], fit: Callable, name: str) -> dict[int, LayerReport]:
+    """Takes one kind of fit in all layers."""
+    reports = {}
+    bar = tqdm(walk.layers(), total=len(walk.ours.layers), desc=f"calibrating, {name}", unit="layer")
+    for layer in bar:
+        if layer not in layers:
+            continue
+        mixer = walk.ours.layers[layer].mixer
+        fitted, held_out = (partial(walk.states, layer, rows) for rows in (walk.fitted, [walk.held_out]))
+        before, _ = fits.measure(mixer, held_out())
+        growth = fit(mixer, fitted)
+        after, normalizer = fits.measure(mixer, held_out())
+        reports[layer] = LayerReport(layer, before, after, growth, normalizer)
+        bar.set_postfix({"error": f"{before:.3f} -> {after:.3f}"})
+    return reports
 
-    def project() -> float:
-        growth = fits.fit_projections(mixer, fitted(), strength, max_growth)
-        fits.fit_norm(mixer, fitted())
-        return growth
 
-    for name, fit in {"lambda": lambda: fits.fit_shares(mixer, fitted()), "projections": project}.items():
-        weights = {name: parameter.clone() for name, parameter in _fitted(mixer).items()}
-        grown, error = fit(), walk.path_error(layer)
-        if error < path:  # NaN is not
-            path, growth = error, grown or growth
-            kept.append(name)
-        else:
-            for name, parameter in _fitted(mixer).items():
-                parameter.copy_(weights[name])
-    after, normalizer = fits.measure(mixer, held_out())
-    return LayerReport(layer, before, after, growth, normalizer, kept), path
+def _share(mixer: nn.Module, states: Callable) -> float:
+    fits.fit_shares(mixer, states())
+    return 1.0
+
+
+def _project(mixer: nn.Module, states: Callable, strength: float, max_growth: float) -> float:
+    growth = fits.fit_projections(mixer, states(), strength, max_growth)
+    fits.fit_norm(mixer, states())
+    return growth
 
 
 def _fitted(mixer: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in mixer.named_parameters() if re.search(FITTED, name)}
+
+
+def _copies(mixer: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in _fitted(mixer).items()}

@@ -1,4 +1,4 @@
-"""Rows on their way through the decoders of teacher and student, layer by layer.
+"""Rows on their way through the teacher's decoder, layer by layer.
 
 What is between the layers is kept on the CPU, three states `[b, t, d]` of every batch. A device holds the activations
 of one layer and one batch, whatever the number of layers.
@@ -17,26 +17,25 @@ from ...modeling.layout.prompt import Medium, Prompt
 @dataclass
 class Rows:
     """
-    A batch before some layer.
+    A batch before some layer of the teacher.
 
     Args:
         prompt (`Prompt`): Mask, positions and vision layout.
-        known, own (`torch.Tensor` of shape `[b, t, d]`): Hidden states of the teacher and of the student.
-        target (`torch.Tensor` of shape `[b, t, d]`, *optional*): Output of the teacher's mixer in this layer.
-        last (`torch.Tensor` of shape `[b, t, d]`, *optional*): The teacher's last hidden states, of held-out rows.
+        start (`torch.Tensor` of shape `[b, t, d]`): Embeddings, features of images and videos in place.
+        hidden (`torch.Tensor` of shape `[b, t, d]`): Hidden states before the layer.
+        target (`torch.Tensor` of shape `[b, t, d]`, *optional*): Output of its mixer.
     """
 
     prompt: Prompt
-    known: Tensor
-    own: Tensor
+    start: Tensor
+    hidden: Tensor
     target: Tensor | None = None
-    last: Tensor | None = None
 
     @property
     def real(self) -> Tensor:
         """Where tokens are no padding, `[b, t]`."""
         mask = self.prompt.mask
-        return torch.ones(self.known.shape[:2], dtype=torch.bool) if mask is None else mask.bool().cpu()
+        return torch.ones(self.start.shape[:2], dtype=torch.bool) if mask is None else mask.bool().cpu()
 
 
 class LayerStates(NamedTuple):
@@ -44,9 +43,8 @@ class LayerStates(NamedTuple):
     What a mixer is fitted to.
 
     Args:
-        mixer_input (`torch.Tensor` of shape `[b, t, d]`): What the student has reached, normed.
-        target (`torch.Tensor` of shape `[b, t, d]`): What leads from there to the teacher's hidden states after its
-            mixer, in float64: its output, and what the layers before have missed.
+        mixer_input (`torch.Tensor` of shape `[b, t, d]`): The teacher's hidden states, normed by the student's layer.
+        target (`torch.Tensor` of shape `[b, t, d]`): What the teacher's mixer gives for them.
         rope, layout: Where the tokens are.
     """
 
@@ -58,7 +56,7 @@ class LayerStates(NamedTuple):
 
 class Walk:
     """
-    Takes batches through both models, a layer at a time. The last batch is held out, if there are several.
+    Takes batches through the teacher, a layer at a time. The last batch is held out, if there are several.
 
     Args:
         student, teacher (`LinMUForConditionalGeneration`): With equally many layers; each may be on a device.
@@ -68,63 +66,43 @@ class Walk:
     def __init__(self, student: nn.Module, teacher: nn.Module, batches: Iterable[Mapping[str, Tensor]]):
         self.ours: Any = student.model.language_model
         self.theirs: Any = teacher.model.language_model
-        self.rows = [read_rows(student, teacher, batch) for batch in batches]
+        self.rows = []
+        for batch in batches:
+            start, prompt = embed(teacher, batch)
+            self.rows.append(Rows(prompt, start.cpu(), start.cpu()))
         if not self.rows:
             raise ValueError("calibration needs at least one batch")
-        self.fitted, self.held_out = (self.rows[:-1] or self.rows), self.rows[-1:]
-        for rows in self.held_out:
-            rows.last = _run(self.theirs, range(len(self.theirs.layers)), rows.known, rows.prompt)
+        self.fitted, self.held_out = (self.rows[:-1] or self.rows), self.rows[-1]
+        self.last = _run(self.theirs, self.held_out)
 
-    def enter(self, layer: int) -> None:
-        """Finds the teacher's output of a layer's mixer, for every batch."""
+    def layers(self) -> Iterator[int]:
+        """Yields every layer in turn, when all rows are before it and its mixer's outputs are known."""
         for rows in self.rows:
-            hidden, rope, layout, attention = _prepare(self.theirs, [layer], rows.known, rows.prompt)
-
-            def mix(block, hidden, where=(rope, layout, attention)):
-                return block.mix(block.input_layernorm(hidden), *where)
-
-            rows.target = self.theirs.layers[layer](hidden, run=mix).cpu()
+            rows.hidden = rows.start
+        for layer, block in enumerate(self.theirs.layers):
+            for rows in self.rows:
+                hidden, *where = _prepare(self.theirs, [layer], rows.hidden, rows.prompt)
+                rows.target = block(hidden, run=lambda b, h, where=where: b.mix(b.input_layernorm(h), *where)).cpu()
+            yield layer
+            for rows in self.rows:
+                assert rows.target is not None
+                hidden, target = (states.to(_device(self.theirs)) for states in (rows.hidden, rows.target))
+                rows.hidden = block(hidden, run=lambda b, h, y=target: b.after_mixer(h, y)).cpu()
+                rows.target = None
 
     def states(self, layer: int, batches: Sequence[Rows]) -> Iterator[LayerStates]:
-        """Yields what a layer of the student gets and should give, batch by batch, on its device."""
+        """Yields what the student's mixer of the layer that rows are at gets and should give, batch by batch."""
         block = self.ours.layers[layer]
         for rows in batches:
             assert rows.target is not None
-            hidden, rope, layout, _ = _prepare(self.ours, [layer], rows.own, rows.prompt)
+            hidden, rope, layout, _ = _prepare(self.ours, [layer], rows.hidden, rows.prompt)
             mixer_input = block(hidden, run=lambda block, hidden: block.input_layernorm(hidden))
-            target = rows.target.double() + rows.known.double() - rows.own.double()
-            yield LayerStates(mixer_input, target.to(hidden.device), rope, layout)
+            yield LayerStates(mixer_input, rows.target.double().to(hidden.device), rope, layout)
 
-    def leave(self, layer: int) -> None:
-        """Takes all rows past a layer, the teacher's by its output and the student's by the layer as it is now."""
-        device = _device(self.theirs)
-        for rows in self.rows:
-            assert rows.target is not None
-            hidden, target = rows.known.to(device), rows.target.to(device)
-            rows.known = self.theirs.layers[layer](hidden, run=lambda b, h, y=target: b.after_mixer(h, y)).cpu()
-            rows.target = None
-            rows.own = _run(self.ours, [layer], rows.own, rows.prompt, norm=False)
-
-    def path_error(self, layer: int) -> float:
-        """
-        Returns the relative error of the student's last hidden states over real tokens of held-out rows, which have
-        gone through its layers before this one and go through the others now.
-        """
-        wrong = size = 0.0
-        for rows in self.held_out:
-            assert rows.last is not None
-            ours = _run(self.ours, range(layer, len(self.ours.layers)), rows.own, rows.prompt)
-            ours, theirs = (states[rows.real].double() for states in (ours, rows.last))
-            wrong += float((ours - theirs).square().sum())
-            size += float(theirs.square().sum())
-        return wrong / size
-
-
-def read_rows(student, teacher, batch: Mapping[str, Tensor]) -> Rows:
-    """Embeds a batch of model inputs, labels aside, for both models."""
-    known, _ = embed(teacher, batch)
-    own, prompt = embed(student, batch)
-    return Rows(prompt, known.cpu(), own.cpu())
+    def path_error(self) -> float:
+        """Returns the relative error of the student's last hidden states, on its own path, over held-out tokens."""
+        ours, theirs = (last[self.held_out.real].double() for last in (_run(self.ours, self.held_out), self.last))
+        return float((ours - theirs).square().sum() / theirs.square().sum())
 
 
 def embed(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Prompt]:
@@ -160,9 +138,10 @@ def _prepare(text, layers: Sequence[int], hidden: Tensor, prompt: Prompt):
     return hidden, *text.prepare(hidden, *where, layer_types=kinds)
 
 
-def _run(text, layers: Sequence[int], hidden: Tensor, prompt: Prompt, norm: bool = True) -> Tensor:
-    """Hidden states after some layers, and after the final norm, on the CPU."""
-    hidden, rope, layout, attention = _prepare(text, layers, hidden, prompt)
+def _run(text, rows: Rows) -> Tensor:
+    """Last hidden states `[b, t, d]` of a batch, after the final norm, on the CPU."""
+    layers = range(len(text.layers))
+    hidden, rope, layout, attention = _prepare(text, layers, rows.start, rows.prompt)
     for layer in layers:
         hidden = text.layers[layer](hidden, rope, layout, attention)[0]
-    return (text.norm(hidden) if norm else hidden).cpu()
+    return text.norm(hidden).cpu()
