@@ -71,116 +71,151 @@ class NearText:
                 *optional*): Which are vision tokens, their packed places, and the span of each.
             past (`torch.LongTensor` of shape `[b, 2]`, *optional*): Text and vision tokens in the cache.
         """
-        w, s, m, n, device = config.text_window, config.sink_tokens, len(lengths), len(real), real.device
+        m, n, device = len(lengths), len(real), real.device
+        width = config.text_window + config.sink_tokens
         places = torch.arange(n, device=device) if is_vision is None else (~is_vision).nonzero().squeeze(1)
-        of = sequence[places]
-        count = of.new_zeros(m).index_add(0, of, torch.ones_like(of))
-        first = count.cumsum(0) - count
         batch_rows = torch.arange(m, device=device) if rows is None else rows
-        before = torch.zeros_like(count) if past is None else past[batch_rows, 0]
-        total, offset = before + count, 0 if past is None else m * (s + w)
-        rank = torch.arange(len(places), device=device) - first[of] + before[of]
-
-        def slot(rank):
-            return torch.where(rank < s, rank, s + (rank - s) % w)
-
-        def key(of, rank):
-            """Place of a text token among [cached slots, new text tokens]."""
-            return torch.where(rank >= before[of], offset + first[of] + rank - before[of], of * (s + w) + slot(rank))
-
+        length = torch.tensor(lengths, device=device)
+        before = length.new_zeros(m, 2) if past is None else past[batch_rows]
+        ranks = _Ranks.count(config, sequence[places], before[:, 0], 0 if past is None else m * width)
         if is_vision is None and past is None:  # nothing to wait for
             starts, ends = [0] * m, list(lengths)
         else:
-            starts, ends = torch.stack([before, total]).tolist()
-        text_blocks = vision_blocks = None
-        if len(places):
-            size = min(w, max(end - start for start, end in zip(starts, ends)))
-            of_block = torch.tensor([i for i in range(m) for _ in range(starts[i], ends[i], size)], device=device)
-            begin = [start for i in range(m) for start in range(starts[i], ends[i], size)]
-            begins = torch.tensor(begin, device=device)[:, None]
-            ranks = begins + torch.arange(size, device=device)
-            queries = torch.where(
-                ranks < total[of_block, None], first[of_block, None] + ranks - before[of_block, None], -1
-            )
-            unused = max(s + w - 1 - max(begin), 0)
-            keys = begins + torch.arange(min(unused - w + 1, size), size, device=device)
-            text_blocks = cls._blocks(len(places), queries, ranks, keys, total[of_block], s, of_block, key)
-        if span is not None:
-            # text tokens before each packed place, of its own sequence
-            preceding = (~is_vision).long().cumsum(0) - first[sequence] + before[sequence]
-            size = torch.bincount(span)
-            begins = torch.full_like(size, n).scatter_reduce(0, span, scan_vision, "amin")
-            context, of_span = preceding[begins], sequence[begins]
-            sizes, contexts = torch.stack([size, context]).tolist()
-            of_block = torch.tensor(
-                [i for i in range(len(sizes)) for _ in range(0, sizes[i], VISION_BLOCK)], device=device
-            )
-            start = torch.tensor(
-                [j for i in range(len(sizes)) for j in range(0, sizes[i], VISION_BLOCK)], device=device
-            )
-            inside = start[:, None] + torch.arange(min(VISION_BLOCK, max(sizes)), device=device)
-            member = (size.cumsum(0) - size)[of_block, None] + inside
-            by_span = torch.argsort(span, stable=True)
-            queries = torch.where(inside < size[of_block, None], by_span[member.clamp_max(len(span) - 1)], -1)
-            end = context[of_block]
-            keys = end[:, None] + torch.arange(min(max(s - max(contexts), -w), 0), 0, device=device)
-            ranks = (end - 1)[:, None].expand_as(queries)
-            vision_blocks = cls._blocks(len(span), queries, ranks, keys, end, s, of_span[of_block], key)
-
-        leaving = rank - w
-        scan = torch.where(
-            leaving >= before[of], offset + places[(first[of] + leaving - before[of]).clamp(0, len(places) - 1)],
-            of * (s + w) + slot(leaving),
-        )  # fmt: skip
-        live = torch.ones(n, dtype=torch.bool, device=device).index_copy(0, places, leaving >= s)
-        source = (offset + torch.arange(n, device=device)).index_copy(0, places, torch.where(leaving >= s, scan, 0))
-        stay, begin_of = [], 0
-        for start, end in zip(starts, ends):
-            for low, high in ((start, min(s, end)), (max(start, s, end - w), end)):
-                stay.append(torch.arange(begin_of + low - start, begin_of + max(low, high) - start, device=device))
-            begin_of += end - start
-        stay = torch.cat(stay)
+            starts, ends = torch.stack([ranks.before, ranks.total]).tolist()
+        source, live = _scan_order(ranks, places, n)
         # whether anything was scanned: in this pass up to the place, or before it
-        length = torch.tensor(lengths, device=device)
         scanned = torch.nn.functional.pad(live.long().cumsum(0), (1, 0))
         scanned = scanned[1:] > scanned[length.cumsum(0) - length][sequence]
-        if past is not None:
-            scanned |= ((past[batch_rows, 1] > 0) | (before > w + s))[sequence]
-        new = torch.stack([total, length - count], dim=1)
-        if past is not None:
-            new[:, 1] += past[batch_rows, 1]
+        scanned |= ((before[:, 1] > 0) | (before[:, 0] > width))[sequence]
+        counts = torch.stack([ranks.total, before[:, 1] + length - (ranks.total - ranks.before)], dim=1)
+        if rows is not None:
+            counts = (counts.new_zeros(batch, 2) if past is None else past).index_copy(0, rows, counts)
+        stay = _kept(ranks, starts, ends)
+        slots = batch_rows[:, None] * width + torch.arange(width, device=device)
         return cls(
             text=real[places],
-            cached=None
-            if past is None
-            else (batch_rows[:, None] * (s + w) + torch.arange(s + w, device=device)).flatten(),
-            text_blocks=text_blocks,
-            vision_blocks=vision_blocks,
+            cached=None if past is None else slots.flatten(),
+            text_blocks=_text_blocks(ranks, starts, ends) if len(places) else None,
+            vision_blocks=None if span is None else _vision_blocks(ranks, is_vision, sequence, scan_vision, span),
             waiting=places,
             source=source,
             live=live,
             scanned=scanned,
             stay=stay,
-            slots=batch_rows[of[stay]] * (s + w) + slot(rank[stay]),
-            counts=new
-            if rows is None
-            else (torch.zeros(batch, 2, dtype=new.dtype, device=device) if past is None else past).index_copy(
-                0, rows, new
-            ),
+            slots=batch_rows[ranks.of[stay]] * width + ranks.slot(ranks.rank[stay]),
+            counts=counts,
         )
 
-    @staticmethod
-    def _blocks(n, queries, query_ranks, ranks, end, sinks, of, key) -> Blocks:
-        """Blocks of n queries; their keys are the sinks and those of the ranks that exist and come before `end`."""
-        first = torch.arange(sinks, device=ranks.device).expand(len(ranks), -1)
-        ranks, exists = torch.cat([first, ranks], dim=1), torch.cat([first >= 0, ranks >= sinks], dim=1)
+
+@dataclass(frozen=True)
+class _Ranks:
+    """
+    Where text tokens are by their sequence and rank.
+
+    Args:
+        window, sinks (`int`): `text_window` and `sink_tokens`.
+        cached (`int`): Slots of the cache, which come before the new text tokens.
+        of, rank (`torch.LongTensor` of shape `[l]`): Sequence and rank of the new text tokens.
+        first (`torch.LongTensor` of shape `[m]`): Number of every sequence's first one among them.
+        before, total (`torch.LongTensor` of shape `[m]`): Text tokens of every sequence in the cache; with the new.
+    """
+
+    window: int
+    sinks: int
+    cached: int
+    of: torch.Tensor
+    rank: torch.Tensor
+    first: torch.Tensor
+    before: torch.Tensor
+    total: torch.Tensor
+
+    @classmethod
+    def count(cls, config, of, before, cached: int) -> "_Ranks":
+        new = torch.zeros_like(before).index_add(0, of, torch.ones_like(of))
+        first = new.cumsum(0) - new
+        rank = torch.arange(len(of), device=of.device) - first[of] + before[of]
+        return cls(config.text_window, config.sink_tokens, cached, of, rank, first, before, before + new)
+
+    def slot(self, rank):
+        """Slot of a token in its sequence's part of the cache."""
+        return torch.where(rank < self.sinks, rank, self.sinks + (rank - self.sinks) % self.window)
+
+    def new(self, of, rank):
+        """Number of a token among the new text tokens, if it is one of them."""
+        return self.first[of] + rank - self.before[of]
+
+    def key(self, of, rank):
+        """Place of a text token among [cached slots, new text tokens]."""
+        held = of * (self.sinks + self.window) + self.slot(rank)
+        return torch.where(rank >= self.before[of], self.cached + self.new(of, rank), held)
+
+    def blocks(self, of, n: int, queries, query_ranks, ranks, end) -> Blocks:
+        """
+        Blocks of n queries; their keys are the sinks and the tokens of those `ranks` that exist and come before `end`.
+        """
+        first = torch.arange(self.sinks, device=ranks.device).expand(len(ranks), -1)
+        ranks, exists = torch.cat([first, ranks], dim=1), torch.cat([first >= 0, ranks >= self.sinks], dim=1)
         exists &= ranks < end[:, None]
         at = torch.arange(queries.numel(), device=ranks.device)
-        slots = at.new_zeros(n + 1).index_copy(0, torch.where(queries < 0, n, queries).flatten(), at)[
-            :n
-        ]  # n: no query
-        keys = torch.where(exists, key(of[:, None], ranks.clamp_min(0)), -1)
+        places = torch.where(queries < 0, n, queries).flatten()  # n: no query
+        slots = at.new_zeros(n + 1).index_copy(0, places, at)[:n]
+        keys = torch.where(exists, self.key(of[:, None], ranks.clamp_min(0)), -1)
         return Blocks(queries, query_ranks, keys, ranks, slots)
+
+
+def _text_blocks(ranks: _Ranks, starts: list[int], ends: list[int]) -> Blocks:
+    """Blocks of as many text tokens as the window has, from rank `starts` to `ends` of every sequence."""
+    w, device = ranks.window, ranks.of.device
+    size = min(w, max(end - start for start, end in zip(starts, ends)))
+    pieces = [(i, at) for i, (start, end) in enumerate(zip(starts, ends)) for at in range(start, end, size)]
+    of, begins = torch.tensor(pieces, device=device).unbind(1)
+    begins = begins[:, None]
+    inside = begins + torch.arange(size, device=device)
+    queries = torch.where(inside < ranks.total[of, None], ranks.new(of[:, None], inside), -1)
+    unused = max(ranks.sinks + w - 1 - max(begin for _, begin in pieces), 0)
+    keys = begins + torch.arange(min(unused - w + 1, size), size, device=device)
+    return ranks.blocks(of, len(ranks.of), queries, inside, keys, ranks.total[of])
+
+
+def _vision_blocks(ranks: _Ranks, is_vision, sequence, scan_vision, span) -> Blocks:
+    """Blocks of a span's vision tokens, which meet the sinks and the text in the window before their span."""
+    device = span.device
+    # text tokens before each packed place, of its own sequence
+    preceding = (~is_vision).long().cumsum(0) - ranks.first[sequence] + ranks.before[sequence]
+    size = torch.bincount(span)
+    begins = torch.full_like(size, len(sequence)).scatter_reduce(0, span, scan_vision, "amin")
+    context, of_span = preceding[begins], sequence[begins]
+    sizes, contexts = torch.stack([size, context]).tolist()
+    pieces = [(i, at) for i, count in enumerate(sizes) for at in range(0, count, VISION_BLOCK)]
+    of_block, start = torch.tensor(pieces, device=device).unbind(1)
+    inside = start[:, None] + torch.arange(min(VISION_BLOCK, max(sizes)), device=device)
+    member = (size.cumsum(0) - size)[of_block, None] + inside
+    by_span = torch.argsort(span, stable=True)
+    queries = torch.where(inside < size[of_block, None], by_span[member.clamp_max(len(span) - 1)], -1)
+    end = context[of_block]
+    keys = end[:, None] + torch.arange(min(max(ranks.sinks - max(contexts), -ranks.window), 0), 0, device=device)
+    return ranks.blocks(of_span[of_block], len(span), queries, (end - 1)[:, None].expand_as(queries), keys, end)
+
+
+def _scan_order(ranks: _Ranks, places, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`source` and `live`: at a text token's place the token that leaves the window for it, if it is no sink."""
+    leaving, of = ranks.rank - ranks.window, ranks.of
+    new = places[ranks.new(of, leaving).clamp(0, max(len(places) - 1, 0))]
+    held = of * (ranks.sinks + ranks.window) + ranks.slot(leaving)
+    leaves = leaving >= ranks.sinks
+    scan = torch.where(leaves, torch.where(leaving >= ranks.before[of], ranks.cached + new, held), 0)
+    live = torch.ones(n, dtype=torch.bool, device=places.device).index_copy(0, places, leaves)
+    return (ranks.cached + torch.arange(n, device=places.device)).index_copy(0, places, scan), live
+
+
+def _kept(ranks: _Ranks, starts: list[int], ends: list[int]) -> torch.Tensor:
+    """Which of the new text tokens stay in the cache: sinks, and the last `window` of every sequence."""
+    w, s, stay, begin = ranks.window, ranks.sinks, [], 0
+    for start, end in zip(starts, ends):
+        for low, high in ((start, min(s, end)), (max(start, s, end - w), end)):
+            stay.append(torch.arange(begin + low - start, begin + max(low, high) - start, device=ranks.of.device))
+        begin += end - start
+    return torch.cat(stay)
 
 
 class NearStep(NamedTuple):
