@@ -1,0 +1,349 @@
+"""Train the suite's teacher, a plain `Qwen2_5_VLForConditionalGeneration`; run again, it goes on where it was.
+
+    python -m linmu_hf.testbed.suite.train_teacher --output DIR [--max_seconds 3600]
+
+First the vision tower alone learns what every token shows, by heads that are thrown away; then the decoder alone
+learns to answer, easy questions first; then both. `OUTPUT/state` holds what going on needs, `OUTPUT/model` the best
+model so far.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from ...commands.common import Parser, check_positive
+from ...distillation.muon import Muon
+from ...files import locked, whole_folder
+from ..encoding import IGNORED
+from ..qwen2_5_vl import train_mode
+from .curriculum import Curriculum
+from .data import Turns, converse, evaluation_scenes, training_scene
+from .drawing import Scene
+from .encoding import HEADS, encode, encode_vision, token_targets
+from .model import build_model, save_checkpoint
+from .processor import build_processor
+from .sources import sources
+from .tasks import KINDS, TASKS
+
+
+POOL = 600  # charts are slow to draw: those of training come from this many of each kind and level
+POOLED = ("bars", "table")
+BATCH = {"words": 16, "bars": 16, "table": 16, "icons": 16, "page": 16, "several": 24, "clip": 12, "memory": 20}
+HEAD_WEIGHTS = {"letter": 1.0, "icon": 1.0, "colour": 0.3, "bar": 0.5}
+NOTHING_WEIGHT = 0.15  # most places show nothing
+KINDS_PER_STEP = 3
+MUON_SHARE = 0.4  # of the rate, for matrices
+VISION_SHARE = 0.3  # of the heads' loss beside that of answers
+STEADY = 0.75  # of a run; then the rate falls
+
+
+@lru_cache(maxsize=6 * POOL)
+def _pooled_scene(seed: int, kind: str, level: int, number: int) -> Scene:
+    rng = np.random.default_rng((seed, list(KINDS).index(kind), level, number))
+    return training_scene(rng, kind, **KINDS[kind].layout(np.random.default_rng((seed, level, number // 50)), level))
+
+
+def draw_scenes(rng: np.random.Generator, kind: str, curriculum: Curriculum | None, seed: int, n: int) -> list[Scene]:
+    """Draws scenes of one kind, level and size; without a curriculum those of the last level."""
+    level, chosen = curriculum.draw(rng, kind) if curriculum else (KINDS[kind].levels, sources("train"))
+    if kind in POOLED:  # fifty after one another have one layout
+        numbers = int(rng.integers(POOL // 50)) * 50 + rng.permutation(50)[:n]
+        return [_pooled_scene(seed, kind, level, int(number)) for number in numbers]
+    layout = KINDS[kind].layout(rng, level)
+    if kind == "several":
+        return [training_scene(rng, kind, chosen=chosen, **{**layout, "alike": i % 2 == 0}) for i in range(n)]
+    return [training_scene(rng, kind, chosen=chosen, **layout) for _ in range(n)]
+
+
+def optimizer_groups(model: nn.Module, heads: nn.Module) -> list[dict]:
+    """Returns the groups of Muon: matrices inside the blocks, and all else for AdamW."""
+    matrices, others = [], list(heads.parameters())
+    for name, parameter in model.named_parameters():
+        # the merger's matrices are large, and orthogonalising them would take as long as all others together
+        inside = parameter.ndim == 2 and not any(part in name for part in ("embed_tokens", "merger"))
+        (matrices if inside else others).append(parameter)
+    return [
+        {"params": matrices, "heads": 1, "share": MUON_SHARE, "weight_decay": 0.01},
+        {"params": others, "share": 1.0, "weight_decay": 0.0},
+    ]
+
+
+def positions(model, batch: dict) -> torch.Tensor:
+    """Returns positions `[3, b, t]` of a batch of one layout: all rows have those of the longest."""
+    b = len(batch["input_ids"])
+    longest = int(batch["attention_mask"].sum(1).argmax())
+    row = {name: batch[name][longest, None] for name in ("input_ids", "mm_token_type_ids")}
+    for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts"):
+        if name in batch:
+            row[name] = batch[name][: len(batch[name]) // b]
+    return model.model.get_rope_index(**row)[0].expand(-1, b, -1)
+
+
+def image_features(model, batch: dict) -> torch.Tensor:
+    """Returns the features `[tokens, channels]` of a batch's pictures."""
+    if "pixel_values" in batch:
+        found = model.get_image_features(batch["pixel_values"], batch["image_grid_thw"])
+    else:
+        found = model.get_video_features(batch["pixel_values_videos"], batch["video_grid_thw"])
+    return torch.cat(found.pooler_output)
+
+
+def flat_targets(scenes: list[Scene]) -> dict[str, torch.Tensor]:
+    """Returns the heads' targets `[tokens, places]` of a batch."""
+    each = [token_targets(scene) for scene in scenes]
+    return {
+        name: torch.from_numpy(np.concatenate([one[name].reshape(-1, HEADS[name][0]) for one in each]))
+        for name in HEADS
+    }
+
+
+def vision_loss(tokens: torch.Tensor, heads: nn.ModuleDict, targets: dict) -> tuple[torch.Tensor, dict[str, float]]:
+    """Returns the heads' weighted cross entropy, and how often each is right where there is something."""
+    loss, right = tokens.new_zeros(()), {}
+    for name, (places, classes) in HEADS.items():
+        target = targets[name].flatten()
+        if not (target > 0).any():
+            continue
+        logits = heads[name](tokens).reshape(-1, classes)
+        weight = torch.where(target > 0, 1.0, NOTHING_WEIGHT)
+        losses = F.cross_entropy(logits, target, reduction="none")
+        loss = loss + HEAD_WEIGHTS[name] * (losses * weight).sum() / weight.sum()
+        right[name] = (logits.argmax(-1) == target)[target > 0].float().mean().item()
+    return loss, right
+
+
+def answer_logits(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns logits and labels `[n]` at the answers' tokens, and the vision tower's features of the batch."""
+    seen: list[torch.Tensor] = []
+    hook = model.model.visual.register_forward_hook(lambda module, args, output: seen.append(output.pooler_output))
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "attention_mask")}
+    inputs["position_ids"] = positions(model, batch)
+    hidden = model.model(**inputs, use_cache=False).last_hidden_state
+    hook.remove()
+    answered = batch["labels"][:, 1:] != IGNORED
+    return model.lm_head(hidden[:, :-1][answered]), batch["labels"][:, 1:][answered], seen[0]
+
+
+def share_right(logits: torch.Tensor, labels: torch.Tensor, end: int) -> float:
+    """Returns the share of answers all of whose tokens are the likeliest."""
+    wrong = (logits.argmax(-1) != labels).long().cumsum(0)
+    at_end = wrong[labels == end]
+    return (torch.diff(at_end, prepend=at_end.new_zeros(1)) == 0).float().mean().item()
+
+
+@torch.no_grad()
+def measure(model, processor, split: str, samples: int, batch_size: int = 32) -> dict[str, float]:
+    """Returns the accuracy of every task: all tokens of the answer are the likeliest after those before."""
+    accuracy = {}
+    for task in TASKS:
+        right, by_size = 0, {}
+        for scene, turns in evaluation_scenes(task, samples, split, seed=1):
+            size = (len(scene.images), None if scene.video is None else scene.video.shape)
+            by_size.setdefault(size, []).append((scene, turns))
+        for alike in by_size.values():
+            for start in range(0, len(alike), batch_size):
+                batch = encode(processor, alike[start : start + batch_size])
+                labels = batch["labels"]
+                predicted = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[:, :-1].argmax(-1)
+                right += _last_answers_right(predicted, labels[:, 1:]).sum().item()
+        accuracy[task] = round(right / samples, 4)
+    return accuracy
+
+
+def _last_answers_right(predicted: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Whether the last run of labels of every row is predicted, `[b]`."""
+    index = torch.arange(labels.shape[1]).expand_as(labels)
+    ignored = labels == IGNORED
+    last = torch.where(ignored, -1, index).max(1, keepdim=True).values
+    before = torch.where(ignored & (index < last), index, -1).max(1, keepdim=True).values
+    return ((predicted == labels) | (index <= before) | ignored).all(1)
+
+
+def learning_rate(args: argparse.Namespace, step: int, done: float) -> float:
+    """Rises, stays, and falls to 2% at the end of the run (`done` = 1)."""
+    warm = min(1.0, (step + 1) / args.warmup_steps)
+    falling = max(0.0, (done - STEADY) / (1 - STEADY))
+    return args.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, falling))))
+
+
+class Run:
+    """Everything that goes on when training does."""
+
+    def __init__(self, args: argparse.Namespace):
+        torch.manual_seed(args.seed)
+        self.args, self.output = args, Path(args.output)
+        self.processor = build_processor()
+        self.model = build_model(self.processor)
+        width = self.model.config.vision_config.out_hidden_size
+        self.heads = nn.ModuleDict({name: nn.Linear(width, math.prod(of)) for name, of in HEADS.items()})
+        self.optimizer = Muon(optimizer_groups(self.model, self.heads), lr=args.lr, betas=(0.9, 0.98))
+        self.curriculum = Curriculum()
+        self.step, self.seconds, self.best = 0, 0.0, -1.0
+        self.state_folder = self.output / "state"
+        if (self.state_folder / "state.pt").is_file():
+            self._load()
+
+    def _parts(self) -> dict:
+        return {name: getattr(self, name) for name in ("model", "heads", "curriculum", "optimizer")}
+
+    def _load(self) -> None:
+        state = torch.load(self.state_folder / "state.pt", weights_only=True)
+        if state["seed"] != self.args.seed:
+            raise ValueError(f"--seed {self.args.seed}: {self.output} was begun with --seed {state['seed']}")
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self.step, self.seconds, self.best = (state[name] for name in ("step", "seconds", "best"))
+
+    def save(self, accuracy: dict[str, float]) -> None:
+        """Writes the state, and the model if it is the best so far."""
+        numbers = {"step": self.step, "seconds": self.seconds, "seed": self.args.seed}
+        mean = sum(accuracy.values()) / max(1, len(accuracy))
+        best, self.best = self.best, max(self.best, mean)
+        with whole_folder(self.state_folder) as folder:
+            parts = {name: part.state_dict() for name, part in self._parts().items()}
+            torch.save({**parts, **numbers, "best": self.best}, folder / "state.pt")
+        if mean > best or not accuracy:
+            with whole_folder(self.output / "model") as folder:
+                save_checkpoint(self.model, self.processor, folder)
+
+    def set_rate(self, done: float) -> float:
+        rate = learning_rate(self.args, self.step, done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["share"]
+        return rate
+
+    def update(self) -> None:
+        """Takes the optimizer's step."""
+        for module in (self.model, self.heads):
+            torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def vision_step(self, rng: np.random.Generator, kinds: list[str]) -> dict[str, float]:
+        """The tower alone learns what its tokens show."""
+        right = {}
+        for kind in kinds:
+            scenes = draw_scenes(rng, kind, None, self.args.seed, BATCH[kind])
+            tokens = image_features(self.model, encode_vision(self.processor, scenes))
+            loss, found = vision_loss(tokens, self.heads, flat_targets(scenes))
+            (loss / len(kinds)).backward()
+            right |= {f"{kind}_{name}": value for name, value in found.items()}
+        self.update()
+        return right
+
+    def answer_step(self, rng: np.random.Generator, kinds: list[str]) -> dict[str, float]:
+        """Decoder and, once its time has come, tower learn to answer."""
+        notes = {}
+        together = self.step >= self.args.vision_steps + self.args.decoder_steps
+        self.model.model.visual.requires_grad_(together)
+        for kind in kinds:
+            scenes = draw_scenes(rng, kind, self.curriculum, self.args.seed, BATCH[kind])
+            samples: list[tuple[Scene, Turns]] = [(scene, converse(rng, scene)) for scene in scenes]
+            logits, labels, tokens = answer_logits(self.model, encode(self.processor, samples))
+            loss = F.cross_entropy(logits, labels)
+            if together:
+                loss = loss + VISION_SHARE * vision_loss(tokens, self.heads, flat_targets(scenes))[0]
+            (loss / len(kinds)).backward()
+            right = share_right(logits.detach(), labels, self.processor.tokenizer.eos_token_id)
+            self.curriculum.update(kind, right)
+            notes[kind] = right
+        self.update()
+        return notes
+
+    def steps(self) -> Iterator[tuple[dict[str, float], bool]]:
+        """Yields the notes of every step, and whether it was one of the vision tower alone, until time is up."""
+        started = time.time()
+        while True:
+            spent = time.time() - started
+            done = max(spent / self.args.max_seconds, self.step / self.args.steps)
+            if done >= 1:
+                return
+            rng = np.random.default_rng((self.args.seed, self.step))
+            self.rate, looking = self.set_rate(done), self.step < self.args.vision_steps
+            train_mode(self.model)
+            if looking:
+                kinds = [str(kind) for kind in rng.choice(self.args.vision_kinds, KINDS_PER_STEP, replace=False)]
+                notes = self.vision_step(rng, kinds)
+            else:
+                notes = self.answer_step(rng, self.curriculum.choose(rng, KINDS_PER_STEP))
+            self.step += 1
+            self.seconds += time.time() - started - spent
+            yield notes, looking
+
+
+def train(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    run = Run(args)
+    run.output.mkdir(parents=True, exist_ok=True)
+    sources("train")
+    parameters = sum(p.numel() for p in run.model.parameters())
+    total = None if math.isinf(args.steps) else int(args.steps)
+    progress = tqdm(total=total, initial=run.step, desc=f"{parameters / 1e6:.2f}M parameters", mininterval=10)
+    window: dict[str, list[float]] = {}
+    saved = time.time()
+    with open(run.output / "training_log.jsonl", "a") as log:
+
+        def note(record: dict) -> None:
+            log.write(json.dumps(record) + "\n")
+            log.flush()
+            progress.write(json.dumps(record))
+
+        def evaluate() -> None:
+            train_mode(run.model, False)
+            looking = run.step <= args.vision_steps
+            accuracy = {} if looking else measure(run.model, run.processor, "seen", args.eval_samples)
+            run.save(accuracy)
+            note({"step": run.step, "seconds": round(run.seconds), "seen": accuracy})
+
+        for notes, looking in run.steps():
+            progress.update()
+            for name, value in notes.items():
+                window.setdefault(name, []).append(value)
+            if run.step % args.log_every == 0:
+                record = {"step": run.step, "seconds": round(run.seconds), "lr": round(run.rate, 6)}
+                record |= {"looking" if looking else "right": {k: round(np.mean(v), 3) for k, v in window.items()}}
+                note(record | {"levels": dict(run.curriculum.levels)})
+                window = {}
+            if time.time() - saved > args.save_seconds:
+                evaluate()
+                saved = time.time()
+        evaluate()
+    progress.close()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", required=True, help="folder; the best model goes to model/, the rest to state/")
+    parser.add_argument("--steps", type=float, default=math.inf, help="of the whole training, earlier runs included")
+    parser.add_argument("--max_seconds", type=float, default=3600, help="of this run, whose rate falls at its end")
+    parser.add_argument("--vision_steps", type=int, default=1200, help="of the vision tower alone, to begin with")
+    parser.add_argument("--decoder_steps", type=int, default=2500, help="after them, of the decoder alone")
+    parser.add_argument("--vision_kinds", nargs="+", choices=list(KINDS), default=["words", "table", "page", "icons", "bars"])
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--warmup_steps", type=int, default=50)
+    parser.add_argument("--log_every", type=int, default=50)
+    parser.add_argument("--save_seconds", type=float, default=300, help="between evaluations, after each of which it can go on")
+    parser.add_argument("--eval_samples", type=int, default=32, help="questions per task in each evaluation")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args(argv)
+    try:
+        check_positive(args, "steps", "max_seconds", "eval_samples", "log_every", "threads", "warmup_steps")
+        with locked(Path(args.output)):
+            train(args)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
