@@ -1,4 +1,4 @@
-"""Rendered scenes that stand for the paper's benchmarks: words, charts, icons, pages, videos and long conversations."""
+"""Rendered scenes that stand for the paper's benchmarks: words, charts, icons, pages, videos, long conversations."""
 
 from importlib.util import find_spec
 

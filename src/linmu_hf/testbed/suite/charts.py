@@ -1,5 +1,8 @@
 """Bar charts and tables, drawn by matplotlib in its style sheets."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 
 import matplotlib
@@ -7,9 +10,10 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from matplotlib.transforms import Bbox
 
 from .drawing import Item, Scene, pick
-from .sources import COLOURS, FONTS, FOLDERS, Sources, _folder
+from .sources import COLOURS, FOLDERS, FONTS, Sources, _folder
 
 
 TASKS = ("value", "larger", "cell")
@@ -39,7 +43,9 @@ def _style(name: str) -> dict:
     from matplotlib import style
 
     chosen = {} if name == "default" else dict(style.library[name])
-    skip = [key for key in chosen if key.startswith(("savefig", "backend", "interactive", "toolbar", "figure.figsize"))]
+    skip = [
+        key for key in chosen if key.startswith(("savefig", "backend", "interactive", "toolbar", "figure.figsize"))
+    ]
     return {key: value for key, value in chosen.items() if key not in skip and not key.startswith("figure.dpi")}
 
 
@@ -50,77 +56,83 @@ def _font(family: str) -> str | None:
     return None if package == "pymupdf_fonts" else str(_folder(package) / FOLDERS.get(package, "files") / regular)
 
 
-def _open(rng: np.random.Generator, sources: Sources, size) -> tuple:
+@dataclass
+class _Page:
+    """A figure under way in a style sheet of matplotlib, and the font that everything on it is written in."""
+
+    figure: Figure
+    canvas: FigureCanvasAgg
+    font: FontProperties
+    used: set[str]
+
+    def pixels(self) -> np.ndarray:
+        """Returns the drawn figure as `[height, width, 3]` uint8."""
+        self.canvas.draw()
+        return np.asarray(self.canvas.buffer_rgba())[..., :3].copy()
+
+
+@contextmanager
+def _page(rng: np.random.Generator, sources: Sources, size: tuple[int, int]) -> Iterator[_Page]:
     style = pick(rng, sources.chart_styles)
     family = pick(rng, [name for name in sources.fonts if _font(name)] or ["DejaVu Sans"])
-    figure = Figure(figsize=(size[0] / DPI, size[1] / DPI), dpi=DPI)
-    used = {f"style:{style}", f"font:{family}"}
-    return style, FontProperties(fname=_font(family), size=5), figure, FigureCanvasAgg(figure), used
+    with matplotlib.rc_context(_style(style)):
+        figure = Figure(figsize=(size[0] / DPI, size[1] / DPI), dpi=DPI)
+        font = FontProperties(fname=_font(family), size=5)
+        yield _Page(figure, FigureCanvasAgg(figure), font, {f"style:{style}", f"font:{family}"})
 
 
-def compose_bars(rng: np.random.Generator, sources: Sources, bars: int, size) -> Scene:
+def compose_bars(rng: np.random.Generator, sources: Sources, bars: int, size: tuple[int, int]) -> Scene:
     """Draws bars of different colours and of 1 to 9."""
     names = [BAR_COLOURS[i] for i in rng.permutation(len(BAR_COLOURS))[:bars]]
     values = [int(v) for v in rng.permutation(9)[:bars] + 1]
     width, height = size
-    style = pick(rng, sources.chart_styles)
-    with matplotlib.rc_context(_style(style)):
-        _, font, figure, canvas, used = _open(rng, sources, size)
-        left, bottom, across, up = 0.11, 0.06, 0.86, 0.9
-        axes = figure.add_axes((left, bottom, across, up))
-        thick = float(rng.uniform(0.5, 0.85))
+    left, bottom, across, up = 0.11, 0.06, 0.86, 0.9  # the axes, in shares of the picture
+    thick = float(rng.uniform(0.5, 0.85))
+    with _page(rng, sources, size) as page:
+        axes = page.figure.add_axes((left, bottom, across, up))
         inks = [tuple(v / 255 for v in COLOURS[name]) for name in names]
         axes.bar(range(bars), values, thick, color=inks, edgecolor="black" if rng.random() < 0.5 else "none")
         axes.set(xlim=(-0.6, bars - 0.4), ylim=(0, 10))
-        axes.set_yticks([0, 5, 10], ["0", "5", "10"], fontproperties=font)
+        axes.set_yticks([0, 5, 10], ["0", "5", "10"], fontproperties=page.font)
         axes.set_xticks([])
         axes.tick_params(length=1, pad=1)
-        canvas.draw()
-        pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()
-    used = {name for name in used if not name.startswith("style:")} | {f"style:{style}"}
+        pixels = page.pixels()
     items = []
     for i, (name, value) in enumerate(zip(names, values)):
         x0, x1 = (((i + 0.6 + side * thick / 2) / (bars + 0.2) * across + left) * width for side in (-1, 1))
         base = (1 - bottom) * height
         items.append(Item("bar", str(value), (x0, base - up * height * value / 10, x1, base), colour=name))
     facts = {"bars": dict(zip(names, values))}
-    return Scene("bars", (pixels,), None, facts, tuple(items), frozenset(used))
+    return Scene("bars", (pixels,), None, facts, tuple(items), frozenset(page.used))
 
 
-def compose_table(rng: np.random.Generator, sources: Sources, grid, size) -> Scene:
+def compose_table(rng: np.random.Generator, sources: Sources, grid: tuple[int, int], size: tuple[int, int]) -> Scene:
     """Draws a table of numbers of two digits."""
     rows, columns = grid
     numbers = [n for n in sources.numbers if n < TABLE_NUMBERS]
     cells = [[numbers[i] for i in rng.integers(0, len(numbers), columns)] for _ in range(rows)]
-    width, height = size
-    style = pick(rng, sources.chart_styles)
-    with matplotlib.rc_context(_style(style)):
-        _, font, figure, canvas, used = _open(rng, sources, size)
-        font.set_size(int(rng.integers(8, 10)))
-        axes = figure.add_axes((0.02, 0.03, 0.96, 0.94))
+    with _page(rng, sources, size) as page:
+        page.font.set_size(int(rng.integers(8, 10)))
+        axes = page.figure.add_axes((0.02, 0.03, 0.96, 0.94))
         axes.set_axis_off()
-        paper = matplotlib.rcParams["axes.facecolor"]
-        table = axes.table([[str(n) for n in row] for row in cells], bbox=(0, 0, 1, 1), cellLoc="center")
-        for cell in table.get_celld().values():
-            cell.set_facecolor(paper)
-            cell.set_edgecolor(matplotlib.rcParams["axes.edgecolor"])
-            cell.set_linewidth(0.6)
-            cell.get_text().set_fontproperties(font)
-            cell.get_text().set_color(matplotlib.rcParams["text.color"])
+        table = axes.table([[str(n) for n in row] for row in cells], bbox=Bbox.unit(), cellLoc="center")
         table.auto_set_font_size(False)
-        canvas.draw()
-        pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()
-        boxes = {at: cell.get_text().get_window_extent(canvas.get_renderer()) for at, cell in table.get_celld().items()}
-    used = {name for name in used if not name.startswith("style:")} | {f"style:{style}"}
+        for cell in table.get_celld().values():
+            cell.set(facecolor=matplotlib.rcParams["axes.facecolor"], edgecolor=matplotlib.rcParams["axes.edgecolor"])
+            cell.set_linewidth(0.6)
+            cell.get_text().set(fontproperties=page.font, color=matplotlib.rcParams["text.color"])
+        pixels = page.pixels()
+        renderer = page.canvas.get_renderer()
+        boxes = {at: cell.get_text().get_window_extent(renderer) for at, cell in table.get_celld().items()}
     items = []
     for (row, column), box in boxes.items():
         text = str(cells[row][column])
         step = (box.x1 - box.x0) / len(text)
         for i, digit in enumerate(text):
-            place = (box.x0 + i * step, height - box.y1, box.x0 + (i + 1) * step, height - box.y0)
+            place = (box.x0 + i * step, size[1] - box.y1, box.x0 + (i + 1) * step, size[1] - box.y0)
             items.append(Item("letter", digit, place))
-        used.add(f"number:{text}")
-    return Scene("table", (pixels,), None, {"cells": cells}, tuple(items), frozenset(used))
+        page.used.add(f"number:{text}")
+    return Scene("table", (pixels,), None, {"cells": cells}, tuple(items), frozenset(page.used))
 
 
 def ask(rng: np.random.Generator, scene: Scene, task: str) -> tuple[str, str]:

@@ -1,10 +1,10 @@
 """Rows of the suite: training conversations, and one question per row for the three test splits.
 
-    split    sources     sizes and lengths
-    train    train       those of training, several questions each
-    seen     train       those of training: what the teacher was trained on, in new scenes
-    test     held out    those of training
-    beyond   held out    larger pictures, more images, longer videos and conversations
+split    sources     sizes and lengths
+train    train       those of training, several questions each
+seen     train       those of training: what the teacher was trained on, in new scenes
+test     held out    those of training
+beyond   held out    larger pictures, more images, longer videos and conversations
 """
 
 from collections.abc import Iterator, Sequence

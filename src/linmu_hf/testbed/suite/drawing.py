@@ -33,9 +33,7 @@ class Scene:
     opening: str = ""  # text between the pictures and the first question
 
 
-def paint_surface(
-    rng: np.random.Generator, width: int, height: int, tone: tuple[int, int, int], split: str
-) -> np.ndarray:
+def paint_surface(rng: np.random.Generator, width: int, height: int, tone: tuple[int, ...], split: str) -> np.ndarray:
     """Returns a surface `[height, width, 3]` of about one tone, in one of the split's ways."""
     way = BACKGROUNDS[split][rng.integers(len(BACKGROUNDS[split]))]
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
@@ -60,9 +58,8 @@ class Canvas:
     sources: set[str] = field(default_factory=set)
 
     @classmethod
-    def blank(cls, rng, width: int, height: int, tone: tuple[int, int, int], split: str, picture: int = 0) -> "Canvas":
-        canvas = cls(Image.fromarray(paint_surface(rng, width, height, tone, split)), picture)
-        return canvas
+    def blank(cls, rng, width: int, height: int, tone: tuple[int, ...], split: str, picture: int = 0) -> "Canvas":
+        return cls(Image.fromarray(paint_surface(rng, width, height, tone, split)), picture)
 
     def text(self, text: str, left: float, top: float, family: str, size: int, bold: bool, ink) -> None:
         """Writes one line whose letters' top is at `top`, and notes every character."""

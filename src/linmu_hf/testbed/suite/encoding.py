@@ -76,7 +76,7 @@ def token_targets(scene: Scene) -> dict[str, np.ndarray]:
     A character is in the place that its middle is in. Icons and bars are wherever they cover a token's middle.
     """
     grid = token_grid(scene)
-    n, rows, columns = grid
+    _, rows, columns = grid
     targets = {name: np.zeros((*grid, places), np.int64) for name, (places, _) in HEADS.items()}
     for item in scene.items:
         left, top, right, bottom = item.box
@@ -89,5 +89,5 @@ def token_targets(scene: Scene) -> dict[str, np.ndarray]:
         across, down = (np.arange(count) * TOKEN + TOKEN / 2 for count in (columns, rows))
         where = np.ix_((down >= top) & (down < bottom), (across >= left) & (across < right))
         targets[item.kind][item.picture][where] = label
-        targets["colour"][item.picture][where] = NAMES["colour"].index(item.colour) + 1
+        targets["colour"][item.picture][where] = NAMES["colour"].index(str(item.colour)) + 1
     return targets

@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -32,33 +33,37 @@ from .drawing import Scene
 from .encoding import HEADS, encode, encode_vision, token_targets
 from .model import build_model, save_checkpoint
 from .processor import build_processor
-from .sources import sources
+from .sources import Sources, sources
 from .tasks import KINDS, TASKS
 
 
-POOL = 600  # charts are slow to draw: those of training come from this many of each kind and level
+# Charts are slow to draw: those of training come from a pool for each kind and level, in blocks of one layout
+BLOCK = 50
+BLOCKS = 12
+STEPS_PER_BLOCK = 25  # until the pool has one more
 POOLED = ("bars", "table")
 BATCH = {"words": 16, "bars": 16, "table": 16, "icons": 16, "page": 16, "several": 24, "clip": 12, "memory": 20}
 HEAD_WEIGHTS = {"letter": 1.0, "icon": 1.0, "colour": 0.3, "bar": 0.5}
 NOTHING_WEIGHT = 0.15  # most places show nothing
-KINDS_PER_STEP = 3
+KINDS_PER_STEP = 2
 MUON_SHARE = 0.4  # of the rate, for matrices
 VISION_SHARE = 0.3  # of the heads' loss beside that of answers
 STEADY = 0.75  # of a run; then the rate falls
 
 
-@lru_cache(maxsize=6 * POOL)
-def _pooled_scene(seed: int, kind: str, level: int, number: int) -> Scene:
-    rng = np.random.default_rng((seed, list(KINDS).index(kind), level, number))
-    return training_scene(rng, kind, **KINDS[kind].layout(np.random.default_rng((seed, level, number // 50)), level))
+@lru_cache(maxsize=6 * BLOCK * BLOCKS)
+def _pooled_scene(seed: int, kind: str, level: int, block: int, number: int) -> Scene:
+    layout = KINDS[kind].layout(np.random.default_rng((seed, level, block)), level)
+    rng = np.random.default_rng((seed, list(KINDS).index(kind), level, block, number))
+    return training_scene(rng, kind, **layout)
 
 
-def draw_scenes(rng: np.random.Generator, kind: str, curriculum: Curriculum | None, seed: int, n: int) -> list[Scene]:
-    """Draws scenes of one kind, level and size; without a curriculum those of the last level."""
-    level, chosen = curriculum.draw(rng, kind) if curriculum else (KINDS[kind].levels, sources("train"))
-    if kind in POOLED:  # fifty after one another have one layout
-        numbers = int(rng.integers(POOL // 50)) * 50 + rng.permutation(50)[:n]
-        return [_pooled_scene(seed, kind, level, int(number)) for number in numbers]
+def draw_scenes(rng: np.random.Generator, kind: str, level: int, chosen: Sources, seed: int, step: int) -> list[Scene]:
+    """Draws a batch of scenes of one kind, level and size."""
+    n = BATCH[kind]
+    if kind in POOLED:
+        block = int(rng.integers(min(BLOCKS, 1 + step // STEPS_PER_BLOCK)))
+        return [_pooled_scene(seed, kind, level, block, int(number)) for number in rng.permutation(BLOCK)[:n]]
     layout = KINDS[kind].layout(rng, level)
     if kind == "several":
         return [training_scene(rng, kind, chosen=chosen, **{**layout, "alike": i % 2 == 0}) for i in range(n)]
@@ -67,7 +72,8 @@ def draw_scenes(rng: np.random.Generator, kind: str, curriculum: Curriculum | No
 
 def optimizer_groups(model: nn.Module, heads: nn.Module) -> list[dict]:
     """Returns the groups of Muon: matrices inside the blocks, and all else for AdamW."""
-    matrices, others = [], list(heads.parameters())
+    matrices: list[nn.Parameter] = []
+    others = list(heads.parameters())
     for name, parameter in model.named_parameters():
         # the merger's matrices are large, and orthogonalising them would take as long as all others together
         inside = parameter.ndim == 2 and not any(part in name for part in ("embed_tokens", "merger"))
@@ -110,7 +116,7 @@ def flat_targets(scenes: list[Scene]) -> dict[str, torch.Tensor]:
 def vision_loss(tokens: torch.Tensor, heads: nn.ModuleDict, targets: dict) -> tuple[torch.Tensor, dict[str, float]]:
     """Returns the heads' weighted cross entropy, and how often each is right where there is something."""
     loss, right = tokens.new_zeros(()), {}
-    for name, (places, classes) in HEADS.items():
+    for name, (_, classes) in HEADS.items():
         target = targets[name].flatten()
         if not (target > 0).any():
             continue
@@ -146,10 +152,10 @@ def measure(model, processor, split: str, samples: int, batch_size: int = 32) ->
     """Returns the accuracy of every task: all tokens of the answer are the likeliest after those before."""
     accuracy = {}
     for task in TASKS:
-        right, by_size = 0, {}
+        right, by_size = 0, defaultdict(list)
         for scene, turns in evaluation_scenes(task, samples, split, seed=1):
             size = (len(scene.images), None if scene.video is None else scene.video.shape)
-            by_size.setdefault(size, []).append((scene, turns))
+            by_size[size].append((scene, turns))
         for alike in by_size.values():
             for start in range(0, len(alike), batch_size):
                 batch = encode(processor, alike[start : start + batch_size])
@@ -231,9 +237,9 @@ class Run:
 
     def vision_step(self, rng: np.random.Generator, kinds: list[str]) -> dict[str, float]:
         """The tower alone learns what its tokens show."""
-        right = {}
+        right: dict[str, float] = {}
         for kind in kinds:
-            scenes = draw_scenes(rng, kind, None, self.args.seed, BATCH[kind])
+            scenes = draw_scenes(rng, kind, KINDS[kind].levels, sources("train"), self.args.seed, self.step)
             tokens = image_features(self.model, encode_vision(self.processor, scenes))
             loss, found = vision_loss(tokens, self.heads, flat_targets(scenes))
             (loss / len(kinds)).backward()
@@ -247,7 +253,8 @@ class Run:
         together = self.step >= self.args.vision_steps + self.args.decoder_steps
         self.model.model.visual.requires_grad_(together)
         for kind in kinds:
-            scenes = draw_scenes(rng, kind, self.curriculum, self.args.seed, BATCH[kind])
+            level, chosen = self.curriculum.draw(rng, kind)
+            scenes = draw_scenes(rng, kind, level, chosen, self.args.seed, self.step)
             samples: list[tuple[Scene, Turns]] = [(scene, converse(rng, scene)) for scene in scenes]
             logits, labels, tokens = answer_logits(self.model, encode(self.processor, samples))
             loss = F.cross_entropy(logits, labels)
@@ -310,9 +317,9 @@ def train(args: argparse.Namespace) -> None:
             for name, value in notes.items():
                 window.setdefault(name, []).append(value)
             if run.step % args.log_every == 0:
+                right = {name: round(float(np.mean(values)), 3) for name, values in window.items()}
                 record = {"step": run.step, "seconds": round(run.seconds), "lr": round(run.rate, 6)}
-                record |= {"looking" if looking else "right": {k: round(np.mean(v), 3) for k, v in window.items()}}
-                note(record | {"levels": dict(run.curriculum.levels)})
+                note({**record, "looking" if looking else "right": right, "levels": dict(run.curriculum.levels)})
                 window = {}
             if time.time() - saved > args.save_seconds:
                 evaluate()
@@ -328,11 +335,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max_seconds", type=float, default=3600, help="of this run, whose rate falls at its end")
     parser.add_argument("--vision_steps", type=int, default=1200, help="of the vision tower alone, to begin with")
     parser.add_argument("--decoder_steps", type=int, default=2500, help="after them, of the decoder alone")
-    parser.add_argument("--vision_kinds", nargs="+", choices=list(KINDS), default=["words", "table", "page", "icons", "bars"])
+    parser.add_argument(
+        "--vision_kinds", nargs="+", choices=list(KINDS), default=["words", "table", "page", "icons", "bars"]
+    )
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--warmup_steps", type=int, default=50)
     parser.add_argument("--log_every", type=int, default=50)
-    parser.add_argument("--save_seconds", type=float, default=300, help="between evaluations, after each of which it can go on")
+    parser.add_argument(
+        "--save_seconds", type=float, default=300, help="between evaluations, after each of which it can go on"
+    )
     parser.add_argument("--eval_samples", type=int, default=32, help="questions per task in each evaluation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
