@@ -13,7 +13,7 @@ from linmu_hf.data import encode_prompts
 from linmu_hf.evaluation.lmms.report import compare_benchmarks, format_benchmarks
 from linmu_hf.evaluation.lmms.rows import doc_to_messages, doc_to_target, doc_to_text, process_results, write_tasks
 from linmu_hf.evaluation.lmms.run import benchmarks_of_rows, find_benchmarks, run_model, summarise
-from linmu_hf.evaluation.lmms.tasks import SUITES, Benchmark, chance, sample_score
+from linmu_hf.evaluation.lmms.tasks import PERCENT, SUITES, Benchmark, chance, sample_score
 from linmu_hf.evaluation.retention import generate_answers
 
 
@@ -72,6 +72,28 @@ def test_summary_of_a_task():
     assert [sample["score"] for sample in other["samples"]] == [None, None]
     with pytest.raises(ValueError, match=r"t gives \['score'\], not acc"):
         summarise(Benchmark("T", "t", "acc"), found([1.0], 1.0), {})
+
+
+@pytest.mark.parametrize(
+    ("metric", "reported", "scores", "expected"),
+    [
+        ("videomme_perception_score", 1.0, [1.0] + [0.0] * 99, 0.01),  # percent by its name: 1% is not 100%
+        ("videomme_perception_score", 0.5, [1.0] + [0.0] * 199, 0.005),
+        ("mmmu_acc", 1.0, [1.0, 1.0], 1.0),  # a share by its name
+        ("own", 1.0, [1.0] + [0.0] * 99, 0.01),  # by the questions
+        ("own", 1.0, [1.0, 1.0], 1.0),
+        ("own", 0.0, [0.0, 0.0], 0.0),
+        ("own", 40.0, ["kept elsewhere"], 0.4),  # by neither, but no share is above 1
+        ("own", 0.4, ["kept elsewhere"], 0.4),
+    ],
+)
+def test_the_unit_is_that_of_the_metric(metric, reported, scores, expected):
+    one = summarise(Benchmark("T", "t", metric), found(scores, reported, metric), {})
+    assert one["score"] == pytest.approx(expected)
+
+
+def test_every_percent_metric_is_one_of_the_suites():
+    assert set(PERCENT) <= {one.metric for suite in SUITES.values() for one in suite}
 
 
 def test_suites(monkeypatch):

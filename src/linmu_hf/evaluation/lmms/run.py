@@ -8,7 +8,7 @@ from typing import Any
 
 from ...files import write_text
 from ..loading import library_versions
-from .tasks import SUITES, Benchmark, chance, sample_score
+from .tasks import SUITES, Benchmark, chance, sample_score, unit_of
 
 
 KEY = "OPENAI_API_KEY"
@@ -118,13 +118,13 @@ def summarise(benchmark: Benchmark, found: Mapping[str, Any], speed: Mapping[str
     metric = benchmark.metric or next(iter(metrics))
     if metric not in metrics:
         raise ValueError(f"{benchmark.task} gives {sorted(metrics)}, not {metric}")
-    score = metrics[metric] / (100 if metrics[metric] > 1 else 1)
     samples = [
         {"id": one["doc_id"], "score": sample_score(one, metric), "chance": chance(one["doc"])}
         for one in found["samples"][benchmark.task]
     ]
     samples.sort(key=lambda one: one["id"])
     known = [one["score"] for one in samples]
+    score = metrics[metric] / unit_of(metric, metrics[metric], [] if None in known else known)
     # what lmms-eval aggregates in a way of its own has no score for each question, and no interval
     if not known or None in known or abs(sum(known) / len(known) - score) > 5e-3:
         samples = [{**one, "score": None} for one in samples]

@@ -43,6 +43,8 @@ SUITES = {
         Benchmark("AI2D", "ai2d", "exact_match"),
     ),
 }
+# Metrics that lmms-eval gives from 0 to 100; the others of the suites go from 0 to 1.
+PERCENT = ("videomme_perception_score", "mlvu_percetion_score", "gpt_eval_accuracy", "llm_as_judge_eval")
 CHOICES = ("options", "candidates", "choices")  # of a question, in the rows of these benchmarks
 PREDICTED = ("pred_answer", "parsed_pred")
 
@@ -75,3 +77,23 @@ def sample_score(sample: Mapping[str, Any], metric: str) -> float | None:
     if said is None or right is None:
         return None
     return float(said == right or (isinstance(right, list) and said in right))
+
+
+def unit_of(metric: str, value: float, scores: Sequence[float]) -> int:
+    """
+    Returns what a metric's value is divided by to go from 0 to 1: 100 for percent.
+
+    Args:
+        metric (`str`): Its name, which decides for the metrics of the suites: 1.0 is 1% of one and 100% of another.
+        value (`float`): What lmms-eval reports.
+        scores (`Sequence[float]`): Those of the questions, from 0 to 1, which decide for other metrics: their mean is
+            the value in one of the two units. Without any, only a value above 1 is percent.
+    """
+    if metric in PERCENT:
+        return 100
+    if any(metric == one.metric for suite in SUITES.values() for one in suite):
+        return 1
+    if not scores:
+        return 100 if value > 1 else 1
+    mean = sum(scores) / len(scores)
+    return 100 if abs(100 * mean - value) < abs(mean - value) else 1
