@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from linmu_hf.distillation.recipes import read_stages, recipe_file
 from linmu_hf.distillation.stages import LORA, SWIN, Stage
 from linmu_hf.testbed import ablate
 from linmu_hf.testbed.ablations import run as runs
-from linmu_hf.testbed.ablations.plans import FLEX_WITHOUT_FUSION, PLANS, WINDOWS, scale_steps
+from linmu_hf.testbed.ablations.plans import FLEX_FORWARD, FLEX_WITHOUT_FUSION, PLANS, WINDOWS, Start, scale_steps
 from linmu_hf.testbed.ablations.tables import accuracies, against_paper, format_plan, spread, summarise
+from linmu_hf.testbed.data import WHOLE_SCENE
 
 
 PAPER, QUICK = (read_stages(recipe_file(name)) for name in ("paper", "quick"))
@@ -59,6 +61,39 @@ def test_branches_train_what_is_left():
     assert [s.trains for s in rows["Local-Swin alone"].stages] == [(SWIN,), (SWIN,), (SWIN, LORA)]
 
 
+def test_referees_change_one_thing_at_a_time():
+    rows = {row.label: row for row in PLANS["referees"](PAPER, WINDOWS)}
+    first = rows["as it is"]
+    assert first.start == Start() and first.stages == PAPER
+    assert len({(str(row.start), str(row.stages)) for row in rows.values()}) == len(rows)  # no row twice
+    options = {label: row.start.options for label, row in rows.items()}
+    assert options["windows of half the size"] == {"window_size": [1, 1, 1], "image_window_size": [1, 2, 2]}
+    assert options["windows of twice the size"] == {"window_size": [4, 4, 4], "image_window_size": [1, 8, 8]}
+    assert options["text window of 8, no sinks"] == {"text_window": 8, "sink_tokens": 0}
+    same = by_label("branches", PAPER)  # measured once for both plans
+    assert rows["Flex-MA alone"] == same["Flex-MA alone"] and rows["Local-Swin alone"] == same["Local-Swin alone"]
+    for label in ("one-directional Flex-MA", "the same, scan order thw"):
+        row = rows[label]
+        assert row.start.branch == "forward"
+        assert [stage.trains for stage in row.stages] == [
+            (FLEX_FORWARD,), (FLEX_FORWARD, SWIN), (FLEX_FORWARD, SWIN, LORA)
+        ]  # fmt: skip
+    names = (
+        "flex_ma.forward_scan.A_log",
+        "flex_ma.gate_proj.weight",
+        "flex_ma.reverse_scan.A_log",
+        "fusion_proj.bias",
+    )
+    trained = [bool(re.search(FLEX_FORWARD, f"layers.0.mixer.{name}")) for name in names]
+    assert trained == [True, False, False, True]
+
+
+@pytest.mark.parametrize("options", [{"text_window": 0, "sink_tokens": 0}, {"scan_orders": ["thw"]}])
+def test_referees_refuse_options_that_leave_a_row_nothing_to_change(options):
+    with pytest.raises(ValueError, match="has nothing to change for its row"):
+        PLANS["referees"](PAPER, options)
+
+
 def test_a_plan_that_does_not_fit_the_recipe_is_refused():
     fed = Stage("one", ("flex",), 3, 1e-3, hid=1.0, hidden_input="teacher")
     with pytest.raises(ValueError, match="changes L_seq, which no stage"):
@@ -88,6 +123,20 @@ def test_figures_equal_those_by_hand():
     text = format_plan("branches", [first, second], tasks)
     assert "| first | 2 | 100.0 ± 0.0 | 75.0 ± 35.4 | 87.5 ± 17.7 |" in text
     assert "| 0.200 ± 0.141 | 65.0 (+0.0) |" in text
+
+
+def test_tasks_of_the_whole_scene_have_columns_of_their_own():
+    tasks = ["cell", "when", "when", "first"]
+    rows = [("first", (), [[1, 1, 1, 0]], []), ("second", (), [[0, 1, 0, 1]], [])]
+    first, second = summarise(rows, tasks, [1, 1, 1, 1], WHOLE_SCENE)
+    assert first["whole_scene"]["mean"] == pytest.approx((1 + 0) / 2)
+    assert second["whole_scene"]["mean"] == pytest.approx((0.5 + 1) / 2)
+    assert second["whole_scene_difference"]["mean"] == pytest.approx(0.25)
+    text = format_plan("referees", [first, second], tasks)
+    assert "| difference | whole scene | whole scene, difference | paper |" in text
+    assert "names no place" in text
+    assert "whole_scene" not in summarise(rows, ["cell", "below"] * 2, [1] * 4, WHOLE_SCENE)[0]
+    assert "whole_scene" not in summarise(rows, tasks, [1] * 4)[0]  # the other plans
 
 
 def test_orders_are_compared_with_the_papers():
@@ -189,12 +238,46 @@ def test_a_closed_branch_has_no_effect(tmp_path, keep):
     assert (logits(open_branch) - plain).abs().max() > 1e-2
 
 
+@torch.no_grad()
+def test_a_closed_reverse_scan_has_no_effect(tmp_path):
+    """Flex-MA alone is causal then: another last vision token moves nothing before it."""
+    ablation = runs.Bench(tmp_path, str(ablate.TEACHERS["qwen"]), "none", mixer_options=WINDOWS)
+    row = next(iter(ablate.make_data(tmp_path / "data", 1, 1)["test"]))
+    batch = dict(runs.encode_rows(ablation.processor, [row]))
+    batch.pop("labels")
+    options = {"scan_orders": ["thw"], "text_window": 0, "sink_tokens": 0}
+    student = ablation.start(Start(options=options, branch="forward"), tmp_path / "init").eval()
+    runs.close_branch(student, keep="flex")
+    layers = student.model.language_model.layers
+    last = int(batch["mm_token_type_ids"][0].nonzero()[-1])
+
+    def spoil_last(module, arguments):
+        hidden = arguments[0].clone()
+        hidden[0, last] += 1
+        return (hidden, *arguments[1:])
+
+    def first_moved():
+        plain = student(**batch).logits[0]
+        handle = layers[0].register_forward_pre_hook(spoil_last)
+        moved = (student(**batch).logits[0] - plain).abs().amax(1) > 1e-5
+        handle.remove()
+        return int(moved.nonzero()[0])
+
+    assert first_moved() == last
+    for layer in layers:
+        layer.mixer.flex_ma.gate_proj.bias.zero_()
+    assert first_moved() < last  # broken on purpose: the reverse scan is open again
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (["--plan", "optimizers"], "invalid choice: 'optimizers'"),
         (["--plan", "stages", "--seeds", "0", "0"], "names one twice"),
         (["--plan", "stages", "--steps_factor", "0"], "--steps_factor 0.0 must be positive"),
+        (["--plan", "stages", "--rows", "nothing"], "--rows has ['nothing'], which stages lacks"),
+        (["--plan", "stages", "branches", "--rows", "all stages"], "--rows leaves nothing of the plan branches"),
+        (["--plan", "referees", "--mixer_options", '{"text_window": 8}'], "has nothing to change for its row"),
         (["--plan", "stages", "--recipe", "best"], "recipe='best' is none of paper, default, quick"),
         (["--plan", "stages", "--mixer_options", "[]"], "must be a JSON object"),
         (["--plan", "stages", "--model", "/nowhere/model"], "/nowhere/model is not a folder"),

@@ -23,19 +23,22 @@ from .ablations.plans import PLANS, WINDOWS, Row, Start, scale_steps
 from .ablations.run import Bench
 from .ablations.tables import format_plan, plot_plan, summarise
 from .check_teacher import TEACHERS
+from .data import WHOLE_SCENE
 from .make_data import make_data
 
 
 ALL = "all"
-IN_ALL = [name for name in PLANS if name != "block"]
+NOT_IN_ALL = ("referees", "block")
+IN_ALL = [name for name in PLANS if name not in NOT_IN_ALL]
 
 
 def parse_arguments(argv: Sequence[str] | None = None):
     parser = Parser(prog="linmu-ablate", description=__doc__.splitlines()[0].split(": ", 1)[1])
     parser.add_argument(
         "--plan", nargs="+", required=True, choices=[*PLANS, ALL], metavar="PLAN",
-        help=f"{', '.join(PLANS)}; {ALL} is every one but block",
+        help=f"{', '.join(PLANS)}; {ALL} is every one but {' and '.join(NOT_IN_ALL)}",
     )  # fmt: skip
+    parser.add_argument("--rows", nargs="+", metavar="LABEL", help="only these rows of the plans")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--teacher", default="qwen", help=f"{', '.join(TEACHERS)}, a folder or a Hub id")
@@ -70,13 +73,15 @@ def run(arguments) -> dict[str, Any]:
         arguments.steps_factor,
     )
     names = IN_ALL if ALL in arguments.plan else list(dict.fromkeys(arguments.plan))
-    plans = {name: _scaled_block(name, PLANS[name](base), arguments.steps_factor) for name in names}
     options = WINDOWS if arguments.dataset is None and arguments.model is None else {}
+    if arguments.mixer_options:
+        options = _read_options(arguments.mixer_options)
+    plans = {name: _rows(name, base, options, arguments.steps_factor) for name in names}
+    if arguments.rows:
+        plans = _pick(plans, arguments.rows)
     if arguments.model:
         check_model(arguments.model)
         _refuse_starts(plans, arguments.mixer_options)
-    if arguments.mixer_options:
-        options = _read_options(arguments.mixer_options)
     output = arguments.output
     with locked(output):
         output.mkdir(parents=True, exist_ok=True)
@@ -88,8 +93,9 @@ def run(arguments) -> dict[str, Any]:
         tables = {}
         for name, rows in plans.items():
             tables[name] = summarise(
-                [_figures(bench, results, row, arguments.seeds) for row in rows], bench.tasks, right
-            )
+                [_figures(bench, results, row, arguments.seeds) for row in rows], bench.tasks, right,
+                WHOLE_SCENE if name == "referees" else (),
+            )  # fmt: skip
         report = {
             "plans": tables,
             "seeds": arguments.seeds,
@@ -103,11 +109,24 @@ def run(arguments) -> dict[str, Any]:
     return report
 
 
-def _scaled_block(name: str, rows: list[Row], factor: float) -> list[Row]:
-    """The plan `block` has stages of its own, which the recipe's factor has not reached."""
+def _rows(name: str, stages, options: dict[str, Any], factor: float) -> list[Row]:
+    if name == "referees":
+        return PLANS[name](stages, options)
     if name != "block":
-        return rows
-    return [Row(row.label, scale_steps(row.stages, factor), row.start) for row in rows]
+        return PLANS[name](stages)
+    # it has stages of its own, which the recipe's factor has not reached
+    return [Row(row.label, scale_steps(row.stages, factor), row.start) for row in PLANS[name](stages)]
+
+
+def _pick(plans: dict[str, list[Row]], labels: Sequence[str]) -> dict[str, list[Row]]:
+    """Returns the rows of these labels, in the plan's order."""
+    picked = {name: [row for row in rows if row.label in labels] for name, rows in plans.items()}
+    known = [row.label for rows in plans.values() for row in rows]
+    if unknown := sorted(set(labels) - set(known)):
+        raise ValueError(f"--rows has {unknown}, which {', '.join(plans)} lacks: choose out of {known}")
+    if empty := [name for name, rows in picked.items() if not rows]:
+        raise ValueError(f"--rows leaves nothing of the plan {empty[0]}: leave it out of --plan")
+    return picked
 
 
 def _refuse_starts(plans: dict[str, list[Row]], mixer_options: str | None) -> None:

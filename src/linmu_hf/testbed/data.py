@@ -25,6 +25,7 @@ CELL = 16
 FRAMES_PER_MOMENT = 2  # the teacher's temporal_patch_size: one moment is one temporal position
 QUESTIONS_PER_ROW = 8
 SCENES = ("mosaic", "large", "clip")
+WHOLE_SCENE = ("when", "first")  # tasks that name no place: the answer may be in any cell of any frame
 SCENE_OF_TASK = dict(zip(TASKS, ("mosaic", "mosaic", "large", "clip", "clip")))
 FULL_SIZES = {"mosaic": (1, 4, 4), "large": (1, 8, 8), "clip": (8, 3, 3)}  # moments, rows, columns
 SCENE_SHARES = (0.25, 0.5, 0.25)  # most of what a scan finds hardest: one cell among many

@@ -1,10 +1,11 @@
 """Which students a plan compares. A plan is a function from the recipe's stages to the rows of its table."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ...distillation.stages import FLEX, LORA, SWIN, Stage
+from ...modeling.configuration_linmu import PRESETS, LinMUTextConfig
 
 
 # The testbed's grids are small: windows of 4x4 tokens and two moments make Local-Swin local there.
@@ -12,6 +13,8 @@ WINDOWS = {"window_size": [2, 2, 2], "image_window_size": [1, 4, 4], "timescale_
 
 INIT = "init"  # measured before the first stage
 FLEX_WITHOUT_FUSION = r"\.mixer\.(?!local_swin\.|[qkvo]_proj\.|(text_)?fusion_proj\.)"
+FLEX_FORWARD = r"\.mixer\.(?!local_swin\.|[qkvo]_proj\.|flex_ma\.(reverse_scan|gate_proj)\.)"
+LARGER_THAN_ANY = 1 << 12  # side of a window that holds whole pictures and videos
 
 
 @dataclass(frozen=True)
@@ -22,13 +25,14 @@ class Start:
     Args:
         preset (`str`), options (`dict`): as in `linmu_hf.conversion.convert`.
         calibrate (`bool`): whether the output maps and lambda are fitted in closed form.
-        branch (`str`): `"flex"` or `"swin"` fixes lambda at 1 or 0, so that the other branch has no effect.
+        branch (`str`): `"flex"` or `"swin"` fixes lambda at 1 or 0, so that the other branch has no effect;
+            `"forward"` fixes the gate of Eq. 3 at 1, so that the reverse scan has none.
     """
 
     preset: str = "default"
     options: dict[str, Any] = field(default_factory=dict)
     calibrate: bool = False
-    branch: Literal["both", "flex", "swin"] = "both"
+    branch: Literal["both", "flex", "swin", "forward"] = "both"
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Row:
         return self.stages[-1].name if self.after is None else self.after
 
 
-Plan = Callable[[tuple[Stage, ...]], list[Row]]
+Plan = Callable[..., list[Row]]
 
 
 def scale_steps(stages: Sequence[Stage], factor: float) -> tuple[Stage, ...]:
@@ -135,7 +139,7 @@ def _train(stages: tuple[Stage, ...], changed: dict[str, str | None]) -> tuple[S
     """Returns the stages with other patterns of what trains, `None` for none."""
     unknown = {pattern for stage in stages for pattern in (*stage.trains, *stage.learning_rates)} - {FLEX, SWIN, LORA}
     if unknown:
-        raise ValueError(f"the plan branches knows what flex, swin and lora train, not {sorted(unknown)}")
+        raise ValueError(f"a branch is closed where flex, swin and lora train, not {sorted(unknown)}")
     result = []
     for stage in stages:
         trains = dict.fromkeys(changed.get(pattern, pattern) for pattern in stage.trains)
@@ -159,6 +163,58 @@ def initialisation(stages: tuple[Stage, ...]) -> list[Row]:
         Row("timescales of Mamba2", stages, Start(options={"timescale_init": "mamba2"})),
         Row("preset paper", stages, Start(preset="paper")),
     ]
+
+
+def referees(stages: tuple[Stage, ...], options: Mapping[str, Any] | None = None) -> list[Row]:
+    """
+    What referees of the paper asked for: windows, one direction, scan orders, branches, text windows and sinks.
+
+    Args:
+        stages (`tuple[Stage, ...]`): what every student goes through.
+        options (`Mapping[str, Any]`, *optional*): the M-MATE fields of all students; rows change these.
+
+    Raises:
+        `ValueError`: The options leave a row nothing to change.
+    """
+    defaults = LinMUTextConfig()
+    names = ("window_size", "image_window_size", "scan_orders", "text_window", "sink_tokens")
+    base = {name: getattr(defaults, name) for name in names} | PRESETS["default"] | dict(options or {})
+    small = {"text_window": base["text_window"] // 64}
+    changes: dict[str, dict[str, Any]] = {
+        "windows of half the size": _windows(base, 0.5),
+        "windows of twice the size": _windows(base, 2),
+        "windows of the whole picture or video": _windows(base, LARGER_THAN_ANY),
+        "scan order thw": {"scan_orders": ["thw"]},
+        "scan orders thw, hwt": {"scan_orders": ["thw", "hwt"]},
+        "no text window, no sinks": {"text_window": 0, "sink_tokens": 0},
+        f"text window of {small['text_window']}": {**small, "sink_tokens": base["sink_tokens"]},
+        f"text window of {small['text_window']}, no sinks": {**small, "sink_tokens": 0},
+    }
+    for label, change in changes.items():
+        if change.items() <= base.items() or not base["text_window"] >= 64:
+            raise ValueError(
+                f"the plan referees has nothing to change for its row {label!r}: give --mixer_options with windows of "
+                "at least 2, several scan_orders and a text_window of at least 64"
+            )
+    forward = _train(stages, {FLEX: FLEX_FORWARD})
+    one_order = Start(options={"scan_orders": ["thw"]}, branch="forward")
+    as_it_is, *alone = branches(stages)
+    rows = [Row(label, stages, Start(options=change)) for label, change in changes.items()]
+    return [
+        replace(as_it_is, label="as it is"),
+        *rows[:3],
+        Row("one-directional Flex-MA", forward, Start(branch="forward")),
+        Row("the same, scan order thw", forward, one_order),
+        *rows[3:5],
+        *alone,
+        *rows[5:],
+    ]
+
+
+def _windows(base: Mapping[str, Any], factor: float) -> dict[str, list[int]]:
+    """Returns windows with sides of `factor` times the length; that of an image stays one frame deep."""
+    video, image = ([max(1, round(factor * side)) for side in base[f"{kind}window_size"]] for kind in ("", "image_"))
+    return {"window_size": video, "image_window_size": [base["image_window_size"][0], *image[1:]]}
 
 
 BLOCK_OPTIONS: dict[str, dict[str, Any]] = {
@@ -190,6 +246,7 @@ PLANS: dict[str, Plan] = {
     "stages": stages_one_by_one,
     "branches": branches,
     "initialisation": initialisation,
+    "referees": referees,
     "block": block,
 }
 TITLES = {
@@ -197,5 +254,16 @@ TITLES = {
     "stages": "Stages (Table 2)",
     "branches": "Branches (Table 4)",
     "initialisation": "Initialisation",
+    "referees": "What referees asked for",
     "block": "Inside the block",
+}
+INTRODUCTIONS = {
+    "referees": """\
+One thing changed at a time, in a student that is trained anew. `whole scene` is the accuracy on the tasks whose answer
+may be anywhere in the clip, `when` ("when is 7?") and `first` ("7 or 3 first?"): the question names no place, so all
+frames have to be read, and the second one compares what is in two of them. `cell`, `below` and `large` name row and
+column of the one cell that they are about. The testbed has no question that counts. Windows of the whole picture
+or video make Local-Swin full attention within it. `Flex-MA alone` has the global scan and no window, not of text
+either; `Local-Swin alone` has nothing global. One-directional is by value: the gate of Eq. 3 is fixed at the forward
+scan, and the reverse scan and the gate do not train.""",
 }

@@ -28,7 +28,7 @@ from ...modeling.mixers import recurrent_layers
 from .plans import INIT, Row, Start
 
 
-FUSION_OFF = 30.0  # a sigmoid of it is 1 in float32
+SATURATED = 30.0  # a sigmoid of it is 1 in float32
 MAX_ANSWER = 16
 
 
@@ -195,12 +195,15 @@ class Bench:
 
 @torch.no_grad()
 def close_branch(student, keep: str) -> None:
-    """Fixes lambda at 1 (`keep="flex"`) or 0 (`"swin"`) for every token, in place."""
+    """
+    Fixes lambda at 1 (`keep="flex"`) or 0 (`"swin"`) for every token, in place; or the gate of Eq. 3 at 1
+    (`"forward"`).
+    """
     text = student.model.language_model
     for layer in recurrent_layers(text.config.layer_types):
         mixer = text.layers[layer].mixer
-        for name in ("fusion_proj", "text_fusion_proj"):
-            projection = getattr(mixer, name, None)
+        fusion = (mixer.fusion_proj, getattr(mixer, "text_fusion_proj", None))
+        for projection in (mixer.flex_ma.gate_proj,) if keep == "forward" else fusion:
             if projection is not None:
                 projection.weight.zero_()
-                projection.bias.fill_(FUSION_OFF if keep == "flex" else -FUSION_OFF)
+                projection.bias.fill_(-SATURATED if keep == "swin" else SATURATED)
