@@ -7,6 +7,7 @@ Every student is converted, distilled by `distill`, and measured as `linmu-eval`
 """
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,6 +103,7 @@ def run(arguments) -> dict[str, Any]:
             "teacher": teacher,
             "dataset": dataset,
             "test_rows": len(bench.tasks),
+            "tasks": list(dict.fromkeys(bench.tasks)),
             "command": ["linmu-ablate", *arguments.words],
             "versions": library_versions(),
         }
@@ -183,7 +185,7 @@ share of the teacher's, `difference` that mean less the first row's of the same 
 mixers at the end of the stage, and `paper` the mean of the paper's own benchmarks, with its difference from the first
 row. Tasks, model and budget are others than the paper's: only the order of the rows can be compared. Made by
 
-    {" ".join(report["command"])}
+    {shlex.join(report["command"])}
 """
 
 
