@@ -1,5 +1,7 @@
 """Decoding a dataset into a store: resumed, shared by processes, streamed, and read by the trainer's side."""
 
+import copy
+import json
 import os
 import signal
 import subprocess
@@ -17,7 +19,7 @@ from linmu_hf.distillation.targets import fill as module
 from linmu_hf.distillation.targets.decode import decode_rows
 from linmu_hf.distillation.targets.encode import encode_stored, stored_topk
 from linmu_hf.distillation.targets.fill import decode_pseudo_targets, describe
-from linmu_hf.distillation.targets.store import PseudoTargets
+from linmu_hf.distillation.targets.store import HEADER, PseudoTargets
 
 
 pytestmark = pytest.mark.core_training
@@ -140,6 +142,25 @@ def test_what_it_was_made_of(teacher, make_teacher, processor, rows, tmp_path):
         decode_pseudo_targets(teacher, processor, rows, tmp_path / "s", shard=(2, 2))
     with pytest.raises(ValueError, match="top_k=99999 must be at most the tokenizer"):
         decode_pseudo_targets(teacher, processor, rows, tmp_path / "t", top_k=99999)
+
+
+def test_settings_that_were_used_are_part_of_it(teacher, processor, rows, tmp_path):
+    """A penalty is never used; what else decides an answer is noted, and a store that does not say so is refused."""
+    plain = describe(teacher, processor, 2)
+    own = copy.deepcopy(teacher.generation_config)
+    try:
+        teacher.generation_config.update(repetition_penalty=1.5, temperature=0.1, top_k=1, max_length=9)
+        assert describe(teacher, processor, 2) == plain and plain["generation"]["repetition_penalty"] == 1.0
+        teacher.generation_config.no_repeat_ngram_size = 2
+        assert describe(teacher, processor, 2)["generation"] == plain["generation"] | {"no_repeat_ngram_size": 2}
+    finally:
+        teacher.generation_config = own
+    decode_pseudo_targets(teacher, processor, rows[:1], tmp_path, **OPTIONS)
+    header = json.loads((tmp_path / HEADER).read_text())
+    del header["made_of"]["generation"]["repetition_penalty"]  # written before penalties were left out
+    (tmp_path / HEADER).write_text(json.dumps(header))
+    with pytest.raises(ValueError, match=r"repetition_penalty is not noted there and 1\.0 here: decode into another"):
+        decode_pseudo_targets(teacher, processor, rows[:1], tmp_path, **OPTIONS)
 
 
 def test_batches_hold_the_teacher_s_distribution(teacher, processor, rows, tmp_path):

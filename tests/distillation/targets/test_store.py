@@ -110,7 +110,11 @@ def test_a_shard_has_one_writer(tmp_path):
         ("teacher", "z", "teacher is a there and z here: give the teacher"),
         ("processor", "z", "processor is b there and z here: give the processor"),
         ("max_new_tokens", 5, "max_new_tokens is 4 there and 5 here: set max_completion_length to 4"),
-        ("generation", {}, "generation is {'suppress_tokens': [1, 2]} there and {} here: or decode into another"),
+        (
+            "generation",
+            {"repetition_penalty": 1.0, "suppress_tokens": [1, 2]},
+            "(teacher T): generation: repetition_penalty is not noted there and 1.0 here: decode into another",
+        ),
         ("top_k", 3, "top_k is 2 there and 3 here: set top_k to 2"),
     ],
 )

@@ -1,7 +1,7 @@
 """What the teacher says in every assistant turn, greedily, with the true answers as a draft."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,13 @@ from .encode import Answer, TopK, answer_spans, encode_answers, encode_prompt, e
 
 
 CHUNK = 1024  # positions whose logits exist at a time
+
+# Settings of a model that decide nothing where the likeliest token is taken and the longest length given.
+IRRELEVANT = {
+    "max_length", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "bos_token_id",
+    "pad_token_id", "use_cache", "cache_implementation", "return_dict_in_generate", "transformers_version",
+    "_from_model_config",
+}  # fmt: skip
 
 
 class Decoded(NamedTuple):
@@ -122,11 +129,7 @@ def generate(
         `list[list[int]]`: The ids of each answer, of which the last is a stop token unless it was cut.
     """
     settings, pad = generation_settings(model, processor), processor.tokenizer.pad_token_id
-    # A penalty that the model's own settings may have would make it say what it does not believe.
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=1.0, use_cache=True, pad_token_id=pad,
-        **settings,
-    )  # fmt: skip
+    config = GenerationConfig(max_new_tokens=max_new_tokens, use_cache=True, pad_token_id=pad, **settings)
     batch = collate(prompts, pad, padding_side="left")
     batch = {key: value.to(model.device) for key, value in batch.items()}
     given = LogitsProcessorList([] if scores is None else [scores])
@@ -138,10 +141,16 @@ def generate(
     return answers
 
 
-def generation_settings(model, processor) -> dict[str, int | list[int]]:
-    """Returns what decides an answer besides the weights and its longest length: stop tokens and banned ones."""
-    eos = model.generation_config.eos_token_id
-    return {
+def generation_settings(model, processor) -> dict[str, Any]:
+    """
+    Returns all that decides an answer besides the weights and its longest length: stop tokens, banned ones, and what
+    else the model's own settings hold, but a penalty, which would make it say what it does not believe.
+    """
+    own = model.generation_config.to_diff_dict()
+    eos = own.get("eos_token_id")
+    return {name: value for name, value in own.items() if name not in IRRELEVANT and value is not None} | {
+        "do_sample": False,
+        "repetition_penalty": 1.0,
         "eos_token_id": processor.tokenizer.eos_token_id if eos is None else eos,
         "suppress_tokens": suppressed(model),
     }

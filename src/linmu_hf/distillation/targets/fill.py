@@ -135,7 +135,7 @@ def describe(teacher, processor, max_new_tokens: int) -> dict[str, Any]:
         "teacher": fingerprint_teacher(teacher),
         "processor": fingerprint_processor(processor),
         "max_new_tokens": max_new_tokens,
-        "generation": {"do_sample": False, **generation_settings(teacher, processor)},
+        "generation": generation_settings(teacher, processor),
     }
 
 

@@ -219,11 +219,23 @@ def check_header(folder: Path, header: Mapping[str, Any], made_of: Mapping[str, 
     have = header["made_of"]
     differing = [name for name in made_of if have.get(name) != made_of[name]]
     if differing:
-        texts = [f"{name} is {have.get(name)} there and {made_of[name]} here" for name in differing]
+        texts = [text for name in differing for text in _differences(name, have.get(name), made_of[name])]
         remedies = [REMEDIES[name].format(have.get(name)) for name in differing if name in REMEDIES]
         about = ", ".join(f"{name} {value}" for name, value in header.get("about", {}).items() if value)
-        remedy = ", ".join([*remedies, "or decode into another folder"])
+        remedy = ", ".join(
+            [*remedies, "or decode into another folder"] if remedies else ["decode into another folder"]
+        )
         raise ValueError(f"{folder} holds other answers ({about}): {'; '.join(texts)}: {remedy}")
+
+
+def _differences(name: str, there: Any, here: Any) -> list[str]:
+    """What differs between two values; of settings each one that does."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        keys = [key for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
+        return [
+            f"{name}: {key} is {there.get(key, 'not noted')} there and {here.get(key, 'not set')} here" for key in keys
+        ]
+    return [f"{name} is {there} there and {here} here"]
 
 
 def _scan_shard(shard: Path) -> Iterator[tuple[str, Place, int]]:
