@@ -88,9 +88,9 @@ def test_a_teacher_reads_the_students_vision_features(tmp_path, rows):
         Stage("s", trains=(".",), max_steps=1, learning_rate=1.0, tok=1.0),
     )
     with torch.no_grad():
-        _, teach, _ = model._read({key: value for key, value in batch.items() if key != "labels"})
+        given, _ = model._read({key: value for key, value in batch.items() if key != "labels"})
         teacher.model.visual = None
-        shared = teach()
+        shared = model.teacher(given)
     teacher = load_teacher(tmp_path / "teacher")
     batch.pop("labels")
     real = batch["attention_mask"].bool()

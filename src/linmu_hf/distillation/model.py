@@ -15,7 +15,7 @@ from ..modeling.mixers import recurrent_layers
 from .collator import TOPK_FIELDS
 from .losses import IGNORE_INDEX, hidden_loss, next_token_targets, output_losses, squared_errors
 from .stages import Stage
-from .teacher import See, SeparateTeacher, Teacher
+from .teacher import Given, Teacher
 
 
 Inputs = dict[str, Tensor]
@@ -97,14 +97,17 @@ class DistillationModel(nn.Module):
         inputs, stage = dict(inputs), self.stage
         labels, pseudo_labels = inputs.pop("labels"), inputs.pop("pseudo_labels", None)
         topk = {key: inputs.pop(key) for key in TOPK_FIELDS if key in inputs}
-        prompt, teach, embeds = self._read(inputs)
+        given, embeds = self._read(inputs)
+        prompt = given.prompt
         # With stored log-probabilities nothing but L_hid needs the teacher.
         compare = stage.hid > 0 or (compare and self.comparable and not topk)
         if stage.hidden_input == "teacher":
-            losses, compared = self._fit_blocks(prompt, embeds, teach, counts[0])
+            losses, compared = self._fit_blocks(given, embeds, counts[0])
         else:
             known: dict[int, Tensor] = {}
-            teacher_states = teach(partial(_keep, known) if compare else None) if compare or self._asks(topk) else None
+            teacher_states = None
+            if compare or self._asks(topk):
+                teacher_states = self.teacher(given, partial(_keep, known) if compare else None)
             answer = self.student.model.language_model(
                 inputs_embeds=embeds, prompt=prompt, output_mixer_states=compare, return_dict=True
             )
@@ -125,8 +128,8 @@ class DistillationModel(nn.Module):
         sums = {key: value.detach() for key, value in (losses | compared).items()}
         return loss, sums
 
-    def _read(self, inputs: Inputs) -> tuple[Prompt, Callable, Tensor]:
-        """The prompt, the teacher's pass over it, and the student's embeddings."""
+    def _read(self, inputs: Inputs) -> tuple[Given, Tensor]:
+        """What the teacher reads, and the student's embeddings."""
         model = self.student.model
         media = {
             "image": Medium(inputs.get("pixel_values"), inputs.get("image_grid_thw")),
@@ -150,15 +153,11 @@ class DistillationModel(nn.Module):
                 prompt = replace(prompt, positions=self._shift(prompt))
             features = model.encode_media(media)
             embeds = model.embed_prompt(prompt, features)
-        own, given = {"media": media} if isinstance(self.teacher, SeparateTeacher) else {}, embeds.detach()
-
-        def teach(see: See | None = None, num_layers: int | None = None) -> Tensor:
-            return self.teacher(prompt, features, given, see=see, num_layers=num_layers, **own)
-
+        given = Given(prompt, embeds.detach(), features, media)
         if self.checkpoints and self.training and frozen:
             # A reentrant checkpoint without an input to differentiate would silently drop all gradients.
             embeds = embeds.detach().requires_grad_()
-        return prompt, teach, embeds
+        return given, embeds
 
     def _shift(self, prompt: Prompt) -> Tensor:
         """Adds one number to all positions of a sequence, another for every sequence."""
@@ -171,12 +170,13 @@ class DistillationModel(nn.Module):
 
     # ---- L_hid with every block on the teacher's own input
 
-    def _fit_blocks(self, prompt: Prompt, embeds: Tensor, teach: Callable, num_tokens: Tensor):
+    def _fit_blocks(self, given: Given, embeds: Tensor, num_tokens: Tensor):
         """
         Compares the blocks as the teacher comes by their layers. Each block's gradients are taken at once, so that
         memory holds the activations of one block, whatever the number of layers.
         """
         text: Any = self.student.model.language_model
+        prompt = given.prompt
         kinds = sorted({self.config.text_config.layer_types[index] for index in self.compared})
         rope, layout, _ = text.prepare(
             embeds, prompt.mask, prompt.positions, prompt.vision_layout, packed=prompt.lengths, layer_types=kinds
@@ -206,7 +206,7 @@ class DistillationModel(nn.Module):
             return found[index][0]
 
         takes_gradients = torch.is_grad_enabled()
-        teach(see, self.compared[-1] + 1)
+        self.teacher(given, see, self.compared[-1] + 1)
         losses, errors, energies = zip(*(found[index] for index in self.compared))
         return {"hid": torch.stack(losses).sum()}, {"errors": torch.cat(errors), "energies": torch.cat(energies)}
 

@@ -37,7 +37,7 @@ from .lora import add_lora
 from .on_policy import check_on_policy
 from .processes import on_main
 from .recipes import read_stages
-from .stage_training import train_stage
+from .stage_training import StageRun, train_stage
 from .stages import Stage, check_stages
 from .targets.encode import encode_stored, stored_topk
 from .targets.fill import decode_pseudo_targets, describe
@@ -192,7 +192,7 @@ def _run_stage(
     set_seed(args.seed)  # LoRA starts from random numbers
     if stage.lora_r:
         add_lora(student, stage.lora_r, stage.alpha())
-    rows = train_stage(args, stage, title, student, teacher, features, held_out)
+    rows = train_stage(StageRun(args, stage, title, student, teacher, features, held_out))
     rows = [{"stage": stage.name, **row} for row in rows]
     on_main(lambda: write_stage(out, stages, student, features.processor, rows, finish_folder))
     on_main(lambda: shutil.rmtree(running, ignore_errors=True))

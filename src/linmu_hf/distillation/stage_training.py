@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,47 +28,48 @@ from .trainer import DistillTrainer
 from .training_rows import TrainingRows
 
 
-def train_stage(
-    args: DistillConfig,
-    stage: Stage,
-    title: str,
-    student,
-    teacher: Teacher,
-    features: TrainingRows,
-    held_out: EncodedDataset | None,
-) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class StageRun:
     """
-    Trains a stage from where it was left, adapters being in place, and returns the rows of its log; the student is an
-    ordinary model afterwards.
+    All that the training of a stage takes.
 
     Args:
         args (`DistillConfig`): The arguments; `output_dir` is where checkpoints go.
-        stage (`Stage`), student, teacher: See [`DistillTrainer`].
+        stage (`Stage`), student, teacher, layers: See [`DistillTrainer`].
         title (`str`): What the progress bar is called.
         features, held_out: The rows.
     """
-    set_trainable(student, stage)
-    if args.layers_at_a_time and stage.hidden_input == "teacher":
-        return _train_groups(args, stage, title, student, teacher, features, held_out)
-    dtypes = _train_in_fp32(student)
-    rows = _train(args, stage, title, student, teacher, features, held_out)
-    _finish_training(student, stage, dtypes)
+
+    args: DistillConfig
+    stage: Stage
+    title: str
+    student: Any
+    teacher: Teacher
+    features: TrainingRows
+    held_out: EncodedDataset | None
+    layers: Sequence[int] | None = None
+
+
+def train_stage(run: StageRun) -> list[dict[str, Any]]:
+    """
+    Trains a stage from where it was left, adapters being in place, and returns the rows of its log; the student is an
+    ordinary model afterwards.
+    """
+    set_trainable(run.student, run.stage)
+    if run.args.layers_at_a_time and run.stage.hidden_input == "teacher":
+        return _train_groups(run)
+    dtypes = _train_in_fp32(run.student)
+    rows = _train(run)
+    _finish_training(run.student, run.stage, dtypes)
     return rows
 
 
-def _train_groups(
-    args: DistillConfig,
-    stage: Stage,
-    title: str,
-    student,
-    teacher: Teacher,
-    features: TrainingRows,
-    held_out: EncodedDataset | None,
-) -> list[dict[str, Any]]:
+def _train_groups(run: StageRun) -> list[dict[str, Any]]:
     """
     Trains a few layers after one another, with all steps of the stage for each group of them; returns the rows of one
     log. A group that is finished leaves a folder of its own until its stage is. All other layers are in CPU memory.
     """
+    args, stage, student, teacher = run.args, run.stage, run.student, run.teacher
     assert args.layers_at_a_time and isinstance(teacher, SharedTeacher)
     logs, running = [], Path(args.output_dir)
     with open_offload(student, teacher, args.device).active() as offload:
@@ -82,7 +84,7 @@ def _train_groups(
                 load_trained(student, folder)
             else:
                 with offload.training(layers):
-                    rows = _train(own, stage, f"{title}, {name}", student, teacher, features, held_out, layers)
+                    rows = _train(replace(run, args=own, title=f"{run.title}, {name}", layers=layers))
                 write_group(folder, student, rows)
                 shutil.rmtree(own.output_dir, ignore_errors=True)
             _finish_training(student, stage, dtypes)
@@ -100,27 +102,19 @@ def _own_tracker() -> Iterator[None]:
         tracker.finish()
 
 
-def _train(
-    args: DistillConfig,
-    stage: Stage,
-    title: str,
-    student,
-    teacher: Teacher,
-    features: TrainingRows,
-    held_out: EncodedDataset | None,
-    layers: Sequence[int] | None = None,
-) -> list[dict[str, Any]]:
+def _train(run: StageRun) -> list[dict[str, Any]]:
     """
     Trains the student, from the last checkpoint on if there is one, and leaves it with the best weights if they are
     asked for; returns the rows of the log.
     """
+    args, stage = run.args, run.stage
     running = Path(args.output_dir)
     # FSDP2 and ZeRO take a model apart for good: they get one of their own.
-    ours = (student, teacher)
+    ours = (run.student, run.teacher)
     student, teacher = copy.deepcopy(ours) if is_sharded(args) else ours
     # The Trainer writes its own choice into the config, which the stage's folder would keep.
     use_cache = student.config.__dict__.get("use_cache")
-    trainer = DistillTrainer(student, teacher, args, stage, features, held_out, title, layers)
+    trainer = DistillTrainer(student, teacher, args, stage, run.features, run.held_out, run.title, run.layers)
     checkpoint = on_main(lambda: last_checkpoint(running))
     state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json") if checkpoint else TrainerState()
     trainer.args.eval_on_start &= checkpoint is None

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,10 +14,28 @@ from transformers.initialization import no_init_weights
 from ..modeling.configuration_linmu import LinMUConfig
 from ..modeling.decoder import attention_arguments
 from ..modeling.layout.packing import positions_within
-from ..modeling.layout.prompt import Prompt
+from ..modeling.layout.prompt import Medium, Prompt
 from ..modeling.mixers import recurrent_layers
 from ..modeling.mixers.attention import BY_SEQUENCE
 from ..modeling.modeling_linmu import LinMUForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class Given:
+    """
+    A batch as a teacher reads it.
+
+    Args:
+        prompt (`Prompt`): Padded on the right or packed.
+        embeds (`Tensor` of shape `[b, t, d]`): The student's embeddings of it, vision features in their places.
+        features (`Mapping[str, Tensor]`, *optional*): Of the student's vision side.
+        media (`Mapping[str, Medium]`, *optional*): Pixels and grids, for a vision side of the teacher's own.
+    """
+
+    prompt: Prompt
+    embeds: Tensor
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+    media: Mapping[str, Medium] = field(default_factory=dict)
 
 
 # Gets a layer's number, its mixer's input and output, and the student's layer if its parameters are loaded now.
@@ -27,8 +46,8 @@ class Teacher(nn.Module):
     """
     What a student learns from. Frozen, always in evaluation mode, never in a checkpoint.
 
-    Called with a prompt, it goes through its layers one by one, shows each mixer's input and output to `see`, keeps
-    nothing of them, and returns the hidden states after the final norm.
+    Called with a batch, it goes through its layers one by one, or through the first `num_layers`, shows each mixer's
+    input and output to `see`, keeps nothing of them, and returns the hidden states after the final norm.
     """
 
     @property
@@ -73,22 +92,8 @@ class SharedTeacher(Teacher):
     def head(self) -> nn.Module:
         return self.student.lm_head
 
-    def forward(
-        self,
-        prompt: Prompt,
-        features: Mapping[str, Tensor],
-        embeds: Tensor,
-        see: See | None = None,
-        num_layers: int | None = None,
-    ) -> Tensor:
-        """
-        Args:
-            prompt (`Prompt`): The batch, padded on the right or packed.
-            features (`Mapping[str, Tensor]`): Of the student's vision side; already in `embeds`.
-            embeds (`Tensor` of shape `[b, t, d]`): The student's embeddings of the prompt.
-            see (`Callable`, *optional*): Is shown every layer's states.
-            num_layers (`int`, *optional*): Layers to run, by default all.
-        """
+    def forward(self, given: Given, see: See | None = None, num_layers: int | None = None) -> Tensor:
+        prompt, embeds = given.prompt, given.embeds
         text: Any = self.student.model.language_model
         with torch.no_grad(), adapters_off(self.student):
             rope = text.rope(embeds, prompt.positions)
@@ -151,23 +156,9 @@ class SeparateTeacher(Teacher):
         return self.model.lm_head
 
     @torch.no_grad()
-    def forward(
-        self,
-        prompt: Prompt,
-        features: Mapping[str, Tensor],
-        embeds: Tensor,
-        see: See | None = None,
-        num_layers: int | None = None,
-        media=None,
-    ) -> Tensor:
-        """
-        Args:
-            prompt, features, embeds, see, num_layers: As in [`SharedTeacher`]; the embeddings are not used.
-            media (`dict[str, Medium]`, *optional*): Pixels and grids, which a vision side of its own reads.
-        """
-        model, text = self.model.model, self.model.model.language_model
-        if not self.shares_vision:
-            features = model.encode_media(media or {})
+    def forward(self, given: Given, see: See | None = None, num_layers: int | None = None) -> Tensor:
+        model, text, prompt = self.model.model, self.model.model.language_model, given.prompt
+        features = given.features if self.shares_vision else model.encode_media(given.media)
         hidden_states = model.embed_prompt(prompt, features)
         mask = None if self.is_causal else prompt.mask
         rope, layout, attention = text.prepare(

@@ -24,7 +24,7 @@ from .lora import add_lora
 from .model import DistillationModel
 from .muon import Muon
 from .stages import Stage, parameter_groups, set_trainable
-from .teacher import SeparateTeacher, SharedTeacher
+from .teacher import Given, SeparateTeacher, SharedTeacher
 
 
 # Layers of the decoders that are run: more than one, for the first reads the embeddings themselves, and two apart, for
@@ -311,11 +311,7 @@ class _Step(DistillationModel):
         embeds = embeds.clone()
         if self.checkpoints and self.training:
             embeds = embeds.requires_grad_()
-
-        def teach(see=None, num_layers=None):
-            return self.teacher(prompt, {}, embeds.detach(), see=see, num_layers=num_layers)
-
-        return prompt, teach, embeds
+        return Given(prompt, embeds.detach()), embeds
 
 
 class _Positions(TorchDispatchMode):
