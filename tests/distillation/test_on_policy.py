@@ -137,6 +137,11 @@ def test_settings_of_the_model_do_not_change_what_is_drawn(make_trainer):
     assert said_in(batches_of(spoiled)[0][0]) == said_in(batches_of(plain)[0][0])
 
 
+def test_answers_are_drawn_at_the_positions_at_which_the_model_is_asked(make_trainer):
+    plain, shifted = (make_trainer(stage(), position_shift=shift) for shift in (0, 1000))
+    assert said_in(batches_of(shifted)[0][0]) == said_in(batches_of(plain)[0][0])
+
+
 def test_a_share_of_the_rows_keeps_its_given_answers(make_trainer, processor, rows):
     trainer = make_trainer(stage(lmbda=0.5), per_device_train_batch_size=10)
     (batch,), _ = batches_of(trainer)

@@ -3,7 +3,9 @@ On-policy rows: the student's own answers in the place of given ones, for the te
 
 A student that has learned from given answers alone never sees what follows a token of its own that they lack. Here it
 draws the last answer of a row from its own distribution, token by token through its cache, and L_tok compares both
-models on these very ids: nothing becomes text in between. No gradient goes through the draws.
+models on these very ids: nothing becomes text in between. No gradient goes through the draws. Rows start at position 0
+while they are answered, whatever `position_shift` is: there they start when the student is used, and what it says
+then is to be judged.
 
     code                  paper
     lmbda                 lambda   share of rows with answers of the student
