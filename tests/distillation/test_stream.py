@@ -17,7 +17,7 @@ from linmu_hf.distillation.collator import DistillCollator, EncodedDataset
 from linmu_hf.distillation.model import DistillationModel
 from linmu_hf.distillation.packing import PackedDataset, PackedStream
 from linmu_hf.distillation.stages import FLEX, Stage
-from linmu_hf.distillation.stream import EncodedStream
+from linmu_hf.distillation.stream import EncodedStream, StreamedRow
 from linmu_hf.distillation.teacher import SeparateTeacher
 
 
@@ -90,6 +90,22 @@ def test_each_process_encodes_its_own_rows_alone(processor, rows, collator, monk
     shard = IterableDatasetShard(EncodedStream(processor, Rows(rows)), 2, num_processes=2, process_index=1)
     take(DataLoader(shard, 2, collate_fn=collator), 3)
     assert encoded == [2, 3, 6, 7, 0, 1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("packs", [False, True])
+def test_rows_that_were_passed_are_not_encoded(processor, rows, collator, workers, packs, monkeypatch):
+    """After two batches the same ones follow."""
+    stream = EncodedStream(processor, Rows(rows), buffer_size=4, batch_size=2)
+    dataset = PackedStream(stream, 150) if packs else stream
+    loader = DataLoader(dataset, 2, num_workers=workers, collate_fn=collator)
+    whole, items = take(loader, 6), take(iter(dataset), 12)
+    encoded, load = [], StreamedRow.load
+    monkeypatch.setattr(StreamedRow, "load", lambda self: encoded.append(self.number) or load(self))
+    stream.passed = 4
+    equal(take(loader, 6)[2:], whole[2:])
+    if not workers:
+        assert encoded == [row.number for item in items[4:] for row in (item if packs else [item])]
 
 
 def test_streams_of_files_in_workers(processor, tmp_path, collator):

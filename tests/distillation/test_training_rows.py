@@ -9,6 +9,7 @@ import torch
 from linmu_hf.data.mixture import Mixture, StreamMixture
 from linmu_hf.distillation import DistillConfig, distill
 from linmu_hf.distillation.fingerprint import fingerprint_rows
+from linmu_hf.distillation.stream import StreamedRow
 from linmu_hf.distillation.trainer import DistillTrainer
 
 
@@ -124,6 +125,18 @@ def test_a_killed_run_continues_with_the_same_result(run, killed, some_bad, rows
     killed(run, 3, tmp_path / "killed", data, **changes)
     killed(run, 4, tmp_path / "killed", data, **changes)  # once more, in the stage after
     equal(run(tmp_path / "killed", data, **changes), whole)
+
+
+def test_a_killed_run_does_not_encode_what_it_had_passed(run, killed, rows, tmp_path, monkeypatch):
+    """The checkpoint is that of the second of four steps."""
+    encoded, load, changes = [], StreamedRow.load, {"stage_overrides": steps(0, 4, 0)}
+    monkeypatch.setattr(StreamedRow, "load", lambda self: encoded.append(self.number) or load(self))
+    run(tmp_path / "whole", Rows(rows), **changes)
+    whole = list(encoded)
+    killed(run, 3, tmp_path / "killed", Rows(rows), **changes)
+    encoded.clear()
+    run(tmp_path / "killed", Rows(rows), **changes)
+    assert encoded == [whole[0], *whole[5:]]  # the first one is read before work starts
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,7 @@ class PackedStream(IterableDataset):
 
     def __iter__(self) -> Iterator[list[StreamedRow]]:
         rows = ((row, row.count_tokens()) for row in self.stream.in_order())
-        return own_batches(_fill(rows, self.max_length), self.stream.batch_size)
+        return own_batches(_fill(rows, self.max_length), self.stream.batch_size, self.stream.passed)
 
 
 class LengthBuckets(Sampler[int]):

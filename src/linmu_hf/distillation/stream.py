@@ -64,7 +64,12 @@ class EncodedStream(IterableDataset):
         batch_size (`int`, *optional*, defaults to 1):
             Rows that all processes take for one micro-batch: how workers share the batches.
         skipped (`SkippedRows`, *optional*): How many unreadable rows are left out; by default none.
+
+    Attributes:
+        passed (`int`): Rows, or packs, that a run which goes on has learned from: nothing of them is encoded again.
     """
+
+    passed = 0
 
     def __init__(
         self,
@@ -85,7 +90,7 @@ class EncodedStream(IterableDataset):
         self.skipped = SkippedRows() if skipped is None else skipped
 
     def __iter__(self) -> Iterator[StreamedRow]:
-        return own_batches(self.in_order(), self.batch_size)
+        return own_batches(self.in_order(), self.batch_size, self.passed)
 
     def in_order(self) -> Iterator[StreamedRow]:
         """Yields the rows for all processes and workers, without end."""
@@ -115,15 +120,15 @@ class EncodedStream(IterableDataset):
             yield number, row
 
 
-def own_batches(items: Iterator, batch_size: int) -> Iterator:
-    """Yields the items of the batches that the DataLoader asks this worker for: every one, if there are no workers."""
+def own_batches(items: Iterator, batch_size: int, passed: int = 0) -> Iterator:
+    """
+    Yields the items of the batches that the DataLoader asks this worker for: every one, if there are no workers. The
+    first `passed` items, which the Trainer drops, are lists without a row.
+    """
     worker = get_worker_info()
-    if worker is None:
-        yield from items
-        return
     for place, item in enumerate(items):
-        if place // batch_size % worker.num_workers == worker.id:
-            yield item
+        if worker is None or place // batch_size % worker.num_workers == worker.id:
+            yield [] if place < passed else item
 
 
 def _shuffled(items: Iterator, buffer_size: int, seed: tuple[int, int]) -> Iterator:

@@ -27,6 +27,7 @@ from .packing import LengthBuckets, arrange
 from .plots import LAYER_PREFIX
 from .sampling import Order, StageSampler, in_order, shuffled
 from .stages import Stage, parameter_groups
+from .stream import EncodedStream
 from .teacher import as_teacher
 from .training_rows import GROUPED, TrainingRows
 from .zero import join_gradients, settle_zero
@@ -127,6 +128,8 @@ class DistillTrainer(Trainer):
                 complete(model.model.language_model.layers[index].mixer)
         if args.deepspeed_plugin is None:  # which takes a missing gradient for zeros itself
             self.add_callback(FillGradients)
+        if isinstance(train_dataset, EncodedStream):
+            self.add_callback(PassOver(train_dataset))
         self.add_callback(LogLastStep)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -356,6 +359,17 @@ class FillGradients(TrainerCallback):
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+
+
+class PassOver(TrainerCallback):
+    """Tells a stream what a run that goes on has passed. Where bad rows count, all are met again."""
+
+    def __init__(self, stream: EncodedStream):
+        self.stream = stream
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        batches = 0 if self.stream.skipped.limit else state.global_step * args.gradient_accumulation_steps
+        self.stream.passed = batches * self.stream.batch_size
 
 
 class LogLastStep(TrainerCallback):
