@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -8,6 +9,7 @@ from linmu_hf.commands import distill
 from linmu_hf.distillation.estimate import GPUS, Machine, advise, count_parameters, estimate_stage
 from linmu_hf.distillation.stages import Stage
 from linmu_hf.distillation.tracing import Shape, build_on_meta
+from linmu_hf.modeling.mixers import MIXERS
 
 from ..helpers.training_memory import build, measure, measure_group, student_config
 
@@ -56,7 +58,7 @@ def test_a_stage_that_does_not_fit_is_told_of_layers_at_a_time(monkeypatch):
     config, stage, machine = student_config(layers=4, hidden_size=128), STAGES["teacher-fed"], Machine("rtx4090")
     shape = replace(SHAPE, half=True)
     one, two = (estimate_stage(config, stage, replace(shape, layers=layers), machine).total for layers in (1, 2))
-    monkeypatch.setitem(GPUS, "rtx4090", ((one + two) / 2 / machine.budget * GPUS["rtx4090"][0], 165))
+    monkeypatch.setitem(GPUS, "rtx4090", ((one + two) / 2 / machine.budget * GPUS["rtx4090"][0], 165, 1.01))
     whole = estimate_stage(config, stage, shape, machine)
     assert advise(config, [whole], shape, machine, 1) == ["s does not fit: --layers_at_a_time 1: 0 GB"]
 
@@ -141,6 +143,40 @@ def test_command_prints_a_table(tmp_path, capsys):
     assert distill.main([*arguments.split(), "--layers_at_a_time", "1"]) == 0
     out = capsys.readouterr().out
     assert "| GB of CPU memory |" in out and "teacher-fed stages 1 layers at a time" in out
+
+
+@pytest.mark.parametrize("bandwidth", [1e-6, 5e-7], ids=["products", "memory"])
+def test_own_answers_are_counted_as_by_hand(monkeypatch, bandwidth):
+    """Two rows of 100 tokens, the last 4 of them answered with a probability of 1/2; what a decode step waits for."""
+    config, shape = student_config(layers=2, hidden_size=128), Shape(100, batch=2, half=False, completion=4)
+    config.text_config.layer_types = ["m_mate", "full_attention"]
+    stage = Stage("own", ("flex",), 10, 1e-3, tok=1.0)
+    monkeypatch.setitem(GPUS, "h100", (80, 1e-6, bandwidth))  # 350,000 products and half of the bytes a second
+    given, own = (
+        estimate_stage(config, replace(stage, lmbda=lmbda), shape, Machine("h100"), 3) for lmbda in (0.0, 0.5)
+    )
+    recurrent = MIXERS["m_mate"].flops_per_token(config.text_config)
+    around = 2 * 3 * 128 * 1024
+    attention = 4 * 128 * (2 + 1) * 64 + 4 * 128 * np.array(
+        [48, 96, 97, 98]
+    )  # after half of the prompt, then after it
+    prompt, *steps = recurrent + attention + 2 * around
+    head = 2 * 128 * 1000
+    vision = 2 * vision_parameters(config) * 4 * 64 * 2
+    before, after = 2 * 0.5 * (96 * prompt + head) + 0.5 * vision, 2 * 0.5 * (sum(steps) + 3 * head)
+    assert own.flops - given.flops == pytest.approx(before + after)
+    counts = count_parameters(config, stage, shape)
+    read = 0.75 * 3 * 4 * (counts["frozen"]["decoder"] + counts["trained"]["decoder"] + 128 * 1000)
+    reading, products = read / (bandwidth * 5e11), after / 3.5e5
+    assert (reading > products) == (bandwidth == 5e-7)
+    assert own.seconds - given.seconds == pytest.approx(10 * 3 * (before / 3.5e5 + max(reading, products)))
+    assert own.memory == given.memory
+    with pytest.raises(ValueError, match=r"own: lmbda=0\.5 lets the student generate, .*: give --engine ddp"):
+        estimate_stage(config, replace(stage, lmbda=0.5), shape, Machine("h100", 2))
+
+
+def vision_parameters(config):
+    return sum(p.numel() for p in build_on_meta(config).model.visual.parameters())
 
 
 def test_muon_holds_one_moment_of_a_matrix():

@@ -170,6 +170,7 @@ def estimate(script: ScriptArguments, config) -> str:
         checkpoints=config.gradient_checkpointing,
         logits_chunk_size=config.logits_chunk_size,
         layers=config.layers_at_a_time,
+        completion=config.max_completion_length,
     )
     micro_batches = config.gradient_accumulation_steps
     found: list[Any] = []
@@ -178,7 +179,9 @@ def estimate(script: ScriptArguments, config) -> str:
             shape = replace(shape, shared=False)  # adapters were merged into the backbone
         found.append(estimates.estimate_stage(student, stage, shape, machine, micro_batches))
     advice = estimates.advise(student, found, shape, machine, micro_batches)
-    return "\n\n".join([estimates.format_estimates(found, machine), *advice, estimates.describe(shape, machine)])
+    return "\n\n".join(
+        [estimates.format_estimates(found, machine), *advice, estimates.describe(shape, machine, stages)]
+    )
 
 
 def _read_config(name: str) -> LinMUConfig:

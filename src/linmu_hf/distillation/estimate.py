@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..modeling.mixers import recurrent_layers
+from .answer_costs import count_answers
 from .layer_groups import freeze_others, layer_groups
 from .offload import PLACES, always_there, passing, span
 from .stages import Stage, parameter_groups
@@ -15,21 +16,23 @@ from .tracing import Shape, Trace, build_on_meta, build_student, trace_step, wit
 
 GB = 10**9
 
-# Memory in GB and dense bfloat16 TFLOPS, as NVIDIA's data sheets have them.
+# Memory in GB, dense bfloat16 TFLOPS and TB/s out of memory, as NVIDIA's data sheets have them.
 GPUS = {
-    "h200": (141, 989),
-    "h100": (80, 989),
-    "a100": (80, 312),
-    "a100-40": (40, 312),
-    "l40s": (48, 362),
-    "rtx4090": (24, 165),
+    "h200": (141, 989, 4.8),
+    "h100": (80, 989, 3.35),
+    "a100": (80, 312, 2.04),
+    "a100-40": (40, 312, 1.56),
+    "l40s": (48, 362, 0.86),
+    "rtx4090": (24, 165, 1.01),
 }
 ENGINES = ("single", "ddp", "fsdp2")
 GROUPS = (32, 24, 16, 12, 8, 6, 4, 3, 2, 1)  # layers at a time that are tried
 
-# Assumed, not measured: the share of the data sheet's rate that a step reaches, of a card's memory that CUDA, the
-# allocator's gaps and communication leave, and the bytes per second that come out of CPU memory.
+# Assumed, not measured: the share of the data sheet's rate that a step reaches, of its bandwidth that a decode step
+# does, of a card's memory that CUDA, the allocator's gaps and communication leave, and the bytes per second that come
+# out of CPU memory.
 UTILISATION = 0.35
+READING = 0.5
 USABLE = 0.92
 LINK = 25 * GB
 
@@ -78,6 +81,11 @@ class Machine:
     def rate(self) -> float:
         """Multiplications and additions per second that are expected of each GPU."""
         return GPUS[self.gpu][1] * 1e12 * UTILISATION
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second that are expected to come out of a GPU's memory."""
+        return GPUS[self.gpu][2] * 1e12 * READING
 
 
 @dataclass(frozen=True)
@@ -168,6 +176,11 @@ def estimate_stage(
         machine (`Machine`): GPUs and engine.
         micro_batches (`int`, *optional*, defaults to 1): Of a step, one after the other on each GPU.
     """
+    if stage.lmbda and machine.engine == "fsdp2":
+        raise ValueError(
+            f"{stage.name}: lmbda={stage.lmbda} lets the student generate, which FSDP2, having taken it apart, "
+            "cannot: give --engine ddp, or set lmbda=0"
+        )
     if shape.layers and stage.hidden_input == "teacher":
         return _estimate_groups(student, stage, shape, machine, micro_batches)
     counts = count_parameters(student, stage, shape)
@@ -190,9 +203,16 @@ def estimate_stage(
         layers = student.text_config.num_hidden_layers
         layer = (size * counts["frozen"]["decoder"] + 4 * counts["trained"]["decoder"]) / layers
         memory["gathered weights"] = root * size + 2 * layer
-    flops = trace.flops + trace.attention + vision_flops(counts["frozen"]["vision"], shape)
-    flops += _unseen_logits(student, stage, shape)
-    return StageEstimate(stage, trained, memory, flops, stage.max_steps * micro_batches * flops / machine.rate)
+    vision = vision_flops(counts["frozen"]["vision"], shape)
+    flops = trace.flops + trace.attention + vision + _unseen_logits(student, stage, shape)
+    seconds = flops / machine.rate
+    if stage.lmbda:
+        text: Any = student.text_config
+        read = size * (counts["frozen"]["decoder"] + text.vocab_size * text.hidden_size)
+        read += 4 * counts["trained"]["decoder"]
+        own = count_answers(text, stage, shape, vision, read, machine.rate, machine.bandwidth)
+        flops, seconds = flops + own[0], seconds + own[1]
+    return StageEstimate(stage, trained, memory, flops, stage.max_steps * micro_batches * seconds)
 
 
 def _estimate_groups(student: Any, stage: Stage, shape: Shape, machine: Machine, micro_batches: int) -> StageEstimate:
@@ -303,7 +323,7 @@ def advise(
             if size is not None:
                 tried(f"--layers_at_a_time {size}", shape=replace(better, layers=size))
         for count in (2, 4, 8, 16, 32):
-            if any(fits for fits, _ in options) or count <= machine.count:
+            if any(fits for fits, _ in options) or count <= machine.count or stage.lmbda:
                 continue
             other = Machine(machine.gpu, count, "fsdp2")
             tried(f"FSDP2 over {count} GPUs", shape=replace(better, layers=None), machine=other)
@@ -344,15 +364,19 @@ def format_estimates(found: Sequence[StageEstimate], machine: Machine) -> str:
     return "\n".join([lines[0], "|---|" + "---:|" * len(found), *lines[1:]])
 
 
-def describe(shape: Shape, machine: Machine) -> str:
+def describe(shape: Shape, machine: Machine, stages: Sequence[Stage] = ()) -> str:
     """Says what an estimate is of, and what it assumes."""
     extra = ", gradient checkpointing" if shape.checkpoints else ""
     extra += f", teacher-fed stages {shape.layers} layers at a time" if shape.layers else ""
+    own = ""
+    if any(stage.lmbda for stage in stages):
+        read = f"{READING:.0%} of {GPUS[machine.gpu][2]} TB/s"
+        own = f", {read} while {shape.completion} tokens of an answer are decoded"
     link = f", {LINK / GB:.0f} GB/s out of CPU memory while layers run" if shape.layers else ""
     return (
         f"{machine.count} {machine.gpu}, {machine.engine}; micro-batches of {shape.batch} x {shape.sequence_length:,} "
         f"tokens, {shape.vision_share:.0%} of them vision and {shape.answer_share:.1%} answers, in "
         f"{'bfloat16' if shape.half else 'float32'}{extra}; GB are 10^9 bytes.\n"
-        f"Assumed: {UTILISATION:.0%} of {GPUS[machine.gpu][1]} TFLOPS{link}, nothing for communication and for "
-        f"decoding answers; {1 - USABLE:.0%} of memory for CUDA and gaps."
+        f"Assumed: {UTILISATION:.0%} of {GPUS[machine.gpu][1]} TFLOPS{link}{own}, nothing for communication and for "
+        f"the teacher's answers; {1 - USABLE:.0%} of memory for CUDA and gaps."
     )

@@ -56,6 +56,7 @@ class Shape:
         accumulates (`bool`, *optional*, defaults to `False`): Gradients of earlier micro-batches are there.
         logits_chunk_size (`int`, *optional*, defaults to 1024): As in [`DistillConfig`].
         layers (`int`, *optional*): Its `layers_at_a_time`.
+        completion (`int`, *optional*, defaults to 128): Its `max_completion_length`.
     """
 
     sequence_length: int
@@ -69,6 +70,7 @@ class Shape:
     accumulates: bool = False
     logits_chunk_size: int = 1024
     layers: int | None = None
+    completion: int = 128
 
     @property
     def tokens(self) -> int:
