@@ -43,7 +43,8 @@ chaos-distill: $(READY)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python tools/chaos_distill.py \
 		--json $(RUNS)/chaos-distill.json $(ARGS)
 
-# Two processes with DeepSpeed's ZeRO-2 end where one without it ends. The environment takes a compiler.
+# Two processes with DeepSpeed's ZeRO-2 and 3 end where one without them ends. The environment takes a compiler.
+zero-check: export TORCH_EXTENSIONS_DIR = $(CURDIR)/.venvs/zero/extensions
 zero-check: .venvs/zero/.ready
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu .venvs/zero/bin/python -m pytest \
 		tests/distillation/test_processes.py -k zero $(ARGS)
@@ -53,7 +54,9 @@ zero-check: .venvs/zero/.ready
 	DS_BUILD_OPS=0 .venvs/zero/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		-e ".[train,video]" deepspeed pytest
 	.venvs/zero/bin/python tools/torchvision_cpu_shim.py
-	PATH="$(CURDIR)/.venvs/zero/bin:$$PATH" DS_ACCELERATOR=cpu .venvs/zero/bin/python -c \
+	rm -rf $(CURDIR)/.venvs/zero/extensions # whoever finds the lock of a build that was killed waits for ever
+	PATH="$(CURDIR)/.venvs/zero/bin:$$PATH" TORCH_EXTENSIONS_DIR=$(CURDIR)/.venvs/zero/extensions DS_ACCELERATOR=cpu \
+		.venvs/zero/bin/python -c \
 		"from deepspeed.comm.torch import build_shm_op; build_shm_op()"
 	touch $@
 

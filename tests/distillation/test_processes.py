@@ -1,6 +1,6 @@
 """
-Two real processes on CPUs end where one ends: DDP, FSDP2, killed and resumed on another number of them; ZeRO-2, where
-DeepSpeed is installed (`make zero-check`).
+Two real processes on CPUs end where one ends: DDP, FSDP2, killed and resumed on another number of them; ZeRO-2 and 3,
+where DeepSpeed is installed (`make zero-check`).
 """
 
 import json
@@ -23,6 +23,7 @@ from linmu_hf.distillation.targets.fill import decode_pseudo_targets
 WORKER = Path(__file__).parents[1] / "helpers" / "distil_worker.py"
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate_configs"
 STAGES = ("align", "fed", "lora")
+WHOLE, ELSEWHERE = ("Tensor", "torch.float32"), ("elsewhere", "torch.float32")  # what trains, between steps
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed: make zero-check")
 
 
@@ -56,6 +57,7 @@ def start(folder, out, *options, processes=2, config=None):
             "PYTHONPATH": str(Path(linmu_hf.__file__).parents[1]),
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
+            **{name: os.environ[name] for name in ("TORCH_EXTENSIONS_DIR",) if name in os.environ},  # DeepSpeed's
         },
     )
 
@@ -107,7 +109,11 @@ def test_a_run_goes_on_with_another_number_of_processes(folder, one, tmp_path, s
     assert_equal_runs(one, out)
 
 
-@pytest.mark.parametrize("options", [(), ("--fsdp",)], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--fsdp",), pytest.param(("--zero", 3), marks=needs_deepspeed)],
+    ids=["ddp", "fsdp2", "zero 3"],
+)
 def test_the_weights_of_an_evaluation_come_back(folder, tmp_path, options):
     """By the largest held-out loss, which is not that of the last step."""
     alone, both = tmp_path / "one", tmp_path / "two"
@@ -174,17 +180,45 @@ def one_by_adamw(folder, tmp_path_factory):
 
 
 @needs_deepspeed
-def test_two_processes_of_zero_end_like_one(folder, one_by_adamw, tmp_path):
-    done = start(folder, tmp_path / "out", "--plain", "--batch", 2, config="zero2")
-    assert "trained [('Tensor', 'torch.float32')] in 9 steps of 2 processes" in done.stdout, done.stderr
+@pytest.mark.parametrize(("config", "kinds"), [("zero2", [WHOLE]), ("zero3", [WHOLE, ELSEWHERE])])
+def test_two_processes_of_zero_end_like_one(folder, one_by_adamw, tmp_path, config, kinds):
+    """Parameters that are as small as these DeepSpeed does not spread again after the first step."""
+    done = start(folder, tmp_path / "out", "--plain", "--batch", 2, config=config)
+    assert f"trained {kinds} in 9 steps of 2 processes" in done.stdout, done.stderr
     assert_equal_runs(one_by_adamw, tmp_path / "out")
 
 
 @needs_deepspeed
 @pytest.mark.parametrize(
+    ("steps", "kinds", "options"),
+    [
+        (18, [WHOLE, ELSEWHERE], ("--batch", 1, "--accumulate", 2, "--thrifty")),
+        (9, [ELSEWHERE], ("--batch", 2, "--separate")),
+    ],
+    ids=["thrifty", "separate"],
+)
+def test_zero_3_does_the_same_whatever_the_processes_call(folder, one_by_adamw, tmp_path, steps, kinds, options):
+    """
+    One of them has a row of text alone, and fewer answers than the other, so that it calls the heads less often. What
+    trains is elsewhere between steps; between the micro-batches of one, some of it may stay.
+    """
+    done = start(folder, tmp_path, "--plain", "--zero", 3, *options)
+    assert f"trained {kinds} in {steps} steps of 2 processes" in done.stdout, done.stderr
+    assert_equal_runs(one_by_adamw, tmp_path)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
     ("step", "first", "second"),
-    [(3, (2, "--zero"), (4,)), (8, (4,), (1, "--accumulate", 2, "--zero")), (6, (2, "--zero"), (2, "--zero"))],
-    ids=["zero to one", "one to zero", "zero to zero"],
+    [
+        (3, (2, "--zero", 2), (4,)),
+        (8, (4,), (1, "--accumulate", 2, "--zero", 2)),
+        (6, (2, "--zero", 2), (2, "--zero", 2)),
+        (3, (2, "--zero", 3), (4,)),
+        (8, (2, "--zero", 2), (1, "--accumulate", 2, "--zero", 3)),
+        (6, (2, "--zero", 3), (2, "--zero", 3)),
+    ],
+    ids=["2 to one", "one to 2", "2 to 2", "3 to one", "2 to 3", "3 to 3"],
 )
 def test_a_run_goes_on_with_zero_or_without(folder, one_by_adamw, tmp_path, step, first, second):
     def go_on(batch, *options):
@@ -199,11 +233,13 @@ def test_a_run_goes_on_with_zero_or_without(folder, one_by_adamw, tmp_path, step
 
 
 @needs_deepspeed
-def test_zero_in_bf16_keeps_trained_parameters_in_float32(folder, one_by_adamw, tmp_path):
+@pytest.mark.parametrize(("stage", "kind"), [(2, WHOLE), (3, ELSEWHERE)])
+def test_zero_in_bf16_keeps_trained_parameters_in_float32(folder, one_by_adamw, tmp_path, stage, kind):
     """Close to the run of one process in bf16, not to that in float32."""
-    for out, options, count in (("one", (), 1), ("two", ("--batch", 2, "--zero"), 2)):
+    for out, options, count in (("one", (), 1), ("two", ("--batch", 2, "--zero", stage), 2)):
+        kinds = [kind if options else WHOLE]
         done = start(folder, tmp_path / out, "--plain", "--stages", 1, "--bf16", *options, processes=count)
-        assert f"[('Tensor', 'torch.float32')] in 3 steps of {count} processes" in done.stdout, done.stderr
+        assert f"trained {kinds} in 3 steps of {count} processes" in done.stdout, done.stderr
     one, two, exact = (
         json.loads((out / "training_log.jsonl").open().readline())["loss_hid"]
         for out in (tmp_path / "one", tmp_path / "two", one_by_adamw)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import linmu_hf.distillation.model as model
 import linmu_hf.distillation.zero as zero
 from linmu_hf.distillation import DistillConfig, Stage
 from linmu_hf.distillation.stages import FLEX
@@ -40,9 +41,9 @@ def test_gradients_of_a_mixer_come_together_whatever_the_batch_uses():
     orders = []
     for vision in (True, False):
         order.clear()
-        for model in (mixer, plain):
-            model.zero_grad()
-            model(torch.ones(2, 3), vision).pow(2).sum().backward()
+        for one in (mixer, plain):
+            one.zero_grad()
+            one(torch.ones(2, 3), vision).pow(2).sum().backward()
         orders.append(list(order))
         for (name, parameter), other in zip(mixer.named_parameters(), plain.parameters(), strict=True):
             expected = torch.zeros_like(other) if other.grad is None else other.grad
@@ -65,7 +66,7 @@ class Branches(nn.Module):
 def asked(zero_optimization=None, world_size=2, optim="adamw_torch_fused", mismatches=(), **other):
     given = {"zero_optimization": {"stage": 2} | (zero_optimization or {}), **other}
     return SimpleNamespace(
-        deepspeed_plugin=SimpleNamespace(deepspeed_config=given),
+        deepspeed_plugin=SimpleNamespace(deepspeed_config=given, zero_stage=given["zero_optimization"]["stage"]),
         hf_deepspeed_config=SimpleNamespace(mismatches=list(mismatches)),
         world_size=world_size,
         optim=optim,
@@ -88,7 +89,7 @@ def test_what_accelerate_writes_is_taken():
     ("config", "message"),
     [
         (asked(world_size=1), "DeepSpeed has no effect on one process: start several"),
-        (asked({"stage": 3}), "ZeRO stage 3 is not supported: take 2, .*FSDP2"),
+        (asked({"stage": 1}), "ZeRO stage 1 is not supported: take 2, or to spread parameters, too, 3"),
         (asked({"offload_optimizer": {"device": "cpu"}}), "offload_optimizer to 'cpu' is not supported: leave it out"),
         (asked(optimizer={"type": "Lion"}), "optimizer={'type': 'Lion'} is not supported: leave it out"),
         (asked(mismatches=["- ds gradient_clipping=2 vs hf max_grad_norm=1"]), "clipping=2 .*write 'auto'"),
@@ -114,3 +115,29 @@ def test_stages_that_need_more_than_ones_own_part_are_refused(make_student, chan
     with pytest.raises(ValueError, match=message):
         zero.check_zero_stages(asked(), student, [stage])
     zero.check_zero_stages(SimpleNamespace(deepspeed_plugin=None), student, [stage])
+
+
+def test_what_zero_3_leaves_whole_it_does_not_train(make_student):
+    student = make_student()
+    stage = Stage("one", trains=(FLEX, "lm_head"), max_steps=1, learning_rate=1e-3, tok=1.0)
+    zero.check_zero_stages(asked(), student, [stage])
+    with pytest.raises(ValueError, match=r"^one trains lm_head\.weight, which ZeRO-3 leaves whole .*: take FSDP2"):
+        zero.check_zero_stages(asked({"stage": 3}), student, [stage])
+
+
+@pytest.mark.parametrize("lends", [True, False])
+def test_gradients_taken_at_once_reach_a_parameter_that_is_not_gathered(monkeypatch, lends):
+    """Its memory is gone when the backward pass comes; without its shape autograd has no place for the gradient."""
+    if not lends:
+        monkeypatch.setattr(model, "lend_shapes", lambda parameters: None)
+    weight, x = nn.Parameter(torch.randn(3, 2)), torch.randn(4, 2)
+    expected = torch.autograd.grad((x @ weight.T).square().sum() * 2, weight)[0]
+    loss, _ = model.GradientsAtOnce.apply(lambda: ((x @ weight.T).square().sum(), torch.ones(1)), weight)
+    weight.ds_shape, weight.data = weight.shape, torch.empty(0)
+    if lends:
+        (2 * loss).backward()
+        torch.testing.assert_close(weight.grad, expected)
+        assert weight.untyped_storage().nbytes() == 4
+    else:
+        with pytest.raises(RuntimeError):
+            (2 * loss).backward()

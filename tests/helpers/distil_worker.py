@@ -2,10 +2,11 @@
 One process of a distillation on CPUs, to be started by torchrun:
 
     distil_worker.py FOLDER OUT [--batch N] [--fsdp] [--die STEP] [--stages N] [--own] [--temperature T]
-        [--worst] [--rows NAME --max_bad_rows N [--topk]] [--plain] [--zero] [--bf16]
+        [--worst] [--rows NAME --max_bad_rows N [--topk]] [--plain] [--zero STAGE] [--bf16]
+        [--thrifty] [--separate]
 
 FOLDER holds `student`, `teacher`, `rows.pt` or other rows, and for `--topk` the teacher's answers to these, `topk`.
-Prints what the trained parameters were while training.
+Prints what the trained parameters were before every step: `elsewhere` is what ZeRO-3 leaves in the place of one.
 """
 
 import argparse
@@ -31,6 +32,10 @@ OWN = Stage("own", trains=(FLEX, SWIN), max_steps=3, learning_rate=1e-3, hid=0.1
 TOPK = (Stage("topk", trains=(FLEX, SWIN), max_steps=2, learning_rate=1e-3, tok=1.0),)
 
 
+# No parameter is so small here that each process keeps it whole.
+ZERO = {2: {"stage": 2}, 3: {"stage": 3, "stage3_param_persistence_threshold": 0}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
@@ -47,12 +52,19 @@ def main() -> None:
     parser.add_argument("--max_bad_rows", type=int, default=0)
     parser.add_argument("--topk", action="store_true", help="learn from stored log-probabilities")
     parser.add_argument("--plain", action="store_true", help="AdamW for all parameters")
-    parser.add_argument("--zero", action="store_true")
+    parser.add_argument("--zero", type=int, choices=(2, 3), help="DeepSpeed's stage")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument(
+        "--thrifty", action="store_true", help="checkpointed layers, and logits of few tokens at a time"
+    )
+    parser.add_argument("--separate", action="store_true", help="a teacher with a backbone of its own")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     student, teacher = (
-        LinMUForConditionalGeneration.from_pretrained(arguments.folder / name) for name in ("student", "teacher")
+        LinMUForConditionalGeneration.from_pretrained(
+            arguments.folder / name, dtype=torch.bfloat16 if arguments.bf16 else torch.float32
+        )
+        for name in ("student", "teacher")
     )
     evaluated = {"eval_steps": 1 if arguments.worst else 2}
     config = DistillConfig(
@@ -68,11 +80,14 @@ def main() -> None:
         per_device_eval_batch_size=1,
         disable_tqdm=True,
         bf16=arguments.bf16,
+        gradient_checkpointing=arguments.thrifty,
+        logits_chunk_size=2 if arguments.thrifty else 1024,
+        shared_teacher=False if arguments.separate else None,
         max_bad_rows=arguments.max_bad_rows,
         **({"train_sampling_strategy": "sequential"} if arguments.max_bad_rows else evaluated),
         **({"pseudo_targets": str(arguments.folder / "topk")} if arguments.topk else {}),
         **({"load_best_model_at_end": True, "greater_is_better": True} if arguments.worst else {}),
-        **({"deepspeed": {"zero_optimization": {"stage": 2}}} if arguments.zero else {}),
+        **({"deepspeed": {"zero_optimization": ZERO[arguments.zero]}} if arguments.zero else {}),
         **({"fsdp": True, "fsdp_config": {"version": 2}} if arguments.fsdp else {}),
     )
     kinds, steps, step = set(), [], DistillTrainer.training_step
@@ -81,7 +96,9 @@ def main() -> None:
         steps.append(1)
         if len(steps) == arguments.die:
             os.kill(os.getpid(), 9)
-        kinds.update((type(p.data).__name__, str(p.dtype)) for p in self.student.parameters() if p.requires_grad)
+        trained = [p for p in self.student.parameters() if p.requires_grad]
+        here = [p.numel() > 0 and 0 not in p.stride() for p in trained]
+        kinds.update((type(p.data).__name__ if own else "elsewhere", str(p.dtype)) for p, own in zip(trained, here))
         return step(self, model, *args, **kwargs)
 
     DistillTrainer.training_step = watched

@@ -54,7 +54,7 @@ REMEDIES = {
     "held-out rows are measured as the rows of the training are; for answers take linmu-eval",
 ) | dict.fromkeys(
     ("parallelism", "average_tokens", "save_on_each", "log_on_each"),
-    "processes share the rows of a step by DDP, FSDP2 or ZeRO-2, and the first one writes and logs",
+    "processes share the rows of a step by DDP, FSDP2 or ZeRO, and the first one writes and logs",
 )  # fmt: skip
 
 # Values, by their start, of arguments that are honoured otherwise: they need epochs, checkpoints

@@ -25,7 +25,7 @@ def save_trained(model: nn.Module, folder: str | Path) -> None:
     """Writes the trainable parameters; every process has to call it, and the main one writes."""
     tensors = {}
     for name, parameter in trained_parameters(model).items():
-        whole = whole_tensor(parameter.detach())
+        whole = whole_tensor(parameter).detach()
         if is_main():
             tensors[name] = whole.cpu().contiguous()
     if is_main():

@@ -53,7 +53,12 @@ def prepare_fsdp(accelerator: Accelerator, plugin_args: dict[str, Any] | None) -
 
 
 def reshard(model: nn.Module) -> None:
-    """Spreads parameters again that a forward pass without a backward pass has left whole: FSDP2 keeps the root's."""
+    """
+    Spreads parameters again that a forward pass without a backward pass has left whole: FSDP2 keeps the root's, ZeRO-3
+    those that a backward pass would read.
+    """
+    if hasattr(model, "empty_partition_cache"):
+        model.empty_partition_cache()
     for module in model.modules():
         if hasattr(module, "reshard"):
             module.reshard()

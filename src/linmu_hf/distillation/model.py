@@ -16,6 +16,7 @@ from .collator import TOPK_FIELDS
 from .losses import IGNORE_INDEX, hidden_loss, next_token_targets, output_losses, squared_errors
 from .stages import Stage
 from .teacher import Given, Teacher
+from .zero import lend_shapes
 
 
 Inputs = dict[str, Tensor]
@@ -200,10 +201,13 @@ class DistillationModel(nn.Module):
         def see(index: int, mixer_input: Tensor, mixer_output: Tensor, layer: nn.Module | None) -> Tensor | None:
             if index not in self.compared:
                 return None
-            run = partial(fit, mixer_output)
+
+            def run(layer, mixer_input: Tensor) -> Tensor:
+                found[index] = fit(mixer_output, layer, mixer_input)  # DeepSpeed detaches what a call returns here
+                return found[index][0]
+
             # Inside the layer's call where its parameters are loaded already, else in a call of its own.
-            found[index] = run(layer, mixer_input) if layer is not None else text.layers[index](mixer_input, run=run)
-            return found[index][0]
+            return run(layer, mixer_input) if layer is not None else text.layers[index](mixer_input, run=run)
 
         takes_gradients = torch.is_grad_enabled()
         self.teacher(given, see, self.compared[-1] + 1)
@@ -259,6 +263,7 @@ class GradientsAtOnce(torch.autograd.Function):
         """
         with torch.enable_grad():
             loss, *others = compare()
+        ctx.parameters = parameters
         ctx.gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         outputs = [output.detach() for output in (loss, *others)]
         ctx.mark_non_differentiable(*outputs[1:])
@@ -267,6 +272,7 @@ class GradientsAtOnce(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss: Tensor, *_):
         gradients, ctx.gradients = ctx.gradients, None
+        lend_shapes(ctx.parameters)
         return (None, *(None if g is None else g.mul_(grad_loss) for g in gradients))
 
 

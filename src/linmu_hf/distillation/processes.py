@@ -49,7 +49,14 @@ def _portable(error: Exception) -> Exception:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """Returns a tensor that FSDP2 spreads over the processes as a whole one; all processes have to ask for it."""
+    """
+    Returns a tensor that FSDP2 or ZeRO-3 spreads over the processes as a whole one; all processes have to ask for it.
+    """
+    if hasattr(tensor, "ds_id"):
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([tensor]):
+            return tensor.detach().clone()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -65,4 +72,10 @@ def spread_like(source: Tensor, target: Tensor) -> Tensor:
 @torch.no_grad()
 def copy_whole(target: Tensor, source: Tensor) -> None:
     """Copies a whole tensor, which every process holds, into one that may be spread over them."""
+    if hasattr(target, "ds_id"):
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([target], modifier_rank=0):
+            target.copy_(source)
+        return
     target.copy_(spread_like(source, target))

@@ -31,6 +31,7 @@ from .stream import EncodedStream
 from .teacher import as_teacher
 from .training_rows import GROUPED, TrainingRows
 from .zero import join_gradients, settle_zero
+from .zero3 import ReduceEachGradient, is_zero3, prepare_zero3
 
 
 class DistillTrainer(Trainer):
@@ -128,6 +129,9 @@ class DistillTrainer(Trainer):
                 complete(model.model.language_model.layers[index].mixer)
         if args.deepspeed_plugin is None:  # which takes a missing gradient for zeros itself
             self.add_callback(FillGradients)
+        if is_zero3(args):
+            prepare_zero3(wrapped, args.device)
+            self.add_callback(ReduceEachGradient)
         if isinstance(train_dataset, EncodedStream):
             self.add_callback(PassOver(train_dataset))
         self.add_callback(LogLastStep)

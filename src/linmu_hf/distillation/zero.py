@@ -1,4 +1,5 @@
-"""DeepSpeed's ZeRO, stage 2: gradients and optimizer states are spread over the processes, parameters are not.
+"""
+DeepSpeed's ZeRO: gradients and optimizer states are spread over the processes, and in stage 3 parameters (`zero3.py`).
 
 ZeRO lays the trained parameters of a group end to end and gives each process a part of that. AdamW, which treats every
 number alike, does not notice; an optimizer that looks at matrices would.
@@ -7,19 +8,24 @@ number alike, does not notice; an optimizer that looks at matrices would.
 import copy
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from packaging.version import Version
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from .stages import Stage
 
 
 OLDEST = "0.19"
 INSTEAD = "take FSDP2, fsdp=True and fsdp_config={'version': 2}"
+
+VISION = "model.visual."
+WHOLE = ("lm_head.", "model.language_model.embed_tokens.")  # the second where it is tied to the first
 
 # What a configuration of DeepSpeed may say. Of the first, values are those of the arguments, so that one is right.
 FROM_ARGUMENTS = (
@@ -58,12 +64,13 @@ def check_zero(config) -> None:
     plugin = config.deepspeed_plugin
     if plugin is None:
         return
+    unset_hf_deepspeed_config()  # by which `from_pretrained` would spread every model that is loaded
     given = plugin.deepspeed_config
     if config.world_size == 1:
         raise ValueError("DeepSpeed has no effect on one process: start several, or leave it out")
     stage = given["zero_optimization"].get("stage")
-    if stage != 2:
-        raise ValueError(f"ZeRO stage {stage} is not supported: take 2, or to spread parameters, too, {INSTEAD}")
+    if stage not in (2, 3):
+        raise ValueError(f"ZeRO stage {stage} is not supported: take 2, or to spread parameters, too, 3")
     for part in ("offload_optimizer", "offload_param"):
         device = (given["zero_optimization"].get(part) or {}).get("device", "none")
         if device != "none":
@@ -83,14 +90,18 @@ def check_zero_stages(config, student, stages: Sequence[Stage]) -> None:
     """Raises a `ValueError` for stages that cannot be trained with ZeRO, if `config` asks for it."""
     if config.deepspeed_plugin is None:
         return
-    vision = [name for name, _ in student.named_parameters() if name.startswith("model.visual.")]
+    names = [name for name, _ in student.named_parameters()]
     for stage in stages:
         if stage.muon:
             raise ValueError(f"{stage.name}: muon needs whole matrices, which ZeRO cuts up: {INSTEAD}")
-        trained = [name for name in vision if any(re.search(pattern, name) for pattern in stage.trains)]
-        if trained:
+        trained = [name for name in names if any(re.search(pattern, name) for pattern in stage.trains)]
+        whole = next((name for name in trained if name.startswith(WHOLE)), None)
+        if whole and config.deepspeed_plugin.zero_stage == 3:
+            raise ValueError(f"{stage.name} trains {whole}, which ZeRO-3 leaves whole on each process: {INSTEAD}")
+        vision = next((name for name in trained if name.startswith(VISION)), None)
+        if vision:
             raise ValueError(
-                f"{stage.name} trains {trained[0]}, whose gradients a process with text alone does not have and ZeRO "
+                f"{stage.name} trains {vision}, whose gradients a process with text alone does not have and ZeRO "
                 f"would wait for: {INSTEAD}"
             )
 
@@ -104,7 +115,9 @@ def settle_zero(args) -> None:
     """
     plugin = args.deepspeed_plugin
     asked = plugin.deepspeed_config["zero_optimization"]
-    unused = ("stage3_", "offload_")
+    unused: tuple[str, ...] = ("offload_", "stage3_gather_16bit")
+    if asked["stage"] != 3:
+        unused += ("stage3_",)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
@@ -160,9 +173,21 @@ class _Join(torch.autograd.Function):
         return gradients
 
 
+def lend_shapes(parameters: Iterable[Tensor]) -> None:
+    """
+    Gives parameters that are not gathered now their shapes, without memory: autograd lays a gradient out like its
+    parameter. The next gather takes what is here away.
+    """
+    for parameter in parameters:
+        shape: Any = getattr(parameter, "ds_shape", None)
+        if shape is not None and parameter.shape != shape:
+            parameter.data = parameter.data.new_zeros(1).expand(shape)
+
+
 def is_zero(optimizer: Any) -> bool:
     """Returns whether this is an optimizer that accelerate has given to DeepSpeed."""
-    return hasattr(getattr(optimizer, "optimizer", None), "single_partition_of_fp32_groups")
+    zero = getattr(optimizer, "optimizer", None)
+    return hasattr(zero, "single_partition_of_fp32_groups") or hasattr(zero, "fp32_partitioned_groups_flat")
 
 
 def gather_states(optimizer: Any) -> Iterator[tuple[nn.Parameter, dict[str, Any]]]:
@@ -171,7 +196,7 @@ def gather_states(optimizer: Any) -> Iterator[tuple[nn.Parameter, dict[str, Any]
 
     zero = optimizer.optimizer
     _link_states(zero)
-    for parameters, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+    for parameters, flat in _groups(zero):
         for parameter in parameters:
             yield (
                 parameter,
@@ -185,26 +210,44 @@ def gather_states(optimizer: Any) -> Iterator[tuple[nn.Parameter, dict[str, Any]
 
 def spread_states(optimizer: Any, states: dict[nn.Parameter, dict[str, Any]]) -> None:
     """Gives every process its part of the states that [`gather_states`], or an ordinary optimizer, had."""
-    from deepspeed.utils import safe_set_full_optimizer_state
-
     zero = optimizer.optimizer
-    for parameters, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+    for parameters, flat in _groups(zero):
         for key, value in states[parameters[0]].items():
             zero.state[flat][key] = torch.zeros_like(flat) if _is_spread(value) else value
     _link_states(zero)
-    for parameter, state in states.items():
-        for key, value in state.items():
-            if _is_spread(value):
-                safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+    for parameters, flat in _groups(zero):
+        for parameter in parameters:
+            for key, value in states[parameter].items():
+                if _is_spread(value):
+                    _set_part(zero, parameter, zero.state[flat], key, value.to(flat.device))
+
+
+def _set_part(zero: Any, parameter: Any, state: dict[str, Tensor], key: str, value: Tensor) -> None:
+    """Sets this process's part of a parameter's state, which is whole."""
+    if not hasattr(parameter, "ds_id"):
+        parameter.set_full_hp_param(value, key)
+        return
+    # DeepSpeed's own takes no parameter that the processes cannot share evenly.
+    _, start, size = zero.grad_position[zero.get_param_id(parameter)]
+    padded = nn.functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
+    state[key][start : start + size] = padded[size * dist.get_rank() :][:size]
+
+
+def _groups(zero: Any) -> Iterator[tuple[list[nn.Parameter], Tensor]]:
+    """The trained parameters of each group, with this process's part of them."""
+    if hasattr(zero, "fp16_groups"):  # stage 3
+        return zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True)
+    return zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True)
 
 
 def _link_states(zero: Any) -> None:
     """
-    Tells every parameter where its states are within the flat ones. DeepSpeed does so after the first step of the
-    first group alone, when the other groups have none.
+    Tells every parameter where its states are within the flat ones. DeepSpeed does so in stage 2 after the first step
+    of the first group alone, when the other groups have none.
     """
-    zero._hp_optimizer_states_linked = False
-    zero._lazy_init_hp_params_optimizer_state()
+    if hasattr(zero, "_hp_optimizer_states_linked"):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 def _is_spread(value: Any) -> bool:
