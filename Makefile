@@ -47,7 +47,7 @@ chaos-distill: $(READY)
 zero-check: export TORCH_EXTENSIONS_DIR = $(CURDIR)/.venvs/zero/extensions
 zero-check: .venvs/zero/.ready
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 DS_ACCELERATOR=cpu .venvs/zero/bin/python -m pytest \
-		tests/distillation/test_processes.py -k zero $(ARGS)
+		tests/distillation/engines/test_processes.py -k zero $(ARGS)
 
 .venvs/zero/.ready: pyproject.toml setup.cfg constraints.txt tools/torchvision_cpu_shim.py
 	test -x .venvs/zero/bin/python || $(PYTHON) -m venv .venvs/zero

@@ -11,7 +11,7 @@ from linmu_hf.conversion.calibration.walk import Walk
 from linmu_hf.conversion.convert import convert
 from linmu_hf.conversion.teacher import load_teacher
 from linmu_hf.data import encode_rows
-from linmu_hf.distillation.accounting import Account
+from linmu_hf.distillation.costs.accounting import Account
 
 
 def make_rows(n):

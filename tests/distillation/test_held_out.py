@@ -13,10 +13,10 @@ from transformers.integrations import integration_utils
 from linmu_hf.data.skipping import SkippedRows
 from linmu_hf.distillation import DistillConfig, Stage, distill
 from linmu_hf.distillation.checkpoints import TRAINED_WEIGHTS
-from linmu_hf.distillation.collator import EncodedDataset, collate
 from linmu_hf.distillation.held_out import own_batches
 from linmu_hf.distillation.losses import IGNORE_INDEX
 from linmu_hf.distillation.plots import error_columns, plot_error_map
+from linmu_hf.distillation.rows.collator import EncodedDataset, collate
 from linmu_hf.distillation.stages import FLEX, LORA, SWIN, set_trainable
 from linmu_hf.distillation.trainer import DistillTrainer
 

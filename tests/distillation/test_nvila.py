@@ -15,8 +15,8 @@ from linmu_hf.commands.distill import main as distill
 from linmu_hf.commands.evaluate import main as evaluate
 from linmu_hf.conversion.teacher import load_processor, load_teacher
 from linmu_hf.data import encode_prompts
-from linmu_hf.distillation.collator import DistillCollator, EncodedDataset
 from linmu_hf.distillation.model import DistillationModel
+from linmu_hf.distillation.rows.collator import DistillCollator, EncodedDataset
 from linmu_hf.distillation.stages import Stage
 from linmu_hf.distillation.targets.decode import decode_rows
 from linmu_hf.distillation.teacher import SeparateTeacher

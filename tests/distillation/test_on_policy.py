@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from linmu_hf.distillation import DistillConfig, DistillTrainer, decode_pseudo_targets, distill
-from linmu_hf.distillation.collator import TOKEN_FIELDS, EncodedDataset, encode_row
 from linmu_hf.distillation.lora import add_lora
 from linmu_hf.distillation.losses import IGNORE_INDEX, token_kd_loss, topk_kd_loss
 from linmu_hf.distillation.on_policy import Draws, append_answer, cut_last_answer
+from linmu_hf.distillation.rows.collator import TOKEN_FIELDS, EncodedDataset, encode_row
+from linmu_hf.distillation.rows.stream import EncodedStream
 from linmu_hf.distillation.stages import FLEX, LORA, SWIN, Stage, set_trainable
-from linmu_hf.distillation.stream import EncodedStream
 from linmu_hf.distillation.targets.decode import suppressed
 from linmu_hf.distillation.targets.encode import answer_spans
 from linmu_hf.distillation.teacher import SeparateTeacher, SharedTeacher

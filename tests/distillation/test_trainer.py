@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from linmu_hf import LinMUConfig, LinMUForConditionalGeneration
-from linmu_hf.distillation.collator import EncodedDataset, encode_row
 from linmu_hf.distillation.config import DistillConfig
 from linmu_hf.distillation.lora import add_lora
 from linmu_hf.distillation.losses import IGNORE_INDEX, hidden_loss, squared_errors
+from linmu_hf.distillation.rows.collator import EncodedDataset, encode_row
 from linmu_hf.distillation.stages import FLEX, LORA, SWIN, Stage, set_trainable
 from linmu_hf.distillation.teacher import SeparateTeacher, SharedTeacher
 from linmu_hf.distillation.trainer import DistillTrainer

@@ -7,15 +7,15 @@ import torch
 from transformers import Qwen2_5_VLConfig
 
 from linmu_hf import LinMUConfig, LinMUForConditionalGeneration
-from linmu_hf.distillation.accounting import Account
-from linmu_hf.distillation.layer_groups import freeze_others
+from linmu_hf.distillation.costs.accounting import Account
+from linmu_hf.distillation.costs.tracing import with_layers
+from linmu_hf.distillation.layerwise.layer_groups import freeze_others
+from linmu_hf.distillation.layerwise.offload import LayerOffload, always_there
 from linmu_hf.distillation.lora import add_lora
 from linmu_hf.distillation.losses import IGNORE_INDEX
 from linmu_hf.distillation.model import DistillationModel
-from linmu_hf.distillation.offload import LayerOffload, always_there
 from linmu_hf.distillation.stages import set_trainable
 from linmu_hf.distillation.teacher import as_teacher
-from linmu_hf.distillation.tracing import with_layers
 
 
 VIDEO = 990

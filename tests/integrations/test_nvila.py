@@ -16,7 +16,7 @@ import linmu_hf
 from linmu_hf import LinMUConfig, LinMUForConditionalGeneration, LinMUTextConfig, NVILAVisionConfig
 from linmu_hf.commands import chat
 from linmu_hf.data import encode_rows
-from linmu_hf.distillation.collator import DistillCollator, EncodedDataset
+from linmu_hf.distillation.rows.collator import DistillCollator, EncodedDataset
 from linmu_hf.evaluation.retention import generate_answers
 from linmu_hf.hub.check import check_folder
 from linmu_hf.hub.push import files_to_upload

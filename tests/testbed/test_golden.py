@@ -16,8 +16,8 @@ import pytest
 import linmu_hf
 from linmu_hf.conversion.convert import convert
 from linmu_hf.conversion.teacher import load_processor, load_teacher
-from linmu_hf.distillation.collator import EncodedDataset
 from linmu_hf.distillation.config import DistillConfig
+from linmu_hf.distillation.rows.collator import EncodedDataset
 from linmu_hf.distillation.stages import FLEX, SWIN, Stage, set_trainable
 from linmu_hf.distillation.trainer import DistillTrainer
 from linmu_hf.evaluation.retention import generate_answers

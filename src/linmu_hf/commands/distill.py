@@ -73,8 +73,8 @@ ESTIMATE_ONLY = ("gpu", "gpus", "engine", "sequence_length")
 
 def run(script: ScriptArguments, config) -> dict:
     from ..distillation.arguments import check_layers_at_a_time
+    from ..distillation.engines.processes import is_main, on_main
     from ..distillation.loading import load_as_teacher
-    from ..distillation.processes import is_main, on_main
     from ..distillation.runner import check_output, distill
 
     teacher_path = script.teacher or config.teacher_model_name_or_path
@@ -148,9 +148,9 @@ def run(script: ScriptArguments, config) -> dict:
 
 def estimate(script: ScriptArguments, config) -> str:
     """Returns memory and time of every stage, and what to change if one does not fit."""
-    from ..distillation import estimate as estimates
     from ..distillation.arguments import check_layers_at_a_time
-    from ..distillation.tracing import Shape
+    from ..distillation.costs import estimate as estimates
+    from ..distillation.costs.tracing import Shape
 
     name = script.teacher or config.teacher_model_name_or_path
     if name is None:
@@ -255,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.set_verbosity_warning()
 
     def work() -> None:
-        from ..distillation.processes import is_main, on_main
+        from ..distillation.engines.processes import is_main, on_main
         from ..distillation.recipes import format_stages
 
         given = list(sys.argv[1:] if argv is None else argv)

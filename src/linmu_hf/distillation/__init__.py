@@ -1,9 +1,9 @@
 """Three-stage distillation of a teacher into its LinMU student (Sec. 3.2)."""
 
 try:
-    from .collator import DistillCollator, EncodedDataset
     from .config import DistillConfig
     from .recipes import format_stages, read_stages, recipe_file
+    from .rows.collator import DistillCollator, EncodedDataset
     from .runner import distill
     from .stages import Stage
     from .targets.fill import decode_pseudo_targets

@@ -6,7 +6,7 @@ from dataclasses import MISSING, fields
 
 from transformers import TrainingArguments
 
-from .engines import is_sharded
+from .engines.wrapping import is_sharded
 from .stages import Stage
 
 

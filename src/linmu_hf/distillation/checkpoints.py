@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .processes import copy_whole, is_main, whole_tensor
-from .zero import gather_states, is_zero, spread_states
+from .engines.processes import copy_whole, is_main, whole_tensor
+from .engines.zero import gather_states, is_zero, spread_states
 
 
 TRAINED_WEIGHTS = "trained.safetensors"

@@ -7,10 +7,10 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from .arguments import check_layers_at_a_time, refuse_ignored, settle_packing, settle_precision
+from .engines.zero import check_zero, check_zero_asked
 from .held_out import settle_evaluation
 from .recipes import DEFAULT_RECIPE, RECIPES, read_stages, recipe_file, stage_values
 from .stages import Stage
-from .zero import check_zero, check_zero_asked
 
 
 TEACHER_REMEDIES = {

@@ -8,9 +8,9 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .collator import DistillCollator, Features
 from .model import WEIGHTS
 from .plots import LAYER_PREFIX
+from .rows.collator import DistillCollator, Features
 from .stages import Stage
 
 

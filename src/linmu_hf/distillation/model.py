@@ -12,11 +12,11 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttenti
 from ..modeling.decoder import LinMUDecoderLayer
 from ..modeling.layout.prompt import Medium, Prompt
 from ..modeling.mixers import recurrent_layers
-from .collator import TOPK_FIELDS
+from .engines.zero import lend_shapes
 from .losses import IGNORE_INDEX, hidden_loss, next_token_targets, output_losses, squared_errors
+from .rows.collator import TOPK_FIELDS
 from .stages import Stage
 from .teacher import Given, Teacher
-from .zero import lend_shapes
 
 
 Inputs = dict[str, Tensor]

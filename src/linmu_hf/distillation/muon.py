@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-from .processes import spread_like, whole_tensor
+from .engines.processes import spread_like, whole_tensor
 
 
 # Newton-Schulz coefficients of Muon: singular values go to 0.7 to 1.2 in five steps.

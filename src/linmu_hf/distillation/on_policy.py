@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from .collator import TOKEN_FIELDS, Features, Item
-from .engines import is_sharded
+from .engines.wrapping import is_sharded
 from .losses import IGNORE_INDEX
+from .rows.collator import TOKEN_FIELDS, Features, Item
 from .stages import Stage
 from .targets.decode import generate
 from .targets.encode import answer_spans

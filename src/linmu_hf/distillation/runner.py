@@ -20,8 +20,9 @@ from ..conversion.teacher import check_pair
 from ..files import disk_errors, locked
 from ..modeling.mixers import recurrent_layers
 from .arguments import RESULT, check_layers_at_a_time
-from .collator import EncodedDataset, EncodePseudo, encode_row
 from .config import DistillConfig
+from .engines.processes import on_main
+from .engines.zero import check_zero_stages
 from .fingerprint import fingerprint_processor, fingerprint_rows, fingerprint_weights
 from .folders import (
     PSEUDO_TARGETS,
@@ -35,16 +36,15 @@ from .folders import (
 from .held_out import check_evaluation
 from .lora import add_lora
 from .on_policy import check_on_policy
-from .processes import on_main
 from .recipes import read_stages
+from .rows.collator import EncodedDataset, EncodePseudo, encode_row
+from .rows.training_rows import TrainingRows, check_rows, first_row, open_held_out, open_rows, readable_rows
 from .stage_training import StageRun, train_stage
 from .stages import Stage, check_stages
 from .targets.encode import encode_stored, stored_topk
 from .targets.fill import decode_pseudo_targets, describe
 from .targets.store import PseudoTargets
 from .teacher import SharedTeacher, Teacher, as_teacher
-from .training_rows import TrainingRows, check_rows, first_row, open_held_out, open_rows, readable_rows
-from .zero import check_zero_stages
 
 
 PSEUDO_COLUMN = "pseudo_messages"

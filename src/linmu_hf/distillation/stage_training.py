@@ -14,18 +14,18 @@ from torch import nn
 from transformers import TrainerState
 
 from .checkpoints import load_trained
-from .collator import EncodedDataset
 from .config import DistillConfig
-from .engines import is_sharded
+from .engines.processes import on_main
+from .engines.wrapping import is_sharded
 from .folders import last_checkpoint, read_log, write_group
-from .layer_groups import freeze_others, group_name, layer_groups, merge_logs
+from .layerwise.layer_groups import freeze_others, group_name, layer_groups, merge_logs
+from .layerwise.offload import open_offload
 from .lora import merge_lora
-from .offload import open_offload
-from .processes import on_main
+from .rows.collator import EncodedDataset
+from .rows.training_rows import TrainingRows
 from .stages import Stage, set_trainable
 from .teacher import SharedTeacher, Teacher
 from .trainer import DistillTrainer
-from .training_rows import TrainingRows
 
 
 @dataclass(frozen=True)

@@ -15,23 +15,23 @@ from transformers.trainer_utils import IntervalStrategy
 
 from ..conversion.teacher import check_pair
 from .checkpoints import load_optimizer, load_trained, save_optimizer, save_trained
-from .collator import DistillCollator, EncodedDataset, Features, Item
 from .config import DistillConfig
-from .engines import prepare_fsdp, reshard, touch_parameters
+from .engines.wrapping import prepare_fsdp, reshard, touch_parameters
+from .engines.zero import join_gradients, settle_zero
+from .engines.zero3 import ReduceEachGradient, is_zero3, prepare_zero3
 from .held_out import count_own, loader, means, measure, relative_errors
 from .losses import IGNORE_INDEX
 from .model import WEIGHTS, DistillationModel
 from .muon import Muon
 from .on_policy import OnPolicy, check_on_policy
-from .packing import LengthBuckets, arrange
 from .plots import LAYER_PREFIX
-from .sampling import Order, StageSampler, in_order, shuffled
+from .rows.collator import DistillCollator, EncodedDataset, Features, Item
+from .rows.packing import LengthBuckets, arrange
+from .rows.sampling import Order, StageSampler, in_order, shuffled
+from .rows.stream import EncodedStream
+from .rows.training_rows import GROUPED, TrainingRows
 from .stages import Stage, parameter_groups
-from .stream import EncodedStream
 from .teacher import as_teacher
-from .training_rows import GROUPED, TrainingRows
-from .zero import join_gradients, settle_zero
-from .zero3 import ReduceEachGradient, is_zero3, prepare_zero3
 
 
 class DistillTrainer(Trainer):

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from linmu_hf.data import encode_prompts
-from linmu_hf.distillation.collator import TOKEN_FIELDS, encode_row
 from linmu_hf.distillation.losses import IGNORE_INDEX, next_token_targets
+from linmu_hf.distillation.rows.collator import TOKEN_FIELDS, encode_row
 from linmu_hf.distillation.targets import decode as module
 from linmu_hf.distillation.targets.decode import decode_rows, judge, suppressed
 from linmu_hf.distillation.targets.encode import Answer, answer_spans, cut_after_turn, encode_skeleton, true_answers

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from linmu_hf.data import encode_prompts
-from linmu_hf.distillation.collator import TOKEN_FIELDS, encode_row
+from linmu_hf.distillation.rows.collator import TOKEN_FIELDS, encode_row
 from linmu_hf.distillation.targets.decode import decode_rows
 from linmu_hf.distillation.targets.encode import (
     Answer,

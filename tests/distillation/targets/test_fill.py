@@ -13,8 +13,8 @@ import torch
 from datasets import Dataset, Features, Image, List, Value
 
 from linmu_hf.data import row_key
-from linmu_hf.distillation.collator import DistillCollator, EncodedDataset
 from linmu_hf.distillation.losses import IGNORE_INDEX, next_token_targets, output_losses
+from linmu_hf.distillation.rows.collator import DistillCollator, EncodedDataset
 from linmu_hf.distillation.targets import fill as module
 from linmu_hf.distillation.targets.decode import decode_rows
 from linmu_hf.distillation.targets.encode import encode_stored, stored_topk

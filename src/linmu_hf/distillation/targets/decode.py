@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ...data import Row, read_row
-from ..collator import Features, collate
 from ..float32_logits import Float32Logits
 from ..losses import IGNORE_INDEX, next_token_targets
+from ..rows.collator import Features, collate
 from .encode import Answer, TopK, answer_spans, encode_answers, encode_prompt, encode_skeleton, true_answers
 
 

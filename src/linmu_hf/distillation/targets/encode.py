@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ...data import Row, read_row, row_key
 from ...data.formats import MEDIA
-from ..collator import TOKEN_FIELDS, Features, encode_row
 from ..losses import IGNORE_INDEX, next_token_targets
+from ..rows.collator import TOKEN_FIELDS, Features, encode_row
 
 
 STAND_IN = "x"  # the text of every assistant turn of a skeleton

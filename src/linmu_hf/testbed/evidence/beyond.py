@@ -23,7 +23,7 @@ from ...commands.chat import SHIPPED_STUDENT
 from ...commands.common import Parser, check_positive, run_command, write_report
 from ...commands.evaluate import name_models
 from ...data import encode_prompts
-from ...distillation.accounting import Account
+from ...distillation.costs.accounting import Account
 from ...evaluation.answers import describe_model
 from ...evaluation.loading import check_model, library_versions
 from ...evaluation.speed.measure import Clock, cache_bytes

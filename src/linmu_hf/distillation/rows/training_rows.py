@@ -5,10 +5,10 @@ from typing import Any
 
 from torch.utils.data import Subset
 
-from ..data import Row
-from ..data.loading import iterate
-from ..data.rows import bad_rows
-from ..data.skipping import SkippedRows
+from ...data import Row
+from ...data.loading import iterate
+from ...data.rows import bad_rows
+from ...data.skipping import SkippedRows
 from .collator import EncodedDataset
 from .stream import EncodedStream
 

@@ -9,7 +9,7 @@ import torch
 from linmu_hf.data.mixture import Mixture, StreamMixture
 from linmu_hf.distillation import DistillConfig, distill
 from linmu_hf.distillation.fingerprint import fingerprint_rows
-from linmu_hf.distillation.stream import StreamedRow
+from linmu_hf.distillation.rows.stream import StreamedRow
 from linmu_hf.distillation.trainer import DistillTrainer
 
 

@@ -10,12 +10,12 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ..data import Row, encode_rows
-from ..data.formats import fetch
-from ..data.lengths import count_tokens
-from ..data.loading import undecoded
-from ..data.skipping import SkippedRows
-from .losses import IGNORE_INDEX
+from ...data import Row, encode_rows
+from ...data.formats import fetch
+from ...data.lengths import count_tokens
+from ...data.loading import undecoded
+from ...data.skipping import SkippedRows
+from ..losses import IGNORE_INDEX
 
 
 Features = dict[str, Tensor]

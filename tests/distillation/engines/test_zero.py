@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+import linmu_hf.distillation.engines.zero as zero
 import linmu_hf.distillation.model as model
-import linmu_hf.distillation.zero as zero
 from linmu_hf.distillation import DistillConfig, Stage
 from linmu_hf.distillation.stages import FLEX
 

@@ -14,17 +14,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.initialization import no_init_weights
 
-from ..modeling.layout.prompt import Prompt
-from ..modeling.layout.token_layout import TokenLayout
-from ..modeling.mixers import recurrent_layers
-from ..modeling.modeling_linmu import LinMUForConditionalGeneration
-from ..ops.ssd import plain
+from ...modeling.layout.prompt import Prompt
+from ...modeling.layout.token_layout import TokenLayout
+from ...modeling.mixers import recurrent_layers
+from ...modeling.modeling_linmu import LinMUForConditionalGeneration
+from ...ops.ssd import plain
+from ..lora import add_lora
+from ..model import DistillationModel
+from ..muon import Muon
+from ..stages import Stage, parameter_groups, set_trainable
+from ..teacher import Given, SeparateTeacher, SharedTeacher
 from .accounting import Account
-from .lora import add_lora
-from .model import DistillationModel
-from .muon import Muon
-from .stages import Stage, parameter_groups, set_trainable
-from .teacher import Given, SeparateTeacher, SharedTeacher
 
 
 # Layers of the decoders that are run: more than one, for the first reads the embeddings themselves, and two apart, for

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .teacher import SharedTeacher
+from ..teacher import SharedTeacher
 
 
 PLACES = 2  # on the device: one layer runs while the next one arrives

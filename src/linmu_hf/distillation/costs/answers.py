@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from ..modeling.mixers import MIXERS
-from .stages import Stage
+from ...modeling.mixers import MIXERS
+from ..stages import Stage
 from .tracing import Shape
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from .model import DistillationModel
-from .teacher import SeparateTeacher
+from ..model import DistillationModel
+from ..teacher import SeparateTeacher
 
 
 def is_zero3(args) -> bool:

@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader
 from linmu_hf.data import load_rows
 from linmu_hf.data.mixture import StreamMixture
 from linmu_hf.data.skipping import RowError, SkippedRows
-from linmu_hf.distillation.collator import DistillCollator, EncodedDataset
 from linmu_hf.distillation.model import DistillationModel
-from linmu_hf.distillation.packing import PackedDataset, PackedStream
+from linmu_hf.distillation.rows.collator import DistillCollator, EncodedDataset
+from linmu_hf.distillation.rows.packing import PackedDataset, PackedStream
+from linmu_hf.distillation.rows.stream import EncodedStream, StreamedRow
 from linmu_hf.distillation.stages import FLEX, Stage
-from linmu_hf.distillation.stream import EncodedStream, StreamedRow
 from linmu_hf.distillation.teacher import SeparateTeacher
 
 
@@ -85,7 +85,8 @@ def test_two_processes_see_what_one_sees(processor, rows, collator, workers):
 def test_each_process_encodes_its_own_rows_alone(processor, rows, collator, monkeypatch):
     encoded = []
     monkeypatch.setattr(
-        "linmu_hf.distillation.stream.EncodedDataset.__getitem__", lambda self, index: encoded.append(index) or None
+        "linmu_hf.distillation.rows.stream.EncodedDataset.__getitem__",
+        lambda self, index: encoded.append(index) or None,
     )
     shard = IterableDatasetShard(EncodedStream(processor, Rows(rows)), 2, num_processes=2, process_index=1)
     take(DataLoader(shard, 2, collate_fn=collator), 3)

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from ..modeling.mixers import recurrent_layers
-from .plots import HELD_OUT, LAYER_PREFIX
+from ...modeling.mixers import recurrent_layers
+from ..plots import HELD_OUT, LAYER_PREFIX
 
 
 Rows = list[dict[str, Any]]

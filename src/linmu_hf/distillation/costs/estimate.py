@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..modeling.mixers import recurrent_layers
-from .answer_costs import count_answers
-from .layer_groups import freeze_others, layer_groups
-from .offload import PLACES, always_there, passing, span
-from .stages import Stage, parameter_groups
-from .teacher import SharedTeacher
+from ...modeling.mixers import recurrent_layers
+from ..layerwise.layer_groups import freeze_others, layer_groups
+from ..layerwise.offload import PLACES, always_there, passing, span
+from ..stages import Stage, parameter_groups
+from ..teacher import SharedTeacher
+from .answers import count_answers
 from .tracing import Shape, Trace, build_on_meta, build_student, trace_step, with_layers
 
 

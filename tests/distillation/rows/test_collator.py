@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from linmu_hf.data import encode_rows
-from linmu_hf.distillation.collator import DistillCollator, EncodedDataset, encode_row
+from linmu_hf.distillation.rows.collator import DistillCollator, EncodedDataset, encode_row
 
 
 pytestmark = pytest.mark.core_training
@@ -21,7 +21,7 @@ def test_rows_encoded_one_by_one_equal_the_batch(processor, rows, indices):
 def test_cache_keeps_what_fits(processor, rows, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "linmu_hf.distillation.collator.encode_rows", lambda *args: calls.append(1) or encode_rows(*args)
+        "linmu_hf.distillation.rows.collator.encode_rows", lambda *args: calls.append(1) or encode_rows(*args)
     )
     size = sum(value.nbytes for value in EncodedDataset(processor, rows)[0]["row"].values())
     dataset = EncodedDataset(processor, [rows[0]] * 3, cache_bytes=2 * size)

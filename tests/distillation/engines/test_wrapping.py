@@ -9,11 +9,11 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import prepare_multi_gpu_env
 
-import linmu_hf.distillation.engines as engines
+import linmu_hf.distillation.engines.wrapping as engines
 from linmu_hf.distillation import DistillConfig
 
 
-CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate_configs"
+CONFIGS = Path(__file__).parents[3] / "examples" / "accelerate_configs"
 
 
 @pytest.mark.parametrize(("name", "sharded"), [("ddp", False), ("fsdp2", True)])

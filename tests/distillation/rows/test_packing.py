@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from linmu_hf.distillation.collator import DistillCollator, EncodedDataset, encode_row
-from linmu_hf.distillation.packing import LengthBuckets, PackedDataset, PackedStream, arrange
-from linmu_hf.distillation.stream import EncodedStream
+from linmu_hf.distillation.rows.collator import DistillCollator, EncodedDataset, encode_row
+from linmu_hf.distillation.rows.packing import LengthBuckets, PackedDataset, PackedStream, arrange
+from linmu_hf.distillation.rows.stream import EncodedStream
 
 
 pytestmark = pytest.mark.core_training

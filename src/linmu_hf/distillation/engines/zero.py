@@ -18,7 +18,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from .stages import Stage
+from ..stages import Stage
 
 
 OLDEST = "0.19"

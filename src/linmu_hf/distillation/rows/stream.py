@@ -7,10 +7,10 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ..data import Row
-from ..data.lengths import count_tokens
-from ..data.loading import iterate, undecoded
-from ..data.skipping import RowError, SkippedRows
+from ...data import Row
+from ...data.lengths import count_tokens
+from ...data.loading import iterate, undecoded
+from ...data.skipping import RowError, SkippedRows
 from .collator import EncodedDataset, EncodePseudo, Item, StoredTopK
 
 

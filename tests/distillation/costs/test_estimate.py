@@ -6,12 +6,12 @@ import torch
 
 from linmu_hf import LinMUConfig
 from linmu_hf.commands import distill
-from linmu_hf.distillation.estimate import GPUS, Machine, advise, count_parameters, estimate_stage
+from linmu_hf.distillation.costs.estimate import GPUS, Machine, advise, count_parameters, estimate_stage
+from linmu_hf.distillation.costs.tracing import Shape, build_on_meta
 from linmu_hf.distillation.stages import Stage
-from linmu_hf.distillation.tracing import Shape, build_on_meta
 from linmu_hf.modeling.mixers import MIXERS
 
-from ..helpers.training_memory import build, measure, measure_group, student_config
+from ...helpers.training_memory import build, measure, measure_group, student_config
 
 
 pytestmark = pytest.mark.core_training

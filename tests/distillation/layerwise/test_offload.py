@@ -5,13 +5,13 @@ import types
 import pytest
 import torch
 
-from linmu_hf.distillation import offload as offload_module
-from linmu_hf.distillation.layer_groups import freeze_others
+from linmu_hf.distillation.layerwise import offload as offload_module
+from linmu_hf.distillation.layerwise.layer_groups import freeze_others
+from linmu_hf.distillation.layerwise.offload import PLACES, LayerOffload, OverlappingOffload, always_there, passing
 from linmu_hf.distillation.model import DistillationModel
-from linmu_hf.distillation.offload import PLACES, LayerOffload, OverlappingOffload, always_there, passing
 from linmu_hf.distillation.stages import FLEX, Stage, set_trainable
 
-from ..helpers.training_memory import build, student_config, video_batch
+from ...helpers.training_memory import build, student_config, video_batch
 
 
 pytestmark = pytest.mark.core_training

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file
 
 import linmu_hf
-from linmu_hf.distillation import processes
+from linmu_hf.distillation.engines import processes
 from linmu_hf.distillation.targets.fill import decode_pseudo_targets
 
 
-WORKER = Path(__file__).parents[1] / "helpers" / "distil_worker.py"
-CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate_configs"
+WORKER = Path(__file__).parents[2] / "helpers" / "distil_worker.py"
+CONFIGS = Path(__file__).parents[3] / "examples" / "accelerate_configs"
 STAGES = ("align", "fed", "lora")
 WHOLE, ELSEWHERE = ("Tensor", "torch.float32"), ("elsewhere", "torch.float32")  # what trains, between steps
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed: make zero-check")

@@ -1,0 +1,1 @@
+"""Memory and time of a distillation from configurations alone: `linmu-distill --estimate`."""
