@@ -47,6 +47,7 @@ HEAD_WEIGHTS = {"letter": 1.0, "icon": 1.0, "colour": 0.3, "bar": 0.5}
 NOTHING_WEIGHT = 0.15  # most places show nothing
 KINDS_PER_STEP = 2
 MUON_SHARE = 0.4  # of the rate, for matrices
+TOWER_SHARE = 0.3  # of the rate, for the tower when it learns together with the decoder
 VISION_SHARE = 0.3  # of the heads' loss beside that of answers
 STEADY = 0.75  # of a run; then the rate falls
 
@@ -58,29 +59,31 @@ def _pooled_scene(seed: int, kind: str, level: int, block: int, number: int) -> 
     return training_scene(rng, kind, **layout)
 
 
-def draw_scenes(rng: np.random.Generator, kind: str, level: int, chosen: Sources, seed: int, step: int) -> list[Scene]:
-    """Draws a batch of scenes of one kind, level and size."""
+def draw_scenes(
+    rng: np.random.Generator, kind: str, level: int, chosen: Sources, seed: int, step: int, **fixed
+) -> list[Scene]:
+    """Draws a batch of scenes of one kind, level and size; `fixed` is part of their layout."""
     n = BATCH[kind]
     if kind in POOLED:
         block = int(rng.integers(min(BLOCKS, 1 + step // STEPS_PER_BLOCK)))
         return [_pooled_scene(seed, kind, level, block, int(number)) for number in rng.permutation(BLOCK)[:n]]
-    layout = KINDS[kind].layout(rng, level)
+    layout = {**KINDS[kind].layout(rng, level), **fixed}
     if kind == "several":
         return [training_scene(rng, kind, chosen=chosen, **{**layout, "alike": i % 2 == 0}) for i in range(n)]
     return [training_scene(rng, kind, chosen=chosen, **layout) for _ in range(n)]
 
 
 def optimizer_groups(model: nn.Module, heads: nn.Module) -> list[dict]:
-    """Returns the groups of Muon: matrices inside the blocks, and all else for AdamW."""
-    matrices: list[nn.Parameter] = []
-    others = list(heads.parameters())
+    """Returns Muon's groups: of the tower and of the decoder, the matrices inside the blocks and all else."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         # the merger's matrices are large, and orthogonalising them would take as long as all others together
-        inside = parameter.ndim == 2 and not any(part in name for part in ("embed_tokens", "merger"))
-        (matrices if inside else others).append(parameter)
+        matrix = parameter.ndim == 2 and not any(part in name for part in ("embed_tokens", "merger"))
+        groups.setdefault((".visual." in name, matrix), []).append(parameter)
+    groups[True, False] += heads.parameters()
     return [
-        {"params": matrices, "heads": 1, "share": MUON_SHARE, "weight_decay": 0.01},
-        {"params": others, "share": 1.0, "weight_decay": 0.0},
+        {"params": members, "tower": tower, "heads": int(matrix), "weight_decay": 0.01 * matrix}
+        for (tower, matrix), members in groups.items()
     ]
 
 
@@ -223,10 +226,19 @@ class Run:
                 save_checkpoint(self.model, self.processor, folder)
 
     def set_rate(self, done: float) -> float:
+        """Sets the rate, which also falls at the end of the tower's own phase; `done` is the share of this run."""
+        if self.looking:
+            done = max(done, self.step / self.args.vision_steps)
         rate = learning_rate(self.args, self.step, done)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["share"]
+            slow = group["tower"] and not self.looking
+            group["lr"] = rate * (MUON_SHARE if group["heads"] else 1.0) * (TOWER_SHARE if slow else 1.0)
         return rate
+
+    @property
+    def looking(self) -> bool:
+        """Whether the tower learns alone."""
+        return self.step < self.args.vision_steps
 
     def update(self) -> None:
         """Takes the optimizer's step."""
@@ -239,7 +251,9 @@ class Run:
         """The tower alone learns what its tokens show."""
         right: dict[str, float] = {}
         for kind in kinds:
-            scenes = draw_scenes(rng, kind, KINDS[kind].levels, sources("train"), self.args.seed, self.step)
+            fixed = {"grid": (2, 2), "filled": 4} if kind == "words" else {}  # a single word is little to learn from
+            level, chosen = KINDS[kind].levels, sources("train")
+            scenes = draw_scenes(rng, kind, level, chosen, self.args.seed, self.step, **fixed)
             tokens = image_features(self.model, encode_vision(self.processor, scenes))
             loss, found = vision_loss(tokens, self.heads, flat_targets(scenes))
             (loss / len(kinds)).backward()
@@ -276,7 +290,7 @@ class Run:
             if done >= 1:
                 return
             rng = np.random.default_rng((self.args.seed, self.step))
-            self.rate, looking = self.set_rate(done), self.step < self.args.vision_steps
+            self.rate, looking = self.set_rate(done), self.looking
             train_mode(self.model)
             if looking:
                 kinds = [str(kind) for kind in rng.choice(self.args.vision_kinds, KINDS_PER_STEP, replace=False)]
@@ -336,7 +350,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vision_steps", type=int, default=1200, help="of the vision tower alone, to begin with")
     parser.add_argument("--decoder_steps", type=int, default=2500, help="after them, of the decoder alone")
     parser.add_argument(
-        "--vision_kinds", nargs="+", choices=list(KINDS), default=["words", "table", "page", "icons", "bars"]
+        "--vision_kinds",
+        nargs="+",
+        choices=list(KINDS),
+        default=["words", "words", "table", "page", "icons", "icons", "bars"],
     )
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--warmup_steps", type=int, default=50)
