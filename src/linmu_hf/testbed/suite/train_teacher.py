@@ -221,7 +221,7 @@ class Run:
         with whole_folder(self.state_folder) as folder:
             parts = {name: part.state_dict() for name, part in self._parts().items()}
             torch.save({**parts, **numbers, "best": self.best}, folder / "state.pt")
-        if mean > best or not accuracy:
+        if mean > best:
             with whole_folder(self.output / "model") as folder:
                 save_checkpoint(self.model, self.processor, folder)
 
@@ -347,8 +347,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, help="folder; the best model goes to model/, the rest to state/")
     parser.add_argument("--steps", type=float, default=math.inf, help="of the whole training, earlier runs included")
     parser.add_argument("--max_seconds", type=float, default=3600, help="of this run, whose rate falls at its end")
-    parser.add_argument("--vision_steps", type=int, default=1200, help="of the vision tower alone, to begin with")
-    parser.add_argument("--decoder_steps", type=int, default=2500, help="after them, of the decoder alone")
+    parser.add_argument("--vision_steps", type=int, default=4000, help="of the vision tower alone, to begin with")
+    parser.add_argument("--decoder_steps", type=int, default=4000, help="after them, of the decoder alone")
     parser.add_argument(
         "--vision_kinds",
         nargs="+",
