@@ -9,7 +9,7 @@ Every student is converted, distilled by `distill`, and measured as `linmu-eval`
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +186,12 @@ mixers at the end of the stage, and `paper` the mean of the paper's own benchmar
 row. Tasks, model and budget are others than the paper's: only the order of the rows can be compared. Made by
 
     {shlex.join(report["command"])}
-"""
+{_missing(report["plans"])}"""
+
+
+def _missing(plans: Collection[str]) -> str:
+    names = [name for name in IN_ALL if name not in plans]
+    return f"\nNot on this page: {', '.join(names)}. `make ablations` runs every plan.\n" if names else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
