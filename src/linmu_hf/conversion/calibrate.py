@@ -130,8 +130,8 @@ def calibrate(
             kept.append(name)
         else:
             for layer in layers:
-                for name, parameter in _fitted(text.layers[layer].mixer).items():
-                    parameter.copy_(weights[layer][name])
+                for weight, parameter in _fitted(text.layers[layer].mixer).items():
+                    parameter.copy_(weights[layer][weight])
             found = {
                 layer: replace(one, error_after=one.error_before, weight_growth=1.0) for layer, one in found.items()
             }

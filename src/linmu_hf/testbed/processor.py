@@ -77,7 +77,24 @@ CHAT_TEMPLATE = """\
 def build_tokenizer(
     special_tokens: Sequence[str] = SPECIAL_TOKENS, pad_token: str = "<|endoftext|>"
 ) -> PreTrainedTokenizerFast:
-    """Trains the byte-level BPE tokenizer: any text can be encoded, every digit is one token."""
+    """Trains the testbed's tokenizer: any text can be encoded, every digit is one token."""
+    sentences = ["user\n", "assistant\n", "system\n"]
+    sentences += ["below row 1 column 2?", "row 1 column 2?", "7 or 3 first?", "when is 7?"]
+    # no task counts colors yet; the vocabulary can
+    sentences += [f"how many {colour}?" for colour in COLOURS]
+    # the testbed's own words come first among the merges
+    corpus = sentences * 100 + [f" {word}" for word in ORDINARY_WORDS.split()] * 2 + list(string.printable)
+    return train_tokenizer(corpus, ORDINARY_TOKENS, 4096, special_tokens, pad_token)
+
+
+def train_tokenizer(
+    corpus: Sequence[str],
+    size: int,
+    max_length: int,
+    special_tokens: Sequence[str] = SPECIAL_TOKENS,
+    pad_token: str = "<|endoftext|>",
+) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE tokenizer with `size` ordinary tokens."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -87,43 +104,40 @@ def build_tokenizer(
     )
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=ORDINARY_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    sentences = ["user\n", "assistant\n", "system\n"]
-    sentences += ["below row 1 column 2?", "row 1 column 2?", "7 or 3 first?", "when is 7?"]
-    # no task counts colors yet; the vocabulary can
-    sentences += [f"how many {colour}?" for colour in COLOURS]
-    # the testbed's own words come first among the merges
-    corpus = sentences * 100 + [f" {word}" for word in ORDINARY_WORDS.split()] * 2 + list(string.printable)
     core.train_from_iterator(corpus, trainer)
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=core,
         eos_token="<|im_end|>",
         pad_token=pad_token,
         extra_special_tokens=list(special_tokens),
-        model_max_length=4096,
+        model_max_length=max_length,
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
-    return tokenizer
 
 
 def build_processor() -> Qwen2_5_VLProcessor:
+    """Builds the testbed's processor."""
+    return assemble_processor(build_tokenizer(), IMAGE_MEAN, IMAGE_STD, 256 * 256)
+
+
+def assemble_processor(
+    tokenizer: PreTrainedTokenizerFast, mean: Sequence[float], std: Sequence[float], max_pixels: int
+) -> Qwen2_5_VLProcessor:
     """Builds a `Qwen2_5_VLProcessor` for 8x8 patches merged 2x2: 16x16 pixels are one vision token."""
-    size = {"shortest_edge": 16 * 16, "longest_edge": 256 * 256}
     vision = {
         "patch_size": PATCH_SIZE,
         "merge_size": MERGE_SIZE,
         "temporal_patch_size": TEMPORAL_PATCH_SIZE,
-        "size": size,
-        "image_mean": list(IMAGE_MEAN),
-        "image_std": list(IMAGE_STD),
+        "size": {"shortest_edge": (PATCH_SIZE * MERGE_SIZE) ** 2, "longest_edge": max_pixels},
+        "image_mean": list(mean),
+        "image_std": list(std),
     }
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(**vision),
-        tokenizer=build_tokenizer(),
+        tokenizer=tokenizer,
         video_processor=Qwen2VLVideoProcessor(**vision, do_sample_frames=False, fps=FPS, cap_pixels_per_frame=True),
         chat_template=CHAT_TEMPLATE,
     )

@@ -3,19 +3,9 @@
 import string
 from functools import cache
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor
 
-from ..processor import (
-    CHAT_TEMPLATE,
-    FPS,
-    MERGE_SIZE,
-    ORDINARY_WORDS,
-    PATCH_SIZE,
-    SPECIAL_TOKENS,
-    TEMPORAL_PATCH_SIZE,
-    WORDS,
-)
+from ..processor import MERGE_SIZE, ORDINARY_WORDS, PATCH_SIZE, assemble_processor, train_tokenizer
 from .documents import FIELDS
 from .memory import TALK
 from .sources import COLOURS, ICON_NAMES
@@ -37,47 +27,14 @@ SENTENCES = (
 @cache
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Trains the byte-level BPE tokenizer; every digit and every capital letter is one token."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=ORDINARY_TOKENS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
     words = [*ICON_NAMES, *COLOURS, *FIELDS, *SENTENCES.replace("|", " ").split()]
     own = [word for word in words if word.isalpha()]
     corpus = ["user\n", "assistant\n", "system\n"] * 100 + SENTENCES.split("|") * 100
     corpus += (own + [f" {word}" for word in own]) * 50 + [f" {word}" for talk in TALK for word in talk.split()] * 20
     corpus += [f" {word}" for word in ORDINARY_WORDS.split()] * 2 + list(string.printable)
-    core.train_from_iterator(corpus, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        extra_special_tokens=list(SPECIAL_TOKENS),
-        model_max_length=8192,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
+    return train_tokenizer(corpus, ORDINARY_TOKENS, 8192)
 
 
 def build_processor() -> Qwen2_5_VLProcessor:
-    """Builds a `Qwen2_5_VLProcessor` for 8x8 patches merged 2x2: 16x16 pixels are one vision token."""
-    vision = {
-        "patch_size": PATCH_SIZE,
-        "merge_size": MERGE_SIZE,
-        "temporal_patch_size": TEMPORAL_PATCH_SIZE,
-        "size": {"shortest_edge": TOKEN * TOKEN, "longest_edge": MAX_PIXELS},
-        "image_mean": list(IMAGE_MEAN),
-        "image_std": list(IMAGE_STD),
-    }
-    return Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**vision),
-        tokenizer=build_tokenizer(),
-        video_processor=Qwen2VLVideoProcessor(**vision, do_sample_frames=False, fps=FPS, cap_pixels_per_frame=True),
-        chat_template=CHAT_TEMPLATE,
-    )
+    """Builds the suite's processor, with the digits' patches and chat template."""
+    return assemble_processor(build_tokenizer(), IMAGE_MEAN, IMAGE_STD, MAX_PIXELS)

@@ -1,4 +1,4 @@
-"""All tasks of the suite: what each stands for, how it is drawn, and what guessing would get."""
+"""All tasks of the suite: the benchmarks each is modelled on, how it is drawn, and its chance level."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ KIND_OF_TASK = {task: name for name, kind in KINDS.items() for task in kind.task
 
 @dataclass(frozen=True)
 class Task:
-    """What a task stands for, and what the best answer without looking gets."""
+    """The benchmarks that a task is modelled on, and the accuracy of the best answer without looking."""
 
     stands_for: str
     chance: Callable[[Sources, int], float]  # of the sources, and 1 beyond the sizes of training
