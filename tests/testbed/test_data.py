@@ -65,12 +65,31 @@ def test_questions_ask_for_cells_that_hold_a_digit(kind):
             assert answer == str(answer_from_labels(scene, question)) != "-1", question
 
 
-def test_full_mosaics_have_the_test_size():
+def test_mosaics_can_have_the_size_of_the_test_alone():
     sizes = {kind: set() for kind in FULL_SIZES}
-    for scene, _ in training_scenes(0, 40, full_mosaics=True):
+    for scene, _ in training_scenes(0, 40, sizes="test"):
         sizes[scene.kind].add(scene.grid)
     assert sizes["mosaic"] == {FULL_SIZES["mosaic"]} and sizes["large"] == {FULL_SIZES["large"]}
     assert len(sizes["clip"]) > 1
+
+
+def test_wide_sizes_have_smaller_and_larger_scenes_and_answers_that_follow_from_the_labels():
+    grids, frames, turns = set(), set(), set()
+    for scene, asked in training_scenes(0, 120, sizes="wide"):
+        grids.add(scene.grid)
+        frames.add(len(scene.frames))
+        turns.add(len(asked))
+        for question, answer in asked:
+            assert answer == str(answer_from_labels(scene, question)), question
+            assert len(scene.frames) <= 16 or "first" in question  # "when" would count in moments of another length
+    sides = {side for moments, *sides in grids if moments == 1 for side in sides}
+    assert sides == set(range(2, 11))
+    assert max(frames) == 32 and max(turns) == 16
+    as_the_teacher = [scene.frames.tobytes() for scene, _ in training_scenes(0, 20)]
+    wide = [scene.frames.tobytes() for scene, _ in training_scenes(0, 20, sizes="wide")]
+    assert wide != as_the_teacher
+    with pytest.raises(ValueError, match="sizes='huge' must be one of"):
+        next(training_scenes(0, 1, sizes="huge"))
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -25,7 +25,7 @@ TINY = replace(
 
 TINY_NVILA = replace(
     TINY,
-    full_mosaics=True,
+    sizes="test",
     recipe="default",
     stage_overrides=("all.max_steps=1", "stage-3.seq=0"),
     arguments=(),
@@ -84,7 +84,8 @@ def test_teachers_go_by_name_and_have_schedules_of_their_own(tmp_path, monkeypat
         ("nvila", True): quickstart.NVILA_FULL,
     }
     assert asked == [(tmp_path, str(quickstart.TEACHERS[name]), schedules[name, full])]
-    assert schedules[name, full].full_mosaics == (name == "nvila")
+    sizes = {"qwen": ("teacher", "wide"), "nvila": ("test", "test")}
+    assert schedules[name, full].sizes == sizes[name][full]
 
 
 def test_the_way_of_nvila(tmp_path, monkeypatch):

@@ -12,8 +12,9 @@ digit fills a cell of 16x16 pixels, which is one vision token of the testbed's t
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image
@@ -29,6 +30,11 @@ WHOLE_SCENE = ("when", "first")  # tasks that name no place: the answer may be i
 SCENE_OF_TASK = dict(zip(TASKS, ("mosaic", "mosaic", "large", "clip", "clip")))
 FULL_SIZES = {"mosaic": (1, 4, 4), "large": (1, 8, 8), "clip": (8, 3, 3)}  # moments, rows, columns
 SCENE_SHARES = (0.25, 0.5, 0.25)  # most of what a scan finds hardest: one cell among many
+# Sizes of training rows: as the teacher learned them, those of the test alone, or smaller and larger ones too.
+Sizes = Literal["teacher", "test", "wide"]
+WIDE_SHARE = 0.3
+WIDE_SIDES = (2, 10)
+WIDE_QUESTIONS = 16
 TEST_DIGITS = 400
 AUGMENTED_VERSIONS = 24
 
@@ -182,11 +188,12 @@ def ask(rng: np.random.Generator, scene: Scene, task: str) -> tuple[str, str]:
     raise ValueError(f"task={task!r} must be one of {TASKS}")
 
 
-def converse(rng: np.random.Generator, scene: Scene, questions: int = QUESTIONS_PER_ROW) -> list[tuple[str, str]]:
-    """Draws a training conversation: different questions of the tasks that suit the scene, fewer if it has too few."""
-    tasks = [task for task, kind in SCENE_OF_TASK.items() if kind == scene.kind]
+def converse(
+    rng: np.random.Generator, scene: Scene, questions: int = QUESTIONS_PER_ROW, tasks: tuple[str, ...] = TASKS
+) -> list[tuple[str, str]]:
+    """Draws a training conversation: different questions of `tasks` that suit the scene, fewer if it has too few."""
     impossible = {"below": (scene.digits[0, 1:] < 0).all(), "first": len(scene.digits) == 1}
-    tasks = [task for task in tasks if not impossible.get(task)]
+    tasks = tuple(task for task in tasks if SCENE_OF_TASK[task] == scene.kind and not impossible.get(task))
     drawn = {}
     for _ in range(20 * questions):
         question, answer = ask(rng, scene, tasks[int(rng.integers(0, len(tasks)))])
@@ -208,21 +215,47 @@ def to_row(scene: Scene, turns: list[tuple[str, str]], task: str) -> dict:
     return {"messages": messages, **media, "task": task}
 
 
-def training_scenes(seed: int, n: int, full_mosaics: bool = False) -> Iterator[tuple[Scene, list[tuple[str, str]]]]:
-    """Composes `n` training scenes with their conversations; scene `i` depends on `(seed, i)` alone.
-
-    With `full_mosaics` no mosaic is smaller than those of the test split.
+def training_scenes(seed: int, n: int, sizes: Sizes = "teacher") -> Iterator[tuple[Scene, list[tuple[str, str]]]]:
     """
+    Composes `n` training scenes with their conversations; scene `i` depends on `(seed, i, sizes)` alone.
+
+    Args:
+        seed (`int`), n (`int`): what the scenes are drawn from, and how many.
+        sizes (`str`):
+            `"teacher"` as its teacher was trained, `"test"` no mosaic smaller than those of the test split, `"wide"` for
+            three scenes in ten a mosaic of 2x2 to 10x10 cells, a clip of which each frame is shown twice, or twice as
+            many questions.
+    """
+    if sizes not in get_args(Sizes):
+        raise ValueError(f"sizes={sizes!r} must be one of {get_args(Sizes)}")
     for i in range(n):
         rng = np.random.default_rng((seed, i))
         kind = SCENES[rng.choice(len(SCENES), p=SCENE_SHARES)]
-        scene = compose(rng, kind, "train", FULL_SIZES[kind] if full_mosaics and kind != "clip" else None)
-        yield scene, converse(rng, scene)
+        wide = sizes == "wide" and rng.random() < WIDE_SHARE
+        if wide:
+            yield _wide_scene(rng, kind)
+        else:
+            scene = compose(rng, kind, "train", FULL_SIZES[kind] if sizes == "test" and kind != "clip" else None)
+            yield scene, converse(rng, scene)
 
 
-def training_rows(seed: int, n: int, full_mosaics: bool = False) -> Iterator[dict]:
-    """Composes `n` training rows of eight questions each; `task` names the kind of scene."""
-    for scene, turns in training_scenes(seed, n, full_mosaics):
+def _wide_scene(rng: np.random.Generator, kind: str) -> tuple[Scene, list[tuple[str, str]]]:
+    """Draws a scene, and questions about it, of a size that the teacher was not trained on."""
+    if kind == "clip":
+        scene = compose(rng, kind, "train")
+        slow = replace(scene, frames=scene.frames.repeat(2, axis=0))
+        return slow, converse(rng, slow, tasks=("first",))  # "when" counts moments, which last twice as long here
+    if kind == "mosaic":
+        scene = compose(rng, "large", "train")
+        return scene, converse(rng, scene, WIDE_QUESTIONS)
+    rows, columns = (int(side) for side in rng.integers(WIDE_SIDES[0], WIDE_SIDES[1] + 1, 2))
+    scene = compose(rng, kind, "train", (1, rows, columns))
+    return scene, converse(rng, scene)
+
+
+def training_rows(seed: int, n: int, sizes: Sizes = "teacher") -> Iterator[dict]:
+    """Composes `n` training rows, most of eight questions; `task` names the kind of scene."""
+    for scene, turns in training_scenes(seed, n, sizes):
         yield to_row(scene, turns, scene.kind)
 
 

@@ -1,19 +1,20 @@
 """Write the testbed's data set: `train` with eight questions per row, `test` with one on held-out digits.
 
-python -m linmu_hf.testbed.make_data --output DIR [--train 20000] [--test 200] [--full_mosaics] [--seed 0]
+python -m linmu_hf.testbed.make_data --output DIR [--train 20000] [--test 200] [--sizes teacher|test|wide] [--seed 0]
 """
 
 import io
 import tempfile
 import time
 from pathlib import Path
+from typing import get_args
 
 from datasets import Dataset, DatasetDict, Features, Image, List, Value, disable_progress_bars
 from PIL import Image as PILImage
 from tqdm import tqdm
 
 from ..commands.common import Parser
-from .data import TASKS, evaluation_rows, training_rows
+from .data import TASKS, Sizes, evaluation_rows, training_rows
 
 
 PART = {"type": Value("string"), "text": Value("string")}
@@ -28,10 +29,11 @@ FEATURES = Features(
 EXAMPLE_ZOOM = 6
 
 
-def make_data(output: str | Path, train: int, test: int, full_mosaics: bool = False, seed: int = 0) -> DatasetDict:
+def make_data(output: str | Path, train: int, test: int, sizes: Sizes = "teacher", seed: int = 0) -> DatasetDict:
     """Composes `train` training rows and `test` rows per task, and saves both splits to `output`.
 
-    `full_mosaics` is for models that resize every image to one canvas, to which each size is a task of its own.
+    `sizes` is that of [`training_scenes`]; `"test"` is for models that resize every image to one canvas, to which each
+    size is a task of its own.
     """
     with tempfile.TemporaryDirectory() as cache:
         splits = {
@@ -39,7 +41,7 @@ def make_data(output: str | Path, train: int, test: int, full_mosaics: bool = Fa
                 _stored_rows,
                 features=FEATURES,
                 cache_dir=cache,
-                gen_kwargs={"split": name, "train": train, "test": test, "full_mosaics": full_mosaics, "seed": seed},
+                gen_kwargs={"split": name, "train": train, "test": test, "sizes": sizes, "seed": seed},
             )
             for name in ("train", "test")
         }
@@ -63,9 +65,9 @@ def write_examples(output: str | Path, seed: int = 0) -> None:
         strip.save(output / f"{task}: {question} {answer}.png".replace(" ", "_").replace("?", "").replace(":", ""))
 
 
-def _stored_rows(split: str, train: int, test: int, full_mosaics: bool, seed: int):
+def _stored_rows(split: str, train: int, test: int, sizes: Sizes, seed: int):
     if split == "train":
-        rows, total = training_rows(seed, train, full_mosaics), train
+        rows, total = training_rows(seed, train, sizes), train
     else:
         rows, total = (row for task in TASKS for row in evaluation_rows(task, test, seed)), test * len(TASKS)
     for row in tqdm(rows, desc=split, total=total):
@@ -87,14 +89,19 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="folder for `load_from_disk`; examples/ shows rows, enlarged")
     parser.add_argument("--train", type=int, default=20000, help="training rows, eight questions each")
     parser.add_argument("--test", type=int, default=200, help="test rows per task, one question each")
-    parser.add_argument("--full_mosaics", action="store_true", help="training mosaics of the test's sizes only")
+    parser.add_argument(
+        "--sizes",
+        choices=get_args(Sizes),
+        default="teacher",
+        help="of training scenes: as the teacher learned them, the test's alone, or smaller and larger ones too",
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.train < 1 or args.test < 1:
         parser.error(f"--train {args.train} and --test {args.test} must be at least 1")
     disable_progress_bars()  # ours know the number of rows
     started = time.time()
-    dataset = make_data(args.output, args.train, args.test, args.full_mosaics, args.seed)
+    dataset = make_data(args.output, args.train, args.test, args.sizes, args.seed)
     write_examples(Path(args.output) / "examples", args.seed)
     rows = ", ".join(f"{name} {len(split)}" for name, split in dataset.items())
     print(f"wrote {args.output} ({rows} rows) in {time.time() - started:.0f} s; examples/ shows them, enlarged")

@@ -32,6 +32,7 @@ from ..evaluation.retention import correct_answers, format_table
 from ..files import write_text
 from .ablations.plans import WINDOWS
 from .check_teacher import TEACHERS, is_nvila
+from .data import Sizes
 from .make_data import make_data
 
 
@@ -45,7 +46,7 @@ class Schedule:
     """How much each part of the way takes; `stage_overrides` change the recipe, `arguments` go to `linmu-distill`."""
 
     train_rows: int
-    full_mosaics: bool
+    sizes: Sizes
     test_rows_per_task: int
     calibration_rows: int
     batch_size: int
@@ -56,7 +57,7 @@ class Schedule:
 
 QUICK = Schedule(
     train_rows=3000,
-    full_mosaics=False,
+    sizes="teacher",
     test_rows_per_task=100,
     calibration_rows=64,
     batch_size=16,
@@ -65,30 +66,25 @@ QUICK = Schedule(
 )
 FULL = Schedule(
     train_rows=12000,
-    full_mosaics=False,
+    sizes="wide",
     test_rows_per_task=500,
     calibration_rows=128,
     batch_size=16,
-    recipe="default",
-    stage_overrides=(
-        "stage-1-align.max_steps=1500",
-        "stage-1-align.learning_rate=2e-3",
-        "stage-1.max_steps=400",
-        "stage-2.max_steps=1600",
-        "stage-2.learning_rate=6e-4",
-        "stage-3.max_steps=500",
-        "stage-3.learning_rate=2e-4",
-    ),
+    recipe="quick",
+    stage_overrides=("stage-1.max_steps=600", "stage-2.max_steps=1800", "stage-3.max_steps=400"),
+    arguments=(*QUICK.arguments, "--train_sampling_strategy", "group_by_length"),
 )
 # NVILA resizes every image to one canvas, so each size of mosaic is a task of its own: ours knows the two of the test.
-NVILA_QUICK = replace(
-    FULL,
+NVILA_QUICK = Schedule(
     train_rows=3000,
-    full_mosaics=True,
+    sizes="test",
     test_rows_per_task=100,
     calibration_rows=64,
+    batch_size=16,
+    recipe="default",
     stage_overrides=(
-        *FULL.stage_overrides,
+        "stage-1-align.learning_rate=2e-3",
+        "stage-2.learning_rate=6e-4",
         "stage-1-align.max_steps=250",
         "stage-1.max_steps=250",
         "stage-2.max_steps=300",
@@ -99,11 +95,14 @@ NVILA_QUICK = replace(
 )
 # Its rows are longer; this fits into little more than an hour on one core.
 NVILA_FULL = replace(
-    FULL,
+    NVILA_QUICK,
     train_rows=8000,
-    full_mosaics=True,
+    test_rows_per_task=500,
+    calibration_rows=128,
     stage_overrides=(
-        *FULL.stage_overrides,
+        "stage-1-align.learning_rate=2e-3",
+        "stage-2.learning_rate=6e-4",
+        "stage-3.learning_rate=2e-4",
         "stage-1-align.max_steps=1000",
         "stage-1.max_steps=200",
         "stage-2.max_steps=700",
@@ -184,7 +183,7 @@ def walk(output: Path, teacher: str, schedule: Schedule) -> dict[str, Any]:
     settings = {"mixer_options": WINDOWS, "stages": [stage_values(stage) for stage in stages], **asdict(schedule)}
     way = Way(output, {"teacher": teacher, **settings})
     data, init, student, scores = (output / name for name in ("data", "init", "student", "retention.json"))
-    way.run("data", lambda: make_data(data, schedule.train_rows, schedule.test_rows_per_task, schedule.full_mosaics))
+    way.run("data", lambda: make_data(data, schedule.train_rows, schedule.test_rows_per_task, schedule.sizes))
     way.run(
         "convert",
         command(
