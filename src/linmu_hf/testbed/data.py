@@ -222,7 +222,7 @@ def training_scenes(seed: int, n: int, sizes: Sizes = "teacher") -> Iterator[tup
     Args:
         seed (`int`), n (`int`): what the scenes are drawn from, and how many.
         sizes (`str`):
-            `"teacher"` as its teacher was trained, `"test"` no mosaic smaller than those of the test split, `"wide"` for
+            `"teacher"` as its teacher learned, `"test"` no mosaic smaller than those of the test split, `"wide"` for
             three scenes in ten a mosaic of 2x2 to 10x10 cells, a clip of which each frame is shown twice, or twice as
             many questions.
     """
