@@ -11,16 +11,16 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+import distil_worker
 import pytest
 import torch
+from forked import ENVIRONMENT, run_forked
 from safetensors.torch import load_file
 
-import linmu_hf
 from linmu_hf.distillation.engines import processes
 from linmu_hf.distillation.targets.fill import decode_pseudo_targets
 
 
-WORKER = Path(__file__).parents[2] / "helpers" / "distil_worker.py"
 CONFIGS = Path(__file__).parents[3] / "examples" / "accelerate_configs"
 STAGES = ("align", "fed", "lora")
 WHOLE, ELSEWHERE = ("Tensor", "torch.float32"), ("elsewhere", "torch.float32")  # what trains, between steps
@@ -40,25 +40,18 @@ def folder(tmp_path_factory, processor, rows, make_student, make_teacher):
 
 
 def start(folder, out, *options, processes=2, config=None):
-    """Runs the worker, by torchrun, or by accelerate with a configuration that is shipped."""
-    launcher = []
-    if config is not None:
-        given = ("--num_processes", str(processes), "--mixed_precision", "no", "--main_process_port", "0")
-        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml"), *given]
-    elif processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    """Runs the worker, in processes of one's own or by accelerate with a configuration that is shipped."""
+    words = [str(word) for word in (folder, out, *options)]
+    if config is None:
+        return run_forked(distil_worker.main, words, processes)
+    given = ("--num_processes", str(processes), "--mixed_precision", "no", "--main_process_port", "0")
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml"), *given]
     return subprocess.run(
-        [sys.executable, *launcher, str(WORKER), str(folder), str(out), *map(str, options)],
+        [sys.executable, *launcher, distil_worker.__file__, *words],
         capture_output=True,
         text=True,
         timeout=300,
-        env={
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # DeepSpeed asks for ninja
-            "PYTHONPATH": str(Path(linmu_hf.__file__).parents[1]),
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            **{name: os.environ[name] for name in ("TORCH_EXTENSIONS_DIR",) if name in os.environ},  # DeepSpeed's
-        },
+        env=os.environ | ENVIRONMENT,
     )
 
 

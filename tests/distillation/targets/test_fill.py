@@ -2,15 +2,13 @@
 
 import copy
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 
+import fill_worker
 import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
+from forked import start_forked
 
 from linmu_hf.data import row_key
 from linmu_hf.distillation.losses import IGNORE_INDEX, next_token_targets, output_losses
@@ -198,39 +196,22 @@ def test_log_probabilities_of_other_tokens_are_refused(teacher, processor, rows,
         stored_topk(store, rows[0], fewer)
 
 
-SCRIPT = """
-import sys, torch
-from linmu_hf import LinMUForConditionalGeneration
-from linmu_hf.data import load_rows
-from linmu_hf.distillation.targets.fill import decode_pseudo_targets
-from transformers import AutoProcessor
-
-torch.set_num_threads(1)
-root, out = sys.argv[1:]
-teacher = LinMUForConditionalGeneration.from_pretrained(f"{root}/teacher")
-processor = AutoProcessor.from_pretrained(f"{root}/teacher")
-rows = load_rows(f"{root}/data")
-decode_pseudo_targets(teacher, processor, rows, out, max_new_tokens=2, batch_size=1, top_k=3)
-"""
-
-
 @pytest.mark.slow
 def test_killed_again_and_again(teacher, processor, stored, decoded, tmp_path):
     teacher.save_pretrained(tmp_path / "teacher")
     processor.save_pretrained(tmp_path / "teacher")
     stored.save_to_disk(tmp_path / "data")
     keys = [row_key(row) for row in module.undecoded(stored)]
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path), str(tmp_path / "s")]
     for _ in range(20):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        process = start_forked(fill_worker.main, (tmp_path, tmp_path / "s"), {}, [tmp_path / "out", tmp_path / "err"])
         lines, file = 0, tmp_path / "s" / "shard-00000" / "answers.jsonl"
         before = file.read_bytes().count(b"\n") if file.exists() else 0
-        while process.poll() is None and lines < before + 2:
+        while process.is_alive() and lines < before + 2:
             lines = file.read_bytes().count(b"\n") if file.exists() else 0
             time.sleep(0.002)
-        if process.poll() is not None:
+        if not process.is_alive():
             break
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    assert process.returncode == 0
+        process.kill()
+        process.join()
+    assert process.exitcode == 0, (tmp_path / "err").read_text()
     assert_holds(tmp_path / "s", dict(zip(keys, decoded.values())), 3)
