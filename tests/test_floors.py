@@ -106,6 +106,17 @@ def test_lower_floors_import_core_dependencies_only(module):
     assert {name.split(".")[0] for name in names} <= allowed
 
 
+def test_operations_know_nothing_of_transformers():
+    """And are therefore tested with one version of it alone: tools/matrix.py."""
+    tests = Path(__file__).parent / "ops"
+    assert not [
+        file
+        for folder in (PACKAGE / "ops", tests)
+        for file in folder.rglob("*.py")
+        if "transformers" in file.read_text()
+    ]
+
+
 def test_operations_import_each_other_in_no_circle():
     """Imports within functions count too."""
     left = {m: imported_names(m, ast.parse(m.read_text())) for m in MODULES if room(m) == "ops"}

@@ -31,7 +31,7 @@ MINORS = ("5.17", "5.18", "5.19", "5.20", "5.21", "5.22", "5.23", "5.24")
 NEWEST = "newest"  # whatever is released, past the range too
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("tests/modeling", "tests/families", "tests/ops")
+TESTS = ("tests/modeling", "tests/families")  # tests/ops has nothing of Transformers, which a test looks after
 TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis")
 TRAINING_TESTS = ("tests/distillation", "tests/data")
 TRAINING_EXTRAS = ("train", "video")
@@ -111,7 +111,7 @@ def prepare(minor: str, wheel: Path, folder: Path, training: bool = False) -> Pa
     wanted = hashlib.sha256(
         "\n".join([pins, *core_requirements(), *extra_requirements(), sys.version]).encode()
     ).hexdigest()
-    pip = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
+    pip = [str(python), "-m", "pip", "install", "-qq", "--no-compile", "--disable-pip-version-check"]
     packages = [f"{wheel}[{','.join(TRAINING_EXTRAS)}]" if training else str(wheel), *TEST_TOOLS]
     if minor == NEWEST:  # without the wheel's own requirements, which end with the range
         packages = [*map(name_of, core_requirements() + extra_requirements() * training), *TEST_TOOLS]
