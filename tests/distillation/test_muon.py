@@ -23,6 +23,15 @@ def test_singular_values_near_one(shape):
     assert diagonal.min() > 0.5 and diagonal.max() < 1.3
 
 
+@pytest.mark.parametrize("scale", [1e-24, 1e-38, 0.0, 1e30])
+def test_the_size_of_a_gradient_does_not_matter(scale):
+    """A head whose gate or features are saturated gets gradients whose squares underflow."""
+    torch.manual_seed(0)
+    matrix = torch.randn(2, 32, 128)
+    found, right = orthogonalise(scale * matrix), orthogonalise(matrix)
+    torch.testing.assert_close(found, right if scale else torch.zeros_like(matrix), atol=1e-4, rtol=0)
+
+
 def test_heads_are_matrices_of_their_own():
     torch.manual_seed(0)
     start, gradient = torch.randn(12, 10), torch.randn(12, 10)
