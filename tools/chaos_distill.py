@@ -31,13 +31,16 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import Qwen2_5_VLConfig
 
 import linmu_hf.distillation.runner  # noqa: F401  (imported once, for all runs)
 from linmu_hf import LinMUConfig, LinMUForConditionalGeneration
 from linmu_hf.commands.distill import main as distill
 from linmu_hf.files import write_text
 from linmu_hf.testbed.processor import build_processor
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
+from distillation_fixtures import tiny_teacher_config
 
 
 STAGES = ("align", "fed", "lora")
@@ -63,42 +66,10 @@ LIMIT = 120  # seconds that no run takes
 def make_inputs(folder: Path) -> None:
     """Writes a tiny teacher, a student on its backbone and a few rows about random pictures and clips."""
     processor = build_processor()
-    ids = processor.tokenizer.convert_tokens_to_ids
-    teacher_config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": len(processor.tokenizer),
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
-            "initializer_range": 0.2,
-            "eos_token_id": ids("<|im_end|>"),
-            "pad_token_id": ids("<|endoftext|>"),
-            "bos_token_id": None,
-        },
-        vision_config={
-            "depth": 1,
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_heads": 2,
-            "patch_size": 8,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "window_size": 32,
-            "fullatt_block_indexes": [0],
-            "out_hidden_size": 32,
-            "initializer_range": 0.2,
-        },
-        image_token_id=ids("<|image_pad|>"),
-        video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"),
-        vision_end_token_id=ids("<|vision_end|>"),
-    )
+    config = tiny_teacher_config(processor)
     torch.manual_seed(0)
-    teacher = LinMUForConditionalGeneration(LinMUConfig.from_teacher(teacher_config, keep_attention="all"))
-    student = LinMUForConditionalGeneration(LinMUConfig.from_teacher(teacher_config))
+    teacher = LinMUForConditionalGeneration(LinMUConfig.from_teacher(config, keep_attention="all"))
+    student = LinMUForConditionalGeneration(LinMUConfig.from_teacher(config))
     student.load_state_dict(teacher.state_dict(), strict=False)
     for name, model in (("teacher", teacher), ("student", student)):
         model.save_pretrained(folder / name)

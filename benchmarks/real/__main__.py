@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from transformers.utils import logging
 
 from linmu_hf.commands.convert import build_parser as convert_parser
@@ -107,6 +108,7 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
 def main(argv: list[str] | None = None) -> None:
     arguments = build_parser().parse_args(argv)
     logging.disable_progress_bar()  # those of loading and saving; ours stay
+    torch.set_flush_denormal(True)  # as the commands do
     try:
         settings = read_settings(arguments)
         if arguments.overwrite and (arguments.output / "progress.json").exists():

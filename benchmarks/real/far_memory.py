@@ -4,8 +4,8 @@ What a delta rule would remember of the far text: a figure that says whether ker
     python -m benchmarks.real.far_memory --base runs/real [--layers 5 12 19 26] [--steps 200] [--seeds 0 1]
 
 Takes the teacher that `make real` builds, and what its attention gathers from tokens that have left a window: with
-weights w over them, M = sum(w) and f = sum(w v) / M. A memory of constant size reads those tokens as they leave, and is
-trained on the teacher's own q, k and v to give M f, for every layer and head on its own. The error is
+weights w over them, M = sum(w) and f = sum(w v) / M. A memory of constant size reads those tokens as they leave, and
+is trained on the teacher's own q, k and v to give M f, for every layer and head on its own. The error is
 |M f - found|^2 / |M f|^2 on held-out text: 1 where nothing is remembered.
 
     scan        ours: features softmax(z, -z) of rotated k and q, decays that depend on the token, divided by their sum
@@ -39,14 +39,16 @@ TRAIN_ROWS, HELD_OUT_ROWS, BATCH = 48, 8, 2
 
 class FarText:
     """
-    One layer's q, k [rows, t, h, p], v [rows, t, g, p] and input x [rows, t, d], each where a memory takes it: k, v and
-    x of the token that leaves the window, q of the token that reads, and `target`, M f [rows, t, h, p].
+    One layer's q [rows, t, h, p], k and v [rows, t, g, p] and input x [rows, t, d], each where a memory takes it: k, v
+    and x of the token that leaves the window, q of the token that reads, and `target`, M f [rows, t, h, p].
     """
 
     def __init__(self, mixer: nn.Module, inputs: Tensor, rope: tuple[Tensor, Tensor]):
         parts = {name: [] for name in ("q", "k", "v", "x", "reader", "target")}
         for x in inputs:
-            q, k, v = (proj(x).unflatten(-1, (-1, mixer.head_dim)) for proj in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+            q, k, v = (
+                proj(x).unflatten(-1, (-1, mixer.head_dim)) for proj in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
+            )
             q, k = rotate(q, rope), rotate(k, rope)
             left = slice(SINKS, LENGTH - WINDOW)
             read = slice(SINKS + WINDOW, LENGTH)
@@ -126,7 +128,8 @@ class DeltaRule(Memory):
 
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
     """
-    The gated delta rule in pieces of `CHUNK` tokens: S_t = a_t S_{t-1} (1 - b_t k_t k_t^T) + b_t v_t k_t^T, o_t = S_t q_t.
+    The gated delta rule in pieces of `CHUNK` tokens: S_t = a_t S_{t-1} (1 - b_t k_t k_t^T) + b_t v_t k_t^T, read as
+    o_t = S_t q_t.
 
     What token i writes, u_i = b_i (v_i - a S k_i), depends on those before it: a triangular system in each piece.
 
@@ -193,15 +196,12 @@ def main(argv: list[str] | None = None) -> None:
     decoder = teacher.model.language_model
     for layer in tqdm(arguments.layers, desc="layers"):
         mixer = decoder.layers[layer].mixer
-        rope = None
         seen = {}
         for split, count in (("train", TRAIN_ROWS), ("held_out", HELD_OUT_ROWS)):
             inputs = []
             for row in range(count):
                 with torch.no_grad():
-                    known = teacher.model(
-                        input_ids=text[split][row][None], use_cache=False, output_mixer_states=True
-                    )
+                    known = teacher.model(input_ids=text[split][row][None], use_cache=False, output_mixer_states=True)
                 inputs.append(known.mixer_inputs[layer][0])
             positions = torch.arange(LENGTH)[None]
             cos, sin = decoder.rotary_emb(inputs[0][None], positions.expand(3, 1, -1))
@@ -215,7 +215,9 @@ def main(argv: list[str] | None = None) -> None:
                     for rate in arguments.rates:
                         memory = kind(inputs[0].shape[-1], h, g, p, features)
                         found.append(fit(memory, seen["train"], seen["held_out"], arguments.steps, rate, seed))
-                    results.append({"layer": layer, "memory": name, "features": features, "seed": seed, "error": min(found)})
+                    results.append(
+                        {"layer": layer, "memory": name, "features": features, "seed": seed, "error": min(found)}
+                    )
                     print(results[-1], flush=True)
                     write_text(arguments.output, json.dumps(results, indent=2) + "\n")
 

@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+import torch
 
 from linmu_hf.commands.common import Parser, TypedParser, check_positive, run_command, write_report
 
@@ -88,3 +89,10 @@ def test_a_report_is_old_or_new(tmp_path):
         write_report(file, {"accuracy": object()})
     assert json.loads(file.read_text()) == {"accuracy": 1}
     write_report(None, {})
+
+
+def test_numbers_too_small_for_their_ordinary_form_are_zero_while_a_command_runs():
+    small = torch.tensor(1e-40)
+    seen = []
+    assert run_command("linmu-x", lambda: seen.append((small * 1).item())) == 0
+    assert seen == [0.0] and (small * 1).item() > 0

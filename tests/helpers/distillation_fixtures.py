@@ -12,22 +12,8 @@ from linmu_hf import LinMUConfig, LinMUForConditionalGeneration
 from linmu_hf.testbed.processor import build_processor
 
 
-@pytest.fixture(scope="package", autouse=True)
-def frozen_heap():
-    """Accelerate collects garbage before every stage: slow beside all that a test session has imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(scope="session")
-def processor():
-    return build_processor()
-
-
-@pytest.fixture(scope="session")
-def teacher_config(processor):
+def tiny_teacher_config(processor) -> Qwen2_5_VLConfig:
+    """A Qwen2.5-VL of three layers for the testbed's processor."""
     ids = processor.tokenizer.convert_tokens_to_ids
     return Qwen2_5_VLConfig(
         text_config={
@@ -61,6 +47,25 @@ def teacher_config(processor):
         vision_start_token_id=ids("<|vision_start|>"),
         vision_end_token_id=ids("<|vision_end|>"),
     )
+
+
+@pytest.fixture(scope="package", autouse=True)
+def frozen_heap():
+    """Accelerate collects garbage before every stage: slow beside all that a test session has imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def processor():
+    return build_processor()
+
+
+@pytest.fixture(scope="session")
+def teacher_config(processor):
+    return tiny_teacher_config(processor)
 
 
 @pytest.fixture(scope="session")

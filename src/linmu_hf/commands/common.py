@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import HfArgumentParser
 
 from ..files import write_text
@@ -64,7 +65,13 @@ def check_positive(arguments: argparse.Namespace, *names: str) -> None:
 
 
 def run_command(prog: str, work: Callable[[], Any], after_interrupt: str = "") -> int:
-    """Runs a command's work and returns its exit code; what a user can mend is one line, without a traceback."""
+    """
+    Runs a command's work and returns its exit code; what a user can mend is one line, without a traceback.
+
+    On a CPU, numbers too small for float32's ordinary form are taken as 0 meanwhile: trained features and decays can
+    be full of them, and products with them take several times as long.
+    """
+    torch.set_flush_denormal(True)
     try:
         work()
     except (ImportError, OSError, ValueError, FloatingPointError) as error:
@@ -73,6 +80,8 @@ def run_command(prog: str, work: Callable[[], Any], after_interrupt: str = "") -
     except KeyboardInterrupt:
         print(f"{prog}: interrupted{after_interrupt}", file=sys.stderr)
         return INTERRUPTED
+    finally:
+        torch.set_flush_denormal(False)
     return DONE
 
 

@@ -22,7 +22,7 @@ from ...ops.ssd import plain
 from ..lora import add_lora
 from ..model import DistillationModel
 from ..muon import Muon
-from ..stages import Stage, parameter_groups, set_trainable
+from ..stages import LOSSES, Stage, parameter_groups, set_trainable
 from ..teacher import Given, SeparateTeacher, SharedTeacher
 from .accounting import Account
 
@@ -187,6 +187,12 @@ def _trace(student: Any, stage: Stage, shape: Shape, text: int, vision: int) -> 
     types = student.text_config.layer_types
     recurrent = [types[index] for index in recurrent_layers(types)]
     kept = len(types) - len(recurrent)
+    # what a step holds and multiplies depends on nothing else of a stage; `_run` remembers steps
+    losses = {name: float(getattr(stage, name) > 0) for name in LOSSES}
+    stage = Stage(
+        "any", stage.trains, 1, 1.0, **losses, lora_r=stage.lora_r, muon=stage.muon, hidden_input=stage.hidden_input,
+        beta=stage.beta,
+    )  # fmt: skip
 
     def run(*layers: str) -> Trace:
         return _run(_Key(with_layers(student, list(layers))), stage, shape, text, vision)
