@@ -79,6 +79,14 @@ def test_what_is_installed(training, tmp_path, monkeypatch):
         assert any("torchvision_cpu_shim" in part for command in commands for part in command) == training
 
 
+def test_environments_can_be_built_alone(tmp_path, monkeypatch):
+    prepared = []
+    monkeypatch.setattr(matrix, "build_wheel", lambda folder: Path("a.whl"))
+    monkeypatch.setattr(matrix, "prepare", lambda minor, wheel, folder, training: prepared.append((minor, training)))
+    assert matrix.main(["oldest", "--install-only", "--environments", str(tmp_path)]) == 0
+    assert prepared == [("5.17", False), ("5.17", True)]
+
+
 def test_unknown_minor_is_refused(capsys):
     with pytest.raises(SystemExit) as error:
         matrix.main(["4.57"])

@@ -205,6 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "matrix.json")
     parser.add_argument("--environments", type=Path, default=ROOT / ".venvs")
     parser.add_argument("--pytest-args", default="", help="further arguments for pytest, in one string")
+    parser.add_argument("--install-only", action="store_true", help="build the environments, test nothing yet")
     args = parser.parse_args(argv)
     wanted = args.minors or list(MINORS)
     wanted = [MINORS[0] if minor == "oldest" else minor for minor in wanted]
@@ -217,9 +218,15 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         wheel = build_wheel(Path(temporary))
         for index, minor in enumerate(wanted, 1):
+            if args.install_only:
+                for training in (False, True):
+                    prepare(minor, wheel, folder, training)
+                continue
             print(f"\n== Transformers {minor} ({index} of {len(wanted)})", flush=True)
             rows.append(run_minor(minor, wheel, folder, args.pytest_args.split()))
             write(rows, wanted, args.output)
+    if args.install_only:
+        return 0
     print("\n" + table(rows), flush=True)
     return 0 if all(row["ok"] for row in rows) else 1
 

@@ -203,11 +203,11 @@ def main(argv: list[str] | None = None) -> None:
                 with torch.no_grad():
                     known = teacher.model(input_ids=text[split][row][None], use_cache=False, output_mixer_states=True)
                 inputs.append(known.mixer_inputs[layer][0])
-            positions = torch.arange(LENGTH)[None]
-            cos, sin = decoder.rotary_emb(inputs[0][None], positions.expand(3, 1, -1))
+            cos, sin = decoder.rope(inputs[0][None], torch.arange(LENGTH)[None])
             with torch.no_grad():
                 seen[split] = FarText(mixer, torch.stack(inputs), (cos[0], sin[0]))
-        h, g, p = mixer.heads, mixer.groups, mixer.head_dim
+        text = teacher.config.text_config
+        h, g, p = text.num_attention_heads, text.num_key_value_heads, text.head_dim
         for name, kind in MEMORIES.items():
             for features in arguments.features:
                 for seed in arguments.seeds:

@@ -188,7 +188,7 @@ def _trace(student: Any, stage: Stage, shape: Shape, text: int, vision: int) -> 
     recurrent = [types[index] for index in recurrent_layers(types)]
     kept = len(types) - len(recurrent)
     # what a step holds and multiplies depends on nothing else of a stage; `_run` remembers steps
-    losses = {name: float(getattr(stage, name) > 0) for name in LOSSES}
+    losses: dict[str, Any] = {name: float(getattr(stage, name) > 0) for name in LOSSES}
     stage = Stage(
         "any", stage.trains, 1, 1.0, **losses, lora_r=stage.lora_r, muon=stage.muon, hidden_input=stage.hidden_input,
         beta=stage.beta,
