@@ -1,7 +1,7 @@
 """
 What a delta rule would remember of the far text: a figure that says whether kernels for it are worth building.
 
-    python -m benchmarks.real.far_memory --base runs/real [--layers 5 12 19 26] [--steps 200] [--seeds 0 1]
+    python -m benchmarks.real.far_memory --base runs/real [--layers 5 15 25] [--steps 100] [--seeds 0 1]
 
 Takes the teacher that `make real` builds, and what its attention gathers from tokens that have left a window: with
 weights w over them, M = sum(w) and f = sum(w v) / M. A memory of constant size reads those tokens as they leave, and
@@ -182,13 +182,14 @@ def fit(memory: Memory, train: FarText, held_out: FarText, steps: int, rate: flo
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--base", type=Path, default=Path("runs/real"), help="folder of `make real`: teacher and text")
-    parser.add_argument("--layers", type=int, nargs="+", default=[5, 12, 19, 26])
-    parser.add_argument("--features", type=int, nargs="+", default=[64, 256])
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-2, 3e-3], help="the better one counts")
+    parser.add_argument("--layers", type=int, nargs="+", default=[5, 15, 25])
+    parser.add_argument("--features", type=int, nargs="+", default=[64])
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-2], help="of several the best one counts")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--output", type=Path, default=Path("runs/far_memory.json"))
     arguments = parser.parse_args(argv)
+    torch.set_flush_denormal(True)
     teacher = load_teacher(arguments.base / "teacher")
     tokenizer = load_processor(arguments.base / "teacher").tokenizer
     text = {split: TextRows(arguments.base / "text", split, tokenizer, LENGTH) for split in ("train", "held_out")}

@@ -17,7 +17,7 @@ from synthetic import make_processor, make_teacher
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no part of the package
 
 from benchmarks.real import __main__ as command
-from benchmarks.real import bench, measure, recall, text
+from benchmarks.real import bench, far_memory, measure, recall, text
 from benchmarks.real.settings import DEFAULT, QUICK, Calibrate, Settings, Train, change_step, select_steps
 from benchmarks.real.train import losses, rate_factor, train
 
@@ -352,3 +352,34 @@ def test_only_one_part(run, tmp_path, capsys):
     assert "conversion" in capsys.readouterr().out
     with pytest.raises(ValueError, match="the parts of this run"):
         run("end")
+
+
+def test_the_delta_rule_in_pieces_is_the_recurrence():
+    """Two pieces and a rest, values and gradients in float64."""
+    torch.manual_seed(0)
+    t, n, p = 2 * far_memory.CHUNK + 5, 6, 4
+    q, v = torch.randn(2, t, n, dtype=torch.float64), torch.randn(2, t, p, dtype=torch.float64)
+    k = torch.nn.functional.normalize(torch.randn(2, t, n, dtype=torch.float64), dim=-1)
+    decay, beta = -0.2 * torch.rand(2, t, dtype=torch.float64), torch.rand(2, t, dtype=torch.float64)
+    inputs = [one.requires_grad_() for one in (q, k, v, decay, beta)]
+    state, outputs = torch.zeros(2, n, p, dtype=torch.float64), []
+    for i in range(t):
+        key, write = k[:, i, :, None], beta[:, i, None, None]
+        state = decay[:, i, None, None].exp() * (state - write * key @ (key.mT @ state)) + write * key @ v[:, i, None]
+        outputs.append((state.mT @ q[:, i, :, None])[..., 0])
+    expected, found = torch.stack(outputs, dim=1), far_memory.delta_rule(*inputs)
+    torch.testing.assert_close(found, expected)
+    weight = torch.randn_like(expected)
+    torch.testing.assert_close(*(torch.autograd.grad((one * weight).sum(), inputs) for one in (found, expected)))
+
+
+def test_far_attention_is_what_the_window_and_the_sinks_leave():
+    torch.manual_seed(0)
+    t = far_memory.WINDOW + 20
+    q, k, v = torch.randn(t, 4, 8), torch.randn(t, 2, 8), torch.randn(t, 2, 3)
+    found = far_memory.far_attention(q, k, v)
+    at, head = t - 1, 3
+    weights = (k[:, 1] @ q[at, head] / 8**0.5).softmax(0)
+    far = slice(far_memory.SINKS, t - far_memory.WINDOW)
+    torch.testing.assert_close(found[at, head], weights[far] @ v[far, 1])
+    assert not found[: far_memory.WINDOW + far_memory.SINKS].any()
