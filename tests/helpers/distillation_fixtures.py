@@ -49,6 +49,16 @@ def tiny_teacher_config(processor) -> Qwen2_5_VLConfig:
     )
 
 
+class Rows:
+    """A stream that is nothing but an iterable."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
 @pytest.fixture(scope="package", autouse=True)
 def frozen_heap():
     """Accelerate collects garbage before every stage: slow beside all that a test session has imported."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate.data_loader import IterableDatasetShard
 from datasets import IterableDataset
+from distillation_fixtures import Rows
 from torch.utils.data import DataLoader
 
 from linmu_hf.data import load_rows
@@ -22,16 +23,6 @@ from linmu_hf.distillation.teacher import SeparateTeacher
 
 
 pytestmark = pytest.mark.core_training
-
-
-class Rows:
-    """A stream that is nothing but an iterable."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __iter__(self):
-        return iter(self.rows)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from distillation_fixtures import Rows
 
 from linmu_hf.data.mixture import Mixture, StreamMixture
 from linmu_hf.distillation import DistillConfig, distill
@@ -31,16 +32,6 @@ ARGUMENTS = {
     "disable_tqdm": True,
     "max_grad_norm": 0.5,
 }
-
-
-class Rows:
-    """A stream that is nothing but an iterable."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __iter__(self):
-        return iter(self.rows)
 
 
 @pytest.fixture(scope="module")
