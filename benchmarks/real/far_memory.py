@@ -207,8 +207,8 @@ def main(argv: list[str] | None = None) -> None:
             cos, sin = decoder.rope(inputs[0][None], torch.arange(LENGTH)[None])
             with torch.no_grad():
                 seen[split] = FarText(mixer, torch.stack(inputs), (cos[0], sin[0]))
-        config = teacher.config.text_config
-        h, g, p = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        text = teacher.config.text_config
+        h, g, p = text.num_attention_heads, text.num_key_value_heads, text.head_dim
         for name, kind in MEMORIES.items():
             for features in arguments.features:
                 for seed in arguments.seeds:

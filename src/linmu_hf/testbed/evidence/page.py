@@ -36,13 +36,12 @@ share of the global branch in the output; lambda its weight on text and on visio
 next token to the student's, `same` how often both choose the same one.
 """,
     "beyond": """\
-Held-out digits. Sizes that the student was distilled on are bold, and grey in the picture; its teacher was trained
-on 8 to 16 frames, 4x4 to 8x8 cells and up to 8 turns. `frames`: "7 or 3 first?" about a clip; beyond 16 frames each
-one is shown as often as it takes, so that the question stays the same and the distances grow. `pixels`: one cell of
-a mosaic. `turns`: one cell of an 8x8 mosaic, asked last in a conversation of so many different questions, the
-others with their right answers. In brackets 95% intervals, then the share of the teacher's. TTFT is the whole
-forward pass over one prompt, vision side included, in {clock} on {threads}, the shortest of {repeats}; the cache is
-what is held after it; operations are those of matrix products.
+Held-out digits. Sizes within the training's range are bold, and grey in the picture. `frames`: "7 or 3 first?" about a
+clip; beyond 16 frames each one is shown as often as it takes, so that the question stays the same and the distances
+grow. `pixels`: one cell of a mosaic. `turns`: one cell of an 8x8 mosaic, asked last in a conversation of so many
+different questions, the others with their right answers. In brackets 95% intervals, then the share of the teacher's.
+TTFT is the whole forward pass over one prompt, vision side included, in {clock} on {threads}, the shortest of
+{repeats}; the cache is what is held after it; operations are those of matrix products.
 """,
 }
 MISSING = 'Not run yet: there are no figures here. `make evidence ARGS="--parts {part}"` measures them.\n'

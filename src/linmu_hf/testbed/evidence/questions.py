@@ -8,13 +8,13 @@ from ..data import CELL, FRAMES_PER_MOMENT, FULL_SIZES, Scene, ask, compose, to_
 SEED = 10**7
 FRAMES = FULL_SIZES["clip"][0] * FRAMES_PER_MOMENT  # of the longest clip of training
 QUESTIONS = FULL_SIZES["large"][1] * FULL_SIZES["large"][2]  # different ones about the largest mosaic
-# What is measured by default, and the range that the distillation of `make testbed-full` has.
+# What is measured by default, and the range that training had.
 SIZES = {
     "frames": (8, 16, 32, 64, 128, 256),
     "pixels": (2, 3, 4, 6, 8, 9, 10, 12),
     "turns": (1, 2, 4, 8, 16, 32, 64),
 }
-TRAINED = {"frames": (8, 32), "pixels": (2, 10), "turns": (1, 16)}
+TRAINED = {"frames": (8, 16), "pixels": (4, 8), "turns": (1, 8)}
 
 
 def check_size(axis: str, size: int) -> None:
