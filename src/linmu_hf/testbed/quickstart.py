@@ -72,7 +72,7 @@ FULL = Schedule(
     batch_size=16,
     recipe="quick",
     stage_overrides=("stage-1.max_steps=600", "stage-2.max_steps=1800", "stage-3.max_steps=400"),
-    arguments=(*QUICK.arguments, "--train_sampling_strategy", "group_by_length"),
+    arguments=QUICK.arguments,
 )
 # NVILA resizes every image to one canvas, so each size of mosaic is a task of its own: ours knows the two of the test.
 NVILA_QUICK = Schedule(
