@@ -51,7 +51,7 @@ zero-check: .venvs/zero/.ready
 
 .venvs/zero/.ready: pyproject.toml setup.cfg constraints.txt tools/torchvision_cpu_shim.py
 	test -x .venvs/zero/bin/python || $(PYTHON) -m venv .venvs/zero
-	DS_BUILD_OPS=0 .venvs/zero/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt \
+	DS_BUILD_OPS=0 .venvs/zero/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		-e ".[train,video]" deepspeed pytest
 	.venvs/zero/bin/python tools/torchvision_cpu_shim.py
 	rm -rf $(CURDIR)/.venvs/zero/extensions # whoever finds the lock of a build that was killed waits for ever
@@ -65,7 +65,7 @@ real: .venv/.real
 	TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(HEAP) $(BIN)/python -m benchmarks.real --output $(RUNS)/real $(ARGS)
 
 .venv/.real: $(READY) benchmarks/real/requirements.txt
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		-r benchmarks/real/requirements.txt
 	touch $@
 
@@ -103,7 +103,7 @@ lmms-check: $(LMMS)/.ready
 $(LMMS)/.ready: setup.cfg constraints.txt tools/torchvision_cpu_shim.py
 	test -x $(LMMS)/bin/python || $(PYTHON) -m venv $(LMMS)
 	grep -v -e "^av=" -e "^ruff=" constraints.txt > $(LMMS)/constraints.txt
-	$(LMMS)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c $(LMMS)/constraints.txt -e ".[eval,testbed]"
+	$(LMMS)/bin/python -m pip install --quiet --disable-pip-version-check -c $(LMMS)/constraints.txt -e ".[eval,testbed]"
 	$(LMMS)/bin/python tools/torchvision_cpu_shim.py
 	touch $@
 
@@ -140,7 +140,7 @@ typecheck: $(READY)
 
 $(READY): pyproject.toml setup.cfg constraints.txt tools/torchvision_cpu_shim.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	$(BIN)/python tools/torchvision_cpu_shim.py
 	touch $@
 

@@ -111,7 +111,7 @@ def prepare(minor: str, wheel: Path, folder: Path, training: bool = False) -> Pa
     wanted = hashlib.sha256(
         "\n".join([pins, *core_requirements(), *extra_requirements(), sys.version]).encode()
     ).hexdigest()
-    pip = [str(python), "-m", "pip", "install", "-qq", "--no-compile", "--disable-pip-version-check"]
+    pip = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
     packages = [f"{wheel}[{','.join(TRAINING_EXTRAS)}]" if training else str(wheel), *TEST_TOOLS]
     if minor == NEWEST:  # without the wheel's own requirements, which end with the range
         packages = [*map(name_of, core_requirements() + extra_requirements() * training), *TEST_TOOLS]
