@@ -9,6 +9,9 @@ ON = $(if $(filter qwen,$(TEACHER)),,-$(notdir $(TEACHER)))
 # glibc returns large freed tensors to the system and then pays for every page again: these settings keep them.
 HEAP := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 
+# Tests start many processes, each of which would compile the package anew where this is set.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: ablations ablations-quick evidence evidence-quick chaos-distill zero-check real quickstart testbed-full check-teacher bench-cpu test conformance test-matrix test-newest kernels-check gpu-packages lint lmms-check format typecheck clean
 
 quickstart: $(READY)
