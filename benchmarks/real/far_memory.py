@@ -16,6 +16,7 @@ Both have a state of so many features times the head's channels, one for each he
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -80,12 +81,13 @@ class Memory(nn.Module):
         super().__init__()
         self.h, self.g = h, g
         half = initial_feature_weight(p, features // 2)
-        self.q_features, self.k_features = (nn.Parameter(half.expand(n, *half.shape).clone()) for n in (h, h))
+        self.q_features, self.k_features = (nn.Parameter(half.expand(h, *half.shape).clone()) for _ in range(2))
         self.decay, self.share = nn.Linear(d, h), nn.Linear(d, h)
         half_life = 32 * 32 ** torch.linspace(0, 1, h)
         with torch.no_grad():
-            self.decay.weight.zero_(), self.share.weight.zero_()
-            self.decay.bias.copy_(torch.log(torch.expm1(0.6931 / half_life)))
+            for linear in (self.decay, self.share):
+                linear.weight.zero_()
+            self.decay.bias.copy_(torch.log(torch.expm1(math.log(2) / half_life)))
             self.share.bias.fill_(-2.0)
 
     def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,7 +95,7 @@ class Memory(nn.Module):
         return softmax_features(q, self.q_features), softmax_features(k, self.k_features)
 
     def forward(self, q, k, v, x, reader, target=None) -> Tensor:
-        """Returns what stands for M f, [rows, t, h, p]."""
+        """Returns the estimate of M f, [rows, t, h, p]."""
         rows, t = q.shape[:2]
         queries, keys = self.features(q.flatten(0, 1), k.flatten(0, 1))
         values = v.repeat_interleave(self.h // self.g, dim=2)
@@ -117,7 +119,7 @@ class DeltaRule(Memory):
         self.beta, self.gain = nn.Linear(d, h), nn.Parameter(torch.ones(h))
 
     def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of length 1; the two halves are of one sign each, which leaves keys of any angle."""
+        """Centred and of length 1: features that are all positive keep any two keys at less than a right angle."""
         return tuple(F.normalize(one - one.mean(-1, keepdim=True), dim=-1) for one in super().features(q, k))
 
     def recall(self, q, k, v, steps, x) -> Tensor:
