@@ -12,7 +12,9 @@ from transformers.video_utils import VideoMetadata
 
 from linmu_hf import LinMUConfig, LinMUForConditionalGeneration
 from linmu_hf.data import check_dataset, encode_prompts, encode_rows
-from linmu_hf.data.video import VIDEO_FPS, choose_frames, read_video
+from linmu_hf.data.hashing import row_key
+from linmu_hf.data.lengths import count_tokens
+from linmu_hf.data.video import VIDEO_FPS, choose_frames, read_video, video_size
 
 
 pytestmark = pytest.mark.core_training
@@ -145,6 +147,72 @@ def test_a_file_knows_its_own_rate(processor, tmp_path):
     plain = encode_rows(processor, [{"messages": ROW, "videos": [file]}])
     row = {"messages": ROW, "videos": [file], "fps": 30.0}
     assert encode_rows(processor, [row])["second_per_grid_ts"].tolist() == plain["second_per_grid_ts"].tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [("a.mp4", "mpeg4"), ("a.mkv", "mpeg4"), ("a.webm", "libvpx"), ("a.ts", "mpeg2video"), ("a.flv", "flv")],
+)
+def test_a_part_of_a_file_is_that_part(processor, tmp_path, name, codec):
+    """Frames of `video_start` to `video_end` are those of the whole file at these seconds; time begins anew."""
+    file = write(tmp_path / name, 25, 200, codec)  # 8 seconds
+    with av.open(file) as container:
+        whole = [float(frame.to_ndarray(format="rgb24").mean()) for frame in container.decode(video=0)]
+    for start, end, n in ((0.0, 2.0, 51), (3.0, 5.0, 51), (6.4, 100.0, 40), (7.96, 8.0, 1)):
+        part = {"video": file, "video_start": start, "video_end": end}
+        video = read_video(part, processor)
+        assert video.metadata.total_num_frames == n and video.metadata.fps == 25
+        first = round(start * 25)
+        assert brightness(video) == pytest.approx([whole[first + i] for i in video.metadata.frames_indices])
+        assert video_size(part, processor) == video.frames.shape[:3]
+    with open(file, "rb") as opened:
+        given = {"video": opened.read(), "video_start": 3.0, "video_end": 5.0, "fps": 4.0}
+    assert len(read_video(given, processor)) == 8
+
+
+def test_a_part_of_a_file_in_a_row(processor, tmp_path):
+    file = write(tmp_path / "clip.mp4", 5, 40)
+    part = {"type": "video", "video": file, "video_start": 2, "video_end": 4}
+    rows = [
+        {"messages": [{"role": "user", "content": [part, {"type": "text", "text": "when?"}]}, ROW[1]]},
+        {"messages": [ask("when?", videos=1), ROW[1]], "videos": [{"video": file, "video_start": 2, "video_end": 4}]},
+    ]
+    check_dataset(rows, processor)
+    batch = encode_rows(processor, rows)
+    frames = read_video(rows[1]["videos"][0], processor)
+    expected = encode_rows(processor, [{"messages": [ask("when?", videos=1), ROW[1]], "videos": [frames]}])
+    half = len(batch["pixel_values_videos"]) // 2
+    for i in range(2):
+        assert torch.equal(batch["input_ids"][i], expected["input_ids"][0])
+        assert torch.equal(batch["pixel_values_videos"][i * half :][:half], expected["pixel_values_videos"])
+    assert [count_tokens(processor, row) for row in rows] == [batch["input_ids"].shape[1]] * 2
+    plain = {**rows[1], "videos": [file]}
+    assert len({row_key(row) for row in (rows[0], rows[1], plain)}) == 2  # the same part, and the whole
+
+
+@pytest.mark.parametrize(
+    ("clip", "message"),
+    [
+        (
+            {"video_start": 3, "video_end": 2},
+            "its video_start=3, video_end=2 must be seconds, the start before the end",
+        ),
+        ({"video_start": "soon"}, "its video_start='soon' must be seconds"),
+        ({"video_start": -1}, "its video_start=-1 must be seconds"),
+    ],
+)
+def test_parts_that_mean_nothing(processor, tmp_path, clip, message):
+    row = {"messages": ROW, "videos": [{"video": write(tmp_path / "clip.mp4", 4, 16), **clip}]}
+    with pytest.raises(ValueError, match=f"row 0 .*video 0: {message}"):
+        check_dataset([row], processor)
+
+
+def test_parts_that_are_not_there(processor, tmp_path):
+    file = write(tmp_path / "clip.mp4", 4, 16)
+    with pytest.raises(ValueError, match="its video_start=9 leaves no frame of 4 seconds"):
+        read_video({"video": file, "video_start": 9}, processor)
+    with pytest.raises(ValueError, match="it has `video_end`, and frames: give those that are meant"):
+        read_video({"frames": [image(16, 24)] * 4, "video_end": 1}, processor)
 
 
 def test_rates_of_one_batch(processor):

@@ -162,10 +162,11 @@ def test_a_row_is_asked_as_linmu_eval_asks_it(processor, rows):
         assert ours.keys() == theirs.keys()
         for name in theirs:
             torch.testing.assert_close(torch.as_tensor(ours[name]), torch.as_tensor(theirs[name]), rtol=0, atol=0)
-        assert process_results(row, [f" {doc_to_target(row).upper()}."]) == {"score": 1.0}
+        # lmms-eval asks for texts and judges answers with rows that it has read without their media
         bare = {name: value for name, value in row.items() if name not in ("images", "videos")}
         assert doc_to_text(bare) in encode_texts(processor, row)
-        assert process_results(row, ["no"]) == {"score": 0.0}
+        assert process_results(bare, [f" {doc_to_target(bare).upper()}."]) == {"score": 1.0}
+        assert process_results(bare, ["no"]) == {"score": 0.0}
 
 
 def test_files_of_tasks(processor, dataset_folder, tmp_path):
@@ -268,14 +269,43 @@ def test_arguments(lmms_eval, student_folder, given, message):
         LinMU(str(student_folder), device="cpu", **given)
 
 
-def test_a_part_of_a_video_is_refused(lmms_eval, student_folder, rows):
+def test_a_part_of_a_video(lmms_eval):
+    """By lmms-eval's names and by those of qwen-vl-utils, which its tasks give, too."""
+    from linmu_hf.evaluation.lmms.model import as_row
+
+    medium = {"path": "a.mp4", "video_start": 3.0}
+    parts = [{"type": "video", "url": "a.mp4", "start_time": 3.0, "end_time": 4}, {"type": "video", "url": medium}]
+    row = as_row([{"role": "system", "content": "?"}, {"role": "user", "content": parts}])
+    expected = [
+        {"type": "video", "url": "a.mp4", "video_start": 3.0, "video_end": 4}, {"type": "video", "url": medium},
+    ]  # fmt: skip
+    assert [message["content"] for message in row["messages"]] == ["?", expected, "?"]
+
+
+def test_rounds(lmms_eval, student_folder, processor, rows):
+    """Each round asks what the task makes of the answers before, by lmms-eval's protocol."""
     from linmu_hf.evaluation.lmms.model import LinMU
 
     model = LinMU(str(student_folder), device="cpu")
     model.task_dict = {"t": {"test": rows}}
-    clip = [{"role": "user", "content": [{"type": "video", "url": "a.mp4", "start_time": 3.0}]}]
-    with pytest.raises(ValueError, match=r"t 0 asks for a part of a video by \['start_time'\]"):
-        model.generate_until([Request(("", lambda doc: clip, {}, 0, "t", "test"))])
+    calls = []
+
+    def doc_to_messages(doc, round_idx=None, previous_output=None, previous_round_info=None):
+        calls.append((round_idx, previous_output, previous_round_info))
+        if round_idx == 3:
+            return None, True, previous_output, None
+        asked = [{"role": "user", "content": f"{doc['task']} {round_idx} {previous_output}"}]
+        return asked if round_idx is None else (asked, False, previous_output, {"round": round_idx})
+
+    (said,) = model.generate_until_multi_round([Request(("", doc_to_messages, {"max_new_tokens": 3}, 0, "t", "test"))])
+    student = AutoModelForImageTextToText.from_pretrained(student_folder)
+    expected = []
+    for i in range(3):
+        text = f"{rows[0]['task']} {i or None} {expected or None}"
+        row = {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "?"}]}
+        expected += generate_answers(student, processor, [row], max_new_tokens=3)
+    assert said == expected
+    assert [call[0] for call in calls] == [None, 1, 2, 3] and calls[2][2] == {"round": 1}
 
 
 def test_results_are_kept(tmp_path, monkeypatch):

@@ -1,10 +1,10 @@
 """Dataset rows to model inputs, for training and for generation."""
 
-from .formats import Row, read_row
+from .formats import Row, answer_text, read_row
 from .hashing import row_key
 from .loading import load_rows
 from .mixture import load_mixture, load_training_rows
-from .rows import answer_text, bad_rows, check_dataset, encode_prompts, encode_rows
+from .rows import bad_rows, check_dataset, encode_prompts, encode_rows
 
 
 __all__ = [

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from .layouts import find_messages
+from .video import CLIP, TIMING
 
 
 Row = Mapping[str, Any]
 
 MEDIA = {"image": "images", "video": "videos"}
 MEDIUM_KEYS = (*MEDIA, *(f"{kind}_url" for kind in MEDIA), "url", "path")  # of a part: where its picture or video is
-TIMING = ("fps", "timestamps")  # of a video that comes as frames
 SPEAKERS = {"human": "user", "gpt": "assistant", "model": "assistant", "observation": "tool"}  # of ShareGPT
 PART_TYPES = {"image_url": "image", "video_url": "video", "input_image": "image", "input_text": "text"}
 EXAMPLE = '{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "..."}]}'
@@ -91,9 +91,20 @@ def texts_of(row: Row) -> Iterator[str]:
 
 def question_text(row: Row) -> str:
     """Returns the texts before the row's last answer, a line each. Its media may be missing."""
-    messages = _read_messages(row, {kind: [] for kind in MEDIA})
-    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    messages, last = _read_texts(row)
     return "\n".join(texts_of({"messages": messages[:last]}))
+
+
+def answer_text(row: Row) -> str:
+    """Returns the text of the row's last assistant turn. Its media may be missing."""
+    messages, last = _read_texts(row)
+    return "".join(texts_of({"messages": messages[last : last + 1]}))
+
+
+def _read_texts(row: Row) -> tuple[list[dict[str, Any]], int]:
+    """The messages of a row, whatever media it has, and which one is the last answer."""
+    messages = _read_messages(row, {kind: [] for kind in MEDIA})
+    return messages, max(i for i, message in enumerate(messages) if message["role"] == "assistant")
 
 
 def _id_of(row: Row) -> str:
@@ -187,7 +198,7 @@ def _read_part(part: Any, name: str) -> dict[str, Any]:
     if kind not in MEDIA:
         raise ValueError(f"{name} has a part {part!r:.80}: parts are texts, images and videos, as in {EXAMPLE}")
     medium = next((part[key] for key in (kind, f"{kind}_url", "url", "path") if key in part), None)
-    timing = {key: part[key] for key in TIMING if key in part}
+    timing = {key: part[key] for key in (*TIMING, *CLIP) if key in part}
     return {"type": kind, "medium": {"video": medium, **timing} if timing and medium is not None else medium}
 
 

@@ -95,12 +95,6 @@ def encode_prompts(processor, rows: Sequence[Row], numbers: Sequence[int] | None
     return _call_processor(processor, texts, prompts, numbers, padding_side="left")
 
 
-def answer_text(row: Row) -> str:
-    """Returns the text of the row's last assistant turn: the right answer to [`encode_prompts`]."""
-    messages = [message for message in read_row(row)["messages"] if message["role"] == "assistant"]
-    return "".join(texts_of({"messages": messages[-1:]}))
-
-
 def check_dataset(dataset: Iterable[Row], processor=None) -> None:
     """
     Raises the `ValueError` of the first bad row: a test before long work starts.

@@ -4,8 +4,9 @@ A model of lmms-eval, for students and teachers alike: both read the same prompt
     lmms-eval --model linmu --model_args pretrained=FOLDER --tasks textvqa_val --batch_size 8 --log_samples
 """
 
+import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from ..loading import check_device, load_model
 
 LONGEST_ANSWER = 4096  # tokens, where a task names no limit
 PARAGRAPH = "\n\n"  # lmms-eval's own end of an answer, where a task names none: chat models end by a token
+CLIP = {"start_time": "video_start", "end_time": "video_end"}  # of a part of a video: lmms-eval's names and ours
 VIDEO_SETTINGS = ("fps", "num_frames", "min_frames", "max_frames")
 
 
@@ -102,15 +104,27 @@ class LinMU(lmms):
     def clean(self):
         """Frees nothing: the same model goes on with the next task."""
 
+    def generate_until_multi_round(self, requests) -> list[list[str]]:
+        """
+        Answers requests of several rounds, each a conversation of its own: the task makes the next one out of the
+        answers before. What a request gives are the answers of its rounds, as the task wants them.
+        """
+        return [self._answer_rounds(*request.args) for request in tqdm(requests, "answering", disable=self.rank != 0)]
+
+    def _answer_rounds(self, context, doc_to_messages: Callable, how, doc_id, task: str, split: str) -> list[str]:
+        document = self.task_dict[task][split][doc_id]
+        messages, known, said = doc_to_messages(document), None, []
+        for number in itertools.count(1):
+            said = [*said, *self._answer([as_row(messages)], [doc_id], how)[0]]
+            messages, ended, said, known = doc_to_messages(
+                document, round_idx=number, previous_output=said, previous_round_info=known
+            )
+            if ended:
+                break
+        return said
+
     def _read(self, context: str, doc_to_messages: Callable, how: Mapping, doc_id: Any, task: str, split: str) -> dict:
-        """The messages of a request as a row of `linmu_hf.data`, whose answer is not known."""
-        messages = doc_to_messages(self.task_dict[task][split][doc_id])
-        for message in messages:
-            for part in message["content"] if isinstance(message["content"], list) else []:
-                cut = [name for name in ("start_time", "end_time") if part.get(name) is not None]
-                if cut:
-                    raise ValueError(f"{task} {doc_id} asks for a part of a video by {cut}: give the clip as a file")
-        return {"messages": [*messages, {"role": "assistant", "content": "?"}]}
+        return as_row(doc_to_messages(self.task_dict[task][split][doc_id]))
 
     @torch.inference_mode()
     def _answer(self, rows, numbers, how: Mapping[str, Any]) -> tuple[list[str], list[int], float, float]:
@@ -129,11 +143,20 @@ class LinMU(lmms):
         counts = (said != tokenizer.pad_token_id).sum(1).tolist()
         return [cut(text, how.get("until")) for text in texts], counts, seconds, (first.at or start) - start
 
-    def generate_until_multi_round(self, requests):
-        raise NotImplementedError("linmu has no tasks of several rounds: leave them out of --tasks")
-
     def loglikelihood(self, requests):
+        """lmms-eval asks models that read messages for answers alone."""
         raise NotImplementedError("linmu answers in words: leave tasks of log-likelihoods out of --tasks")
+
+
+def as_row(messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns messages of lmms-eval as a row of `linmu_hf.data`, whose answer is not known."""
+    read = [
+        {**message, "content": [{CLIP.get(key, key): value for key, value in part.items()} for part in content]}
+        if isinstance(content := message["content"], list)
+        else message
+        for message in messages
+    ]
+    return {"messages": [*read, {"role": "assistant", "content": "?"}]}
 
 
 def decoding(how: Mapping[str, Any]) -> dict[str, Any]:
