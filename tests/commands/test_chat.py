@@ -1,5 +1,8 @@
+from fractions import Fraction
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from linmu_hf.commands import chat
@@ -34,6 +37,44 @@ def test_stream_prints_the_answer(teacher, processor, picture, capsys):
     conversation = chat.Conversation(teacher, processor, max_new_tokens=4)
     answer = conversation.ask("row 1 column 1?", images=[chat.open_image(str(picture))], stream=True)
     assert capsys.readouterr().out.strip() == answer
+
+
+def test_special_tokens_of_an_answer_stay(teacher, processor, capsys, monkeypatch):
+    """Boxes are part of an answer, on the screen and in the conversation; its end is not."""
+    said = "<|box_start|>(12,30)<|box_end|>"
+    ids = torch.tensor([*processor.tokenizer(said)["input_ids"], processor.tokenizer.eos_token_id])
+
+    def generate(input_ids, streamer, **options):
+        streamer.put(input_ids)
+        for one in ids:
+            streamer.put(one[None])
+        streamer.end()
+        return torch.cat([input_ids, ids[None]], 1)
+
+    monkeypatch.setattr(teacher, "generate", generate)
+    conversation = chat.Conversation(teacher, processor, max_new_tokens=4)
+    assert conversation.ask("where?", stream=True) == said
+    assert capsys.readouterr().out.strip() == said
+    assert conversation.row["messages"][-1]["content"][0]["text"] == said
+
+
+def test_a_video_has_its_own_rate(student_folder, tmp_path, monkeypatch):
+    """A film of one picture in four seconds: two of them are eight seconds apart, in its file and on the way there."""
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "slow.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=Fraction(1, 4))
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for i in range(8):
+            picture = np.full((32, 48, 3), 30 * i, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    batches, encode = [], chat.encode_prompts
+    monkeypatch.setattr(chat, "encode_prompts", lambda *given: batches.append(encode(*given)) or batches[-1])
+    lines = iter([f"/video {tmp_path / 'slow.mp4'}", "when?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    for words in (["--video", tmp_path / "slow.mp4", "when?"], []):
+        run("--model", student_folder, "--max_new_tokens", 1, *words)
+        assert batches.pop()["second_per_grid_ts"].tolist() == [8.0]
 
 
 def test_conversation_remembers(teacher, processor, picture):

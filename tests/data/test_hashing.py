@@ -1,5 +1,6 @@
 """A row's key: the same for the same question, answer and pictures, wherever and however they are stored."""
 
+import hashlib
 import shutil
 
 import numpy as np
@@ -7,10 +8,12 @@ import pytest
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from synthetic import ask, image, say
+from transformers.video_utils import VideoMetadata
 
 from linmu_hf.data import load_rows, row_key
-from linmu_hf.data.hashing import BLOCK
+from linmu_hf.data.hashing import BLOCK, update_hash
 from linmu_hf.data.loading import raw_rows, undecoded
+from linmu_hf.data.video import Video
 
 
 pytestmark = pytest.mark.core_training
@@ -66,6 +69,32 @@ def test_every_part_counts(row, tmp_path):
         {**video, "videos": ["/not/there.mp4"]},
     ]
     assert len({row_key(each) for each in different}) == len(different)
+
+
+def test_values_of_every_kind_count(tmp_path):
+    """Of a run's rows: two pictures are two values, however they are given."""
+    for name in ("a.png", "b.png"):
+        image(24, 40, seed=ord(name[0])).save(tmp_path / name)
+    frames = [np.stack([np.asarray(image(8, 8, seed=i))] * 2) for i in range(2)]
+    kinds = {
+        "path": [tmp_path / "a.png", tmp_path / "b.png"],
+        "open file": [open(tmp_path / name, "rb") for name in ("a.png", "b.png")],
+        "video": [Video(some, VideoMetadata(total_num_frames=2, fps=2.0)) for some in frames],
+        "rate": [Video(frames[0], VideoMetadata(total_num_frames=2, fps=fps)) for fps in (1.0, 2.0)],
+    }
+    for kind, values in kinds.items():
+        hashes = []
+        for value in (*values, values[0]):
+            digest = hashlib.sha256()
+            update_hash(digest, {"images": [value]})
+            hashes.append(digest.hexdigest())
+        assert hashes[0] != hashes[1] and hashes[0] == hashes[2], kind
+    (tmp_path / "a.png").write_bytes((tmp_path / "b.png").read_bytes())
+    digest = hashlib.sha256()
+    update_hash(digest, {"images": [tmp_path / "a.png"]})
+    first = hashlib.sha256()
+    update_hash(first, {"images": [tmp_path / "b.png"]})
+    assert digest.hexdigest() != first.hexdigest()  # names count, too
 
 
 def test_a_text_that_names_a_file_is_a_text(tmp_path, monkeypatch):

@@ -52,6 +52,16 @@ def test_every_row_and_picture_counts(rows, form):
     assert fingerprint_rows(form(copy.deepcopy(rows))) == prints[0]
 
 
+@pytest.mark.parametrize("form", [list, Dataset.from_list])
+def test_every_row_of_many_counts(form):
+    rows = [{"messages": [{"role": "user", "content": f"{i}?"}]} for i in range(5000)]
+    other = {"messages": [{"role": "user", "content": "another"}]}
+    before = fingerprint_rows(form(rows))
+    for replaced in ([1], [777], [4999], [i for i in range(5000) if i % 9]):
+        some = set(replaced)
+        assert fingerprint_rows(form([other if i in some else row for i, row in enumerate(rows)])) != before
+
+
 def test_a_column_of_answers_counts(rows):
     with_answers = [{**row, "pseudo_messages": row["messages"]} for row in rows]
     other = changed(with_answers, 8, pseudo_messages=answered(rows[8], "garbage"))

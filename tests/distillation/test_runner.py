@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -332,6 +333,21 @@ def test_answers_made_before_take_the_place_of_decoding(finished, answers, run, 
     monkeypatch.setattr(runner_module, "decode_pseudo_targets", None)
     assert_same_weights(run(tmp_path / "out", pseudo_targets=str(answers)), finished[1])
     assert not (tmp_path / "out" / "pseudo_targets").exists()
+
+
+def test_a_run_goes_on_with_the_same_answers_alone(answers, run, tmp_path):
+    store = shutil.copytree(answers, tmp_path / "store")
+    given = {"stages": steps(0, 0, 0, 1), "pseudo_targets": str(store)}
+    run(tmp_path / "out", **given)
+    file = store / "shard-00000" / "answers.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(reversed(lines)))  # in another order, as several processes write them
+    run(tmp_path / "out", **given)
+    line = json.loads(lines[0])
+    line["answers"][0]["ids"][0] += 1
+    file.write_text(json.dumps(line) + "\n" + "".join(lines[1:]))
+    with pytest.raises(ValueError, match="other settings: pseudo_targets"):
+        run(tmp_path / "out", **given)
 
 
 def test_answers_that_do_not_fit_stop_before_training(answers, run, rows, tmp_path):

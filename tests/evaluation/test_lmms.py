@@ -1,5 +1,6 @@
 """Our side of lmms-eval. `make lmms-check` runs lmms-eval itself, in an environment of its own."""
 
+import json
 import sys
 import types
 from dataclasses import dataclass, field
@@ -7,9 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
+from datasets import load_from_disk
+from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from linmu_hf.data import encode_prompts
+from linmu_hf.data import bad_rows, encode_prompts, load_rows
 from linmu_hf.evaluation.lmms.report import compare_benchmarks, format_benchmarks
 from linmu_hf.evaluation.lmms.rows import doc_to_messages, doc_to_target, doc_to_text, process_results, write_tasks
 from linmu_hf.evaluation.lmms.run import benchmarks_of_rows, find_benchmarks, run_model, summarise
@@ -252,6 +255,46 @@ def test_answers_are_those_of_linmu_eval(lmms_eval, student_folder, processor, r
     ((seconds, tokens, speed, more),) = lmms_eval.calls
     assert tokens == sum(result.token_counts.output_tokens for result in results)
     assert 0 < more["ttft"] < seconds and speed == tokens / seconds
+
+
+def test_special_tokens_of_the_reference_stay(lmms_eval, student_folder, processor, monkeypatch):
+    """In tasks made of rows, as by `linmu-eval --dataset`; lmms-eval's own tasks are judged without any."""
+    from linmu_hf.evaluation.lmms.model import LinMU
+
+    said = "<|box_start|>(12,30)<|box_end|>"
+    ids = torch.tensor([[*processor.tokenizer(said)["input_ids"], processor.tokenizer.eos_token_id]])
+    question = {"role": "user", "content": "where?"}
+    rows = [{"messages": [question, {"role": "assistant", "content": text}]} for text in (said, "(12,30)")]
+    model = LinMU(str(student_folder), device="cpu")
+    model.task_dict = {"t": {"test": rows}}
+    monkeypatch.setattr(model.model, "generate", lambda input_ids, **given: torch.cat([input_ids, ids], 1))
+    for how, expected in (({"keep_special_tokens_of_the_reference": True}, [said, "(12,30)"]), ({}, ["(12,30)"] * 2)):
+        requests = [Request(("", doc_to_messages, how, i, "t", "test")) for i in range(2)]
+        results = model.generate_until(requests)
+        assert [result.text for result in results] == expected
+    assert process_results(rows[0], [said]) == {"score": 1.0}
+
+
+def test_rows_that_cannot_be_used_are_left_out(processor, tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.effect_noise((64, 64), 80).convert("RGB").save(tmp_path / name)
+    (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes()[:-40])
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "which?"}]}
+    messages = [question, {"role": "assistant", "content": [{"type": "text", "text": "7"}]}]
+    lines = [
+        {"messages": messages, "images": [str(tmp_path / name)], "task": task}
+        for name, task in (("a.png", "x"), ("b.png", "x"), ("b.png", "y"))
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = load_rows(str(tmp_path / "rows.jsonl"), "train")
+    assert [number for number, _ in bad_rows(rows, processor)] == []  # their headers are right
+    bad = dict(bad_rows(rows, processor, decode=True))
+    assert list(bad) == [1, 2] and "b.png" in str(bad[1])
+    names = write_tasks(str(tmp_path / "rows.jsonl"), "train", tmp_path / "tasks", processor, without=bad)
+    assert list(names.values()) == ["x"]
+    (name,) = names
+    assert len(load_from_disk(str(tmp_path / "tasks" / "data" / name))["train"]) == 1
+    assert "keep_special_tokens_of_the_reference: true" in (tmp_path / "tasks" / f"{name}.yaml").read_text()
 
 
 @pytest.mark.parametrize(

@@ -64,9 +64,8 @@ class Conversation:
         }
         unanswered = {**row, "messages": [*row["messages"], {"role": "assistant", "content": ""}]}
         inputs = encode_prompts(self.processor, [unanswered]).to(self.model.device)
-        streamer = (
-            TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-        )
+        unsaid = self._unsaid()
+        streamer = AnswerStreamer(self.processor.tokenizer, unsaid) if stream else None
         ids = self.model.generate(
             **inputs,
             do_sample=False,
@@ -74,12 +73,36 @@ class Conversation:
             streamer=streamer,
             pad_token_id=self.processor.tokenizer.pad_token_id,
         )
-        answer = self.processor.tokenizer.decode(
-            ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        ).strip()
+        said = [i for i in ids[0, inputs["input_ids"].shape[1] :].tolist() if i not in unsaid]
+        answer = self.processor.tokenizer.decode(said).strip()
         row["messages"].append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         self.row = row
         return answer
+
+    def _unsaid(self) -> set[int]:
+        """Tokens that are no part of an answer: ends and places of pictures. Other special tokens mark boxes in it."""
+        processor, tokenizer = self.processor, self.processor.tokenizer
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        return {
+            *ends,
+            tokenizer.pad_token_id,
+            tokenizer.eos_token_id,
+            processor.image_token_id,
+            processor.video_token_id,
+        }
+
+
+class AnswerStreamer(TextStreamer):
+    """Prints an answer as it comes, without the tokens that are no part of it."""
+
+    def __init__(self, tokenizer, unsaid: set[int]):
+        super().__init__(tokenizer, skip_prompt=True)
+        self.unsaid = unsaid
+
+    def put(self, value):
+        if self.next_tokens_are_prompt or int(value) not in self.unsaid:
+            super().put(value)
 
 
 def converse(conversation: Conversation, images: list[Any], videos: list[Any]) -> None:

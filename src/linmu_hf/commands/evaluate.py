@@ -129,8 +129,14 @@ def run_benchmarks(arguments: argparse.Namespace) -> dict | None:
         include_path = str(output / "rows")
         processes = find_processes(arguments.device)
         if processes.is_main_process:
-            processor = load_processor(next(iter(models.values())))
-            write_tasks(arguments.dataset, arguments.split, output / "rows", processor, arguments.limit)
+            processors = [load_processor(path) for path in models.values()]
+            dataset = load_rows(arguments.dataset, arguments.split)
+            bad = {i: str(error) for one in processors for i, error in bad_rows(dataset, one, decode=True)}
+            for reason in bad.values():
+                print(f"linmu-eval: left out: {reason}", file=sys.stderr)
+            if len(bad) == len(dataset):
+                raise ValueError("none of the rows can be used")
+            write_tasks(arguments.dataset, arguments.split, output / "rows", processors[0], arguments.limit, bad)
         processes.wait_for_everyone()
         benchmarks, left_out = benchmarks_of_rows(output / "rows"), list[str]()
     else:

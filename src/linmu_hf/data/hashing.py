@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -68,8 +69,6 @@ def _update_medium(digest, medium: Any) -> None:
         _update_content(digest, source)
     elif isinstance(source, Image):
         digest.update(f"{source.mode}{source.size}".encode() + source.tobytes())
-    elif isinstance(source, Video):
-        update_hash(digest, [source.frames, source.metadata.fps, list(source.metadata.frames_indices or [])])
     elif isinstance(source, (list, tuple)):
         digest.update(f"[{len(source)}".encode())
         for frame in source:
@@ -92,7 +91,10 @@ def _update_content(digest, file: IO[bytes]) -> None:
 
 
 def update_hash(digest, value: Any) -> None:
-    """Adds one value of any nesting to a hash; of a file that is named its path, size and 64 KiB of its content."""
+    """
+    Adds one value of any nesting to a hash; of a file that is named its path, size and 64 KiB of its content, of one
+    that is open all but the path.
+    """
     if isinstance(value, Mapping):
         digest.update(f"{{{len(value)}".encode())
         for key in sorted(value, key=str):
@@ -111,6 +113,12 @@ def update_hash(digest, value: Any) -> None:
     elif isinstance(value, (np.ndarray, torch.Tensor)):
         array = np.ascontiguousarray(value)
         digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+    elif isinstance(value, Path):
+        update_hash(digest, str(value))
+    elif isinstance(value, Video):
+        update_hash(digest, [value.frames, value.metadata.fps, list(value.metadata.frames_indices or [])])
+    elif hasattr(value, "read") and hasattr(value, "seek"):
+        _update_content(digest, value)
     elif isinstance(value, bytes):
         digest.update(f"bytes{len(value)}".encode() + value)
     elif isinstance(value, str):

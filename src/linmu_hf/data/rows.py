@@ -110,8 +110,13 @@ def check_dataset(dataset: Iterable[Row], processor=None) -> None:
         raise error
 
 
-def bad_rows(dataset: Iterable[Row], processor=None, progress: bool = False) -> Iterator[tuple[int, ValueError]]:
-    """Yields number and error of every row that [`check_dataset`] would refuse, with `progress` beside a bar."""
+def bad_rows(
+    dataset: Iterable[Row], processor=None, progress: bool = False, decode: bool = False
+) -> Iterator[tuple[int, ValueError]]:
+    """
+    Yields number and error of every row that [`check_dataset`] would refuse, with `progress` beside a bar. With
+    `decode` whole pictures and videos are read with the processor, not their headers.
+    """
     total = len(dataset) if isinstance(dataset, Sized) else None
     hidden = not progress or (total or 0) < 1000
     rows = tqdm(raw_rows(dataset), "checking rows", total=total, unit="row", disable=hidden)
@@ -121,6 +126,8 @@ def bad_rows(dataset: Iterable[Row], processor=None, progress: bool = False) -> 
                 raise row
             row = check_row(row, number, processor)
             _read_media(row, number, lambda image: _check_size(image_size(image), processor), check_video)
+            if decode:
+                _read_media(row, number, open_image, lambda video: read_video(video, processor))
         except ValueError as error:
             yield number, error
 

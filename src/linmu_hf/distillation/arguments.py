@@ -60,7 +60,8 @@ REMEDIES = {
 # Values, by their start, of arguments that are honoured otherwise: they need epochs, checkpoints
 # that a run does not need to go on, lengths of the rows, or optimizers that choose their own parameters.
 REFUSED_VALUES = {
-    "save_strategy": ("best",),
+    "save_strategy": ("best", "epoch"),
+    "logging_strategy": ("epoch",),
     "eval_strategy": ("epoch",),
     "lr_scheduler_type": ("reduce_lr_on_plateau", "greedy"),
     "train_sampling_strategy": ("batch_rebalance",),

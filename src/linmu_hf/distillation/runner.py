@@ -119,14 +119,14 @@ def distill(
     check_evaluation(config, stages, _replaced(student), eval_dataset is not None)
     held_out = open_held_out(config, processor, eval_dataset)
     teacher = _teacher(config, stages, student, teacher)
-    store = _open_pseudo_targets(config, stages, teacher, features)
+    store, answers = _open_pseudo_targets(config, stages, teacher, features)
     if held_out is not None:
         _open_pseudo_targets(config, stages, teacher, held_out)
     with disk_errors(out), ExitStack() as held:
         on_main(lambda: held.enter_context(locked(out)) and None)
 
         def prepare() -> int:
-            settings = _settings(config, stages, student, teacher, features, held_out, store)
+            settings = _settings(config, stages, student, teacher, features, held_out, store, answers)
             prepare_output(out, settings, config.overwrite_output_dir)
             return len(list(takewhile(lambda stage: (out / stage.name).is_dir(), stages)))
 
@@ -260,10 +260,13 @@ def _check_inputs(config: DistillConfig, stages: Sequence[Stage], student, teach
 
 def _open_pseudo_targets(
     config: DistillConfig, stages: Sequence[Stage], teacher: Teacher, features: TrainingRows
-) -> PseudoTargets | None:
-    """Opens `pseudo_targets`; raises a `ValueError` unless it is used and holds this teacher's answers to all rows."""
+) -> tuple[PseudoTargets | None, str | None]:
+    """
+    Opens `pseudo_targets`, and hashes its answers; raises a `ValueError` unless it is used and holds this teacher's
+    answers to all rows.
+    """
     if config.pseudo_targets is None:
-        return None
+        return None, None
     given = f"pseudo_targets={config.pseudo_targets!r}"
     answers = any(stage.seq for stage in stages)
     if answers and PSEUDO_COLUMN in first_row(features):
@@ -279,11 +282,10 @@ def _open_pseudo_targets(
             "the temperature at 1, or make the answers without --top_k"
         )
     check_on_policy(config, stages, stored=store.top_k > 0)
-    store.check_rows(readable_rows(features))
-    return store
+    return store, store.check_rows(readable_rows(features))
 
 
-def _settings(config, stages, student, teacher, features, held_out, store) -> dict[str, Any]:
+def _settings(config, stages, student, teacher, features, held_out, store, answers) -> dict[str, Any]:
     """All that decides the result; a run is continued only if it is the same."""
     settings = {name: getattr(config, name) for name in ARGUMENTS}
     rows_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
@@ -291,6 +293,7 @@ def _settings(config, stages, student, teacher, features, held_out, store) -> di
         "rows_per_step": rows_per_step,  # however they are split
         "stages": {stage.name: asdict(stage) for stage in stages},
         "top_k": store.top_k if store else 0,
+        "pseudo_targets": answers,
         "student": fingerprint_weights(student),
         "teacher": fingerprint_weights(teacher.as_model()),
         "processor": fingerprint_processor(features.processor),

@@ -37,6 +37,18 @@ def normalise(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip(QUOTES).rstrip(".").strip(QUOTES).lower()
 
 
+def special_ids(tokenizer) -> set[int]:
+    """Returns the ids of all special tokens, among them those that mark boxes and references."""
+    return {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
+
+
+def decode_answer(tokenizer, ids: Sequence[int], reference: str = "") -> str:
+    """Returns the text of an answer; of the special tokens, those that the reference has stay."""
+    meant = set(tokenizer(reference, add_special_tokens=False)["input_ids"])
+    left_out = special_ids(tokenizer) - meant
+    return tokenizer.decode([i for i in ids if i not in left_out], clean_up_tokenization_spaces=False).strip()
+
+
 def tasks_of(rows: Sequence[Row]) -> list[str]:
     """Returns the name of each row's `task`, which may be any value; rows without one share the task `"all"`."""
     return ["all" if row.get("task") in (None, "") else str(row["task"]) for row in rows]
@@ -99,7 +111,6 @@ def generate_answers(
     model.eval()
     tokenizer = processor.tokenizer
     max_new_tokens = max_new_tokens or answer_limit(processor, rows)
-    special = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
     ends = {tokenizer.pad_token_id, *np.atleast_1d(model.generation_config.eos_token_id or [])}
     numbers = range(len(rows)) if numbers is None else numbers
     answers = [""] * len(rows)
@@ -127,8 +138,7 @@ def generate_answers(
         )
         was_cut = []
         for i, said in zip(chosen, ids[:, inputs["input_ids"].shape[1] :].tolist()):
-            meant = set(tokenizer(answer_text(rows[i]), add_special_tokens=False)["input_ids"])
-            answers[i] = tokenizer.decode([token for token in said if token not in special - meant]).strip()
+            answers[i] = decode_answer(tokenizer, said, answer_text(rows[i]))
             was_cut.append(len(said) >= max_new_tokens and said[-1] not in ends)
         if cut is not None:
             cut += [numbers[i] for i, one in zip(chosen, was_cut) if one]

@@ -12,6 +12,7 @@ Log-probabilities are stored in float32: the probability that the k leave to all
 which half precision would leave nothing.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -101,17 +102,20 @@ class PseudoTargets:
         ids, logprobs = (np.frombuffer(data, kind).reshape(2, n, -1)[part] for part, kind in enumerate(("<i4", "<f4")))
         return TopK(torch.tensor(ids), torch.tensor(logprobs))
 
-    def check_rows(self, rows: Iterable[Mapping], max_bad_rows: int = 0) -> None:
+    def check_rows(self, rows: Iterable[Mapping], max_bad_rows: int = 0) -> str:
         """
-        Raises a `ValueError` that counts the rows without an answer and names the first, if these are more than
-        `max_bad_rows`; all rows are read once.
+        Returns a hash of the answers to these rows. Raises a `ValueError` that counts the rows without an answer and
+        names the first, if these are more than `max_bad_rows`; all rows are read once.
         """
-        missing = []
+        missing, digest = [], hashlib.sha256()
         for index, row in enumerate(raw_rows(rows)):
             try:
                 if isinstance(row, ValueError):
                     raise row
-                if row_key(row, index) not in self:
+                key = row_key(row, index)
+                if key in self:
+                    digest.update(json.dumps([key, self._read(key, index)["answers"]]).encode())
+                else:
                     missing.append(index)
             except ValueError:
                 if not max_bad_rows:
@@ -119,6 +123,7 @@ class PseudoTargets:
                 missing.append(index)
         if len(missing) > max_bad_rows:
             raise ValueError(f"{self.folder} has no answers to {len(missing)} rows, row {missing[0]} first: {DECODE}")
+        return digest.hexdigest()[:16]
 
     def _read(self, key: str, index: int) -> dict[str, Any]:
         if key not in self.places:

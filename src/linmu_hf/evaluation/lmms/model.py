@@ -17,9 +17,11 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from tqdm.auto import tqdm
 from transformers import StoppingCriteria
 
-from ...data import encode_prompts
+from ...data import answer_text, encode_prompts
 from ...data.rows import row_size
 from ..loading import check_device, load_model
+from ..retention import decode_answer
+from .rows import KEEP
 
 
 LONGEST_ANSWER = 4096  # tokens, where a task names no limit
@@ -77,7 +79,7 @@ class LinMU(lmms):
 
     def generate_until(self, requests) -> list[GenerationResult]:
         """Answers each request, in order; those that are decoded alike share batches, the largest first."""
-        rows = [self._read(*request.args) for request in requests]
+        rows, references = zip(*(self._read(*request.args) for request in requests)) if requests else ((), ())
         ways = [repr(sorted(request.args[2].items())) for request in requests]
         order = sorted(range(len(rows)), key=lambda i: (ways[i], *(-size for size in row_size(rows[i]))))
         results: dict[int, GenerationResult] = {}
@@ -88,7 +90,10 @@ class LinMU(lmms):
             chosen = [i for i in order[: self.batch_size] if ways[i] == way]
             order = order[len(chosen) :]
             texts, counts, seconds, until_first = self._answer(
-                [rows[i] for i in chosen], [requests[i].args[3] for i in chosen], requests[chosen[0]].args[2]
+                [rows[i] for i in chosen],
+                [requests[i].args[3] for i in chosen],
+                requests[chosen[0]].args[2],
+                [references[i] for i in chosen],
             )
             for i, text, count in zip(chosen, texts, counts):
                 results[i] = GenerationResult(text=text, token_counts=TokenCounts(output_tokens=count))
@@ -113,9 +118,10 @@ class LinMU(lmms):
 
     def _answer_rounds(self, context, doc_to_messages: Callable, how, doc_id, task: str, split: str) -> list[str]:
         document = self.task_dict[task][split][doc_id]
-        messages, known, said = doc_to_messages(document), None, []
+        said: list[str] = []
+        messages, known = doc_to_messages(document), None
         for number in itertools.count(1):
-            said = [*said, *self._answer([as_row(messages)], [doc_id], how)[0]]
+            said = [*said, *self._answer([as_row(messages)], [doc_id], how, [""])[0]]
             messages, ended, said, known = doc_to_messages(
                 document, round_idx=number, previous_output=said, previous_round_info=known
             )
@@ -123,11 +129,17 @@ class LinMU(lmms):
                 break
         return said
 
-    def _read(self, context: str, doc_to_messages: Callable, how: Mapping, doc_id: Any, task: str, split: str) -> dict:
-        return as_row(doc_to_messages(self.task_dict[task][split][doc_id]))
+    def _read(
+        self, context: str, doc_to_messages: Callable, how: Mapping, doc_id: Any, task: str, split: str
+    ) -> tuple[dict[str, Any], str]:
+        """The row of a request, and the reference whose special tokens an answer keeps."""
+        document = self.task_dict[task][split][doc_id]
+        return as_row(doc_to_messages(document)), answer_text(document) if how.get(KEEP) else ""
 
     @torch.inference_mode()
-    def _answer(self, rows, numbers, how: Mapping[str, Any]) -> tuple[list[str], list[int], float, float]:
+    def _answer(
+        self, rows, numbers, how: Mapping[str, Any], references: Sequence[str]
+    ) -> tuple[list[str], list[int], float, float]:
         """Texts and tokens of the answers, the seconds for all, and those until their first tokens."""
         tokenizer, first = self.processor.tokenizer, FirstToken()
         inputs = encode_prompts(self.processor, rows, numbers).to(self.device)
@@ -139,7 +151,7 @@ class LinMU(lmms):
         _wait(self.device)
         seconds = time.perf_counter() - start
         said = ids[:, inputs["input_ids"].shape[1] :]
-        texts = tokenizer.batch_decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        texts = [decode_answer(tokenizer, one, reference) for one, reference in zip(said.tolist(), references)]
         counts = (said != tokenizer.pad_token_id).sum(1).tolist()
         return [cut(text, how.get("until")) for text in texts], counts, seconds, (first.at or start) - start
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,13 @@ from ...files import write_text
 from ..retention import answer_limit, correct_answers, tasks_of
 
 
+KEEP = "keep_special_tokens_of_the_reference"  # of `generation_kwargs`: answers are judged by these, too
 FUNCTIONS = ("doc_to_messages", "doc_to_text", "doc_to_target", "process_results")
 
 
-def write_tasks(dataset: str, split: str, folder: Path, processor, limit: int | None = None) -> dict[str, str]:
+def write_tasks(
+    dataset: str, split: str, folder: Path, processor, limit: int | None = None, without: Container[int] = ()
+) -> dict[str, str]:
     """
     Writes a task for each value of the column `task` of a dataset, with its rows, and `names.json`.
 
@@ -27,6 +30,7 @@ def write_tasks(dataset: str, split: str, folder: Path, processor, limit: int | 
         folder (`Path`): Where the files go; what is there is replaced.
         processor (`ProcessorMixin`): Counts the tokens of the longest reference.
         limit (`int`, *optional*): At most this many rows of every task.
+        without (`Container[int]`, *optional*): Numbers of rows that are left out.
 
     Returns:
         `dict[str, str]`: The task in the column, by its name for `--tasks`.
@@ -38,7 +42,9 @@ def write_tasks(dataset: str, split: str, folder: Path, processor, limit: int | 
     folder.mkdir(parents=True)
     write_text(folder / "linmu_rows.py", f"from {__name__} import {', '.join(FUNCTIONS)}\n")
     for task in dict.fromkeys(tasks):
-        some = rows.select([i for i, one in enumerate(tasks) if one == task][:limit])
+        some = rows.select([i for i, one in enumerate(tasks) if one == task and i not in without][:limit])
+        if not len(some):
+            continue
         name = f"linmu_{len(names)}_{''.join(c if c.isalnum() else '_' for c in task)}"
         datasets.DatasetDict({split: some}).save_to_disk(str(folder / "data" / name))
         write_text(folder / f"{name}.yaml", _describe(name, folder, split, answer_limit(processor, some)))
@@ -58,6 +64,7 @@ output_type: generate_until
 {functions}
 generation_kwargs:
   max_new_tokens: {limit}
+  {KEEP}: true
   temperature: 0
   do_sample: false
 metric_list:
