@@ -319,9 +319,11 @@ def positions_as_derived(call, choose):
     call.inputs["position_ids"] = call.derived()[0]
 
 
+# Besides these two, nothing is read by which positions are found.
 @corruption(
-    "position_ids", "vision_layout", "mm_token_type_ids", "input_ids", "attention_mask", media=("image", "video")
-)
+    "position_ids", "vision_layout", "mm_token_type_ids", "input_ids", "attention_mask", "second_per_grid_ts",
+    media=("image", "video"),
+)  # fmt: skip
 def layout_as_derived(call, choose):
     call.inputs["position_ids"], call.inputs["vision_layout"] = call.derived()
 

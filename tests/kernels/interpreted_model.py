@@ -44,7 +44,8 @@ def compare(monkeypatch):
             for module in (causal_conv, ssd, flex_ma):
                 monkeypatch.setattr(module, "use_triton_kernels", lambda x, on=backend == "triton": on)
             with use_kernels(ssd=backend):
-                results.append(what(tiny.plain(num_hidden_layers=2, **options)))
+                layers = len(options.get("layer_types", ["m_mate"]))
+                results.append(what(tiny.plain(num_hidden_layers=layers, **options)))
         assert launched >= kernels, f"{kernels - launched} did not run"
         torch.testing.assert_close(*reversed(results), rtol=1e-3, atol=1e-5)
 

@@ -66,7 +66,7 @@ def test_lengths(length, states):
 
 @pytest.mark.parametrize("normalized", [False, True], ids=["plain", "normalised"])
 def test_mixed_segments(normalized):
-    scan(MIXED, (2, 2, 1), normalized=normalized)
+    scan((65, 1, 64, 3), (2, 2, 1), normalized=normalized)
 
 
 @pytest.mark.parametrize("normalized", [False, True], ids=["plain", "normalised"])

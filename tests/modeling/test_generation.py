@@ -229,7 +229,7 @@ def test_positions_given_by_the_user_need_their_layout():
     inputs = tiny.batch(sample)
     positions, layout = model.model.get_positions(**{k: v for k, v in inputs.items() if "pixel" not in k})
     positions = torch.cat([torch.arange(len(sample)).expand(1, 1, -1), positions])
-    with pytest.raises(ValueError, match="without their vision_layout; pass both as `get_positions` returns them"):
+    with pytest.raises(ValueError, match="without image_grid_thw and video_grid_thw; pass these, or a vision_layout"):
         model.generate(**inputs, **GREEDY, position_ids=positions)
     out = model.generate(**inputs, **GREEDY, position_ids=positions, vision_layout=layout)
     assert new_tokens(out, inputs) == [greedy(model, sample)]

@@ -1,6 +1,7 @@
 """Malformed calls: each is refused with an error that names the argument and a remedy, or gives the right answer."""
 
 import functools
+import os
 import re
 
 import pytest
@@ -11,6 +12,9 @@ from corruptions import CORRUPTIONS, Call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+
+# The same examples every time; `LINMU_RANDOM=1 make test ARGS=...` draws new ones, and a failure prints what repeats it.
+DRAWN = {"deadline": None, "database": None, "derandomize": "LINMU_RANDOM" not in os.environ, "print_blob": True}
 
 BASES = {
     "text": ((tiny.Sample(9),), "right"),
@@ -96,7 +100,7 @@ def refuses(call, run):
     assert REMEDY.search(message), f"{message!r} offers no remedy"
 
 
-@settings(max_examples=1200, deadline=None, derandomize=True, database=None)
+@settings(max_examples=1200, **DRAWN)
 @given(st.data())
 @torch.no_grad()
 def test_forward(data):
@@ -108,7 +112,7 @@ def test_forward(data):
     torch.testing.assert_close(logits[real], base_logits(*names)[real], rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=300, **DRAWN)
 @given(st.data())
 def test_generate(data):
     call, names = corrupted(data, through_generate=True)
