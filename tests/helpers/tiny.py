@@ -49,7 +49,7 @@ def config(tie_word_embeddings=False, **options) -> LinMUConfig:
         temporal_patch_size=2,
         window_size=8,
         fullatt_block_indexes=[0],
-        out_hidden_size=32,
+        out_hidden_size=options.get("hidden_size", 32),
         tokens_per_second=2,
     )
     return LinMUConfig(

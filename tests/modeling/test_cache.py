@@ -7,6 +7,8 @@ import tiny
 import torch
 from transformers import DynamicCache, StaticCache
 
+from linmu_hf.ops.backends import use_kernels
+
 
 SAMPLES = {
     "text": tiny.Sample(21),
@@ -276,3 +278,17 @@ def test_crop_is_refused():
     cache = tiny.model()(input_ids=torch.tensor([[1, 2, 3]])).past_key_values
     with pytest.raises(NotImplementedError, match="cannot be cropped"):
         cache.crop(1)
+
+
+def test_heads_of_a_published_model():
+    """Heads of 128 and states of 256, as a 7B teacher has them: chunks and single tokens against the recurrence."""
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    sizes = {"hidden_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2, "state_size": 256}
+    model = tiny.model(num_hidden_layers=2, rope_parameters=rope, **sizes)
+    sample = tiny.Sample(9, ("image", 3, 4), 7, ("video", 2, 2, 3), 8)
+    with torch.no_grad():
+        with use_kernels(ssd="recurrence"):
+            expected = model(**tiny.batch(sample), use_cache=False).logits
+        torch.testing.assert_close(whole(model, sample), expected, atol=1e-10, rtol=0)
+        logits, _ = in_chunks(model, sample, (30, *range(len(sample) - 4, len(sample))))
+        torch.testing.assert_close(logits, expected, **CLOSE)

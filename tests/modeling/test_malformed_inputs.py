@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 
-# The same examples every time; `LINMU_RANDOM=1 make test ARGS=...` draws new ones, and a failure prints what repeats it.
+# The same examples every time; with LINMU_RANDOM=1 new ones are drawn, and a failure prints what repeats it.
 DRAWN = {"deadline": None, "database": None, "derandomize": "LINMU_RANDOM" not in os.environ, "print_blob": True}
 
 BASES = {
