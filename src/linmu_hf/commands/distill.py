@@ -61,7 +61,7 @@ class ScriptArguments:
     )
     gpus: int | None = field(default=None, metadata={"help": "How many GPUs the estimate is for. By default 1."})
     engine: str | None = field(
-        default=None, metadata={"help": "Engine of the estimate: ddp or fsdp2. By default fsdp2."}
+        default=None, metadata={"help": "Engine of the estimate: ddp, fsdp2, zero2 or zero3. By default fsdp2."}
     )
     sequence_length: int | None = field(
         default=None, metadata={"help": "Tokens of a row, for the estimate. By default 8192."}

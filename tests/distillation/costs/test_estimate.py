@@ -114,6 +114,19 @@ def test_engines_share_what_they_share():
     assert all(ddp[key] == value for key, value in single.items())
     for key in ("trained weights", "optimizer states", "frozen weights: decoder"):
         assert fsdp[key] == single[key] / 4
+    zero2, zero3 = (
+        estimate_stage(config, STAGES["student-fed"], shape, Machine("h100", 4, engine)).memory
+        for engine in ("zero2", "zero3")
+    )
+    for each in (zero2, zero3):  # DeepSpeed keeps the weights that its optimizer updates beside those of the model
+        assert each["the optimizer's copy of weights"] == single["trained weights"] / 4
+        assert each["optimizer states"] == single["optimizer states"] / 4
+        assert each["buckets of gradients"] == 4 * 5e8
+    assert all(zero2[key] == single[key] for key in single if "weights" in key)
+    for part, share in (("decoder", 4), ("vision", 1), ("embeddings", 1)):
+        assert zero3[f"frozen weights: {part}"] == single[f"frozen weights: {part}"] / share
+        assert fsdp[f"frozen weights: {part}"] == single[f"frozen weights: {part}"] / 4
+    assert zero3["gathered weights"] < fsdp["gathered weights"]
 
 
 @pytest.mark.parametrize(
@@ -122,6 +135,7 @@ def test_engines_share_what_they_share():
         (["--gpu", "h900", "--teacher", "tiny"], "h900"),
         (["--engine", "ddp", "--teacher", "tiny"], "gpus=1"),
         (["--gpus", "0", "--teacher", "tiny"], "at least 1"),
+        (["--gpus", "4", "--engine", "zero3", "--teacher", "tiny", "--recipe", "quick"], "muon needs whole matrices"),
         ([], "--teacher"),
         (["--teacher", "tiny", "--layers_at_a_time", "2"], "no stage has hidden_input: teacher"),
         (["--teacher", "tiny", "--layers_at_a_time", "2", "--recipe", "default", "--gpus", "2"], "for one GPU"),

@@ -25,7 +25,10 @@ GPUS = {
     "l40s": (48, 362, 0.86),
     "rtx4090": (24, 165, 1.01),
 }
-ENGINES = ("single", "ddp", "fsdp2")
+ENGINES = ("single", "ddp", "fsdp2", "zero2", "zero3")
+SPREAD_WEIGHTS = ("fsdp2", "zero3")  # over all GPUs; `ddp` spreads nothing, `zero2` all else
+WHOLE_WITH_ZERO3 = ("vision", "embeddings")  # which FSDP2 gathers for a step
+ZERO_BUCKET = 5 * 10**8  # numbers that DeepSpeed reduces at once, by default
 GROUPS = (32, 24, 16, 12, 8, 6, 4, 3, 2, 1)  # layers at a time that are tried
 
 # Assumed, not measured: the share of the data sheet's rate that a step reaches, of its bandwidth that a decode step
@@ -176,11 +179,13 @@ def estimate_stage(
         machine (`Machine`): GPUs and engine.
         micro_batches (`int`, *optional*, defaults to 1): Of a step, one after the other on each GPU.
     """
-    if stage.lmbda and machine.engine == "fsdp2":
+    if stage.lmbda and machine.engine in SPREAD_WEIGHTS:
         raise ValueError(
-            f"{stage.name}: lmbda={stage.lmbda} lets the student generate, which FSDP2, having taken it apart, "
-            "cannot: give --engine ddp, or set lmbda=0"
+            f"{stage.name}: lmbda={stage.lmbda} lets the student generate, which {machine.engine}, having taken it "
+            "apart, cannot: give --engine ddp, or set lmbda=0"
         )
+    if stage.muon and machine.engine in ("zero2", "zero3"):
+        raise ValueError(f"{stage.name}: muon needs whole matrices, which ZeRO cuts up: give --engine fsdp2")
     if shape.layers and stage.hidden_input == "teacher":
         return _estimate_groups(student, stage, shape, machine, micro_batches)
     counts = count_parameters(student, stage, shape)
@@ -188,18 +193,23 @@ def estimate_stage(
     size = shape.dtype.itemsize
     trace = trace_step(student, stage, replace(shape, accumulates=micro_batches > 1))
     n, engine = machine.count, machine.engine
-    weights = states = n if engine == "fsdp2" else 1
+    weights = n if engine in SPREAD_WEIGHTS else 1
+    states = 1 if engine in ("single", "ddp") else n
     memory: dict[str, float] = {
-        f"frozen weights: {name}": count * size / weights for name, count in counts["frozen"].items() if count
+        f"frozen weights: {name}": count * size / (1 if engine == "zero3" and name in WHOLE_WITH_ZERO3 else weights)
+        for name, count in counts["frozen"].items()
+        if count
     }
     memory["trained weights"] = 4 * trained / weights
+    if engine in ("zero2", "zero3"):
+        memory["the optimizer's copy of weights"] = 4 * trained / states
     memory["optimizer states"] = (8 * trained - 4 * matrices) / states
     # A step fed by the teacher takes all gradients, whole, before an engine spreads them.
     memory |= _held(trace, states if stage.hidden_input == "student" else 1)
-    if engine == "ddp":
-        memory["buckets of gradients"] = 4 * trained
+    if engine != "fsdp2" and n > 1:
+        memory["buckets of gradients"] = 4 * (trained if engine == "ddp" else ZERO_BUCKET)
     if weights > 1:
-        root = counts["frozen"]["vision"] + counts["frozen"]["embeddings"]
+        root = 0 if engine == "zero3" else sum(counts["frozen"][name] for name in WHOLE_WITH_ZERO3)
         layers = student.text_config.num_hidden_layers
         layer = (size * counts["frozen"]["decoder"] + 4 * counts["trained"]["decoder"]) / layers
         memory["gathered weights"] = root * size + 2 * layer

@@ -93,7 +93,9 @@ class Prompt:
             if position_ids is None or (lengths is not None and position_ids.ndim == 2):
                 position_ids = derived  # text positions of a packed row say where sequences begin, no more
         if vision_layout is None and any(medium.is_given for medium in media.values()):
-            missing = [f"{kind}_grid_thw" for kind, medium in media.items() if medium.is_given and medium.grids is None]
+            missing = [
+                f"{kind}_grid_thw" for kind, medium in media.items() if medium.is_given and medium.grids is None
+            ]
             raise ValueError(
                 f"images or videos came with position_ids but without {' and '.join(missing)}; pass these, or a "
                 "vision_layout with position_ids as `get_positions` returns them"
