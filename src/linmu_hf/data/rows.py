@@ -31,7 +31,7 @@ def encode_rows(processor, rows: Sequence[Row], numbers: Sequence[int] | None = 
 
     Args:
         processor (`ProcessorMixin`):
-            A processor with a chat template: a `Qwen2_5_VLProcessor` or an `NVILAProcessor`.
+            A processor with a chat template, of any family.
         rows (`Sequence[Mapping]`):
             Rows with `messages` and, where the messages ask for them, `images` and `videos`.
         numbers (`Sequence[int]`, *optional*):

@@ -1,16 +1,7 @@
 """The classes of this model, from the package linmu-hf (pip install linmu-hf)."""
 
 try:
-    from linmu_hf import (  # noqa: F401
-        LinMUConfig,
-        LinMUForConditionalGeneration,
-        LinMUModel,
-        LinMUTextConfig,
-        LinMUTextModel,
-        NVILAImageProcessor,
-        NVILAProcessor,
-        NVILAVideoProcessor,
-    )
+    from linmu_hf import *  # noqa: F403
 except ModuleNotFoundError as error:
     if error.name != "linmu_hf":
         raise
