@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention
 
 from ..modeling.decoder import LinMUDecoderLayer
-from ..modeling.layout.prompt import Medium, Prompt
+from ..modeling.layout.prompt import Prompt
 from ..modeling.mixers import recurrent_layers
 from .engines.zero import lend_shapes
 from .losses import IGNORE_INDEX, hidden_loss, next_token_targets, output_losses, squared_errors
@@ -132,24 +132,11 @@ class DistillationModel(nn.Module):
     def _read(self, inputs: Inputs) -> tuple[Given, Tensor]:
         """What the teacher reads, and the student's embeddings."""
         model = self.student.model
-        media = {
-            "image": Medium(inputs.get("pixel_values"), inputs.get("image_grid_thw")),
-            "video": Medium(inputs.get("pixel_values_videos"), inputs.get("video_grid_thw")),
-        }
         frozen = not any(
             p.requires_grad for part in (model.visual, model.get_input_embeddings()) for p in part.parameters()
         )
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            prompt = Prompt.read(
-                model,
-                inputs["input_ids"],
-                inputs.get("attention_mask"),
-                media=media,
-                second_per_grid_ts=inputs.get("second_per_grid_ts"),
-                mm_token_type_ids=inputs.get("mm_token_type_ids"),
-                use_cache=False,
-                cu_seqlens=inputs.get("cu_seq_lens_q"),
-            )
+            prompt, media = Prompt.read_batch(model, inputs)
             if self.position_shift and self.training:
                 prompt = replace(prompt, positions=self._shift(prompt))
             features = model.encode_media(media)

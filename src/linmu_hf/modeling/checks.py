@@ -10,10 +10,8 @@ from numbers import Real
 import torch
 from transformers import Cache
 
+from .layout.media import KINDS
 from .mixers import padding_mask, recurrent_layers
-
-
-_KINDS = {1: "image", 2: "video"}
 
 
 def check_forward(
@@ -174,9 +172,9 @@ def check_media(types, attention_mask, vision, image_grid_thw=None, video_grid_t
     real = rows.flatten() if attention_mask is None else rows[attention_mask.bool()]
     keys, runs = torch.unique_consecutive(real, return_counts=True)
     runs = list(zip(keys.tolist(), runs.tolist()))
-    for kind, name in _KINDS.items():
+    for name, kind in KINDS.items():
         found = [(key // 4, count) for key, count in runs if key % 4 == kind]
-        grids = {1: image_grid_thw, 2: video_grid_thw}[kind]
+        grids = {"image": image_grid_thw, "video": video_grid_thw}[name]
         media = [] if grids is None else vision.runs(name, grids)
         counts, sizes = [count for _, count in found], [size for medium in media for size in medium]
         if sizes != counts:

@@ -7,6 +7,8 @@ import torch
 from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .layout.media import GRIDS, PIXELS
+
 
 # The cache's name in arguments and outputs: `past_key_values` before 5.24, `cache` since.
 CACHE = next(
@@ -14,8 +16,6 @@ CACHE = next(
     for name in ("cache", "past_key_values")
     if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 )
-
-_PIXELS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 
 
 def takes_aliases(method):
@@ -53,10 +53,10 @@ class MediaGeneration(GenerationMixin):
     ):
         media = dict(mm_encoder_outputs or {})
         if not hasattr(GenerationMixin, "_prepare_multimodal_encoder_kwargs_for_generation"):
-            for kind, names in _PIXELS.items():
-                pixels, grid = (model_kwargs.pop(name, None) for name in names)
+            for kind, name in PIXELS.items():
+                pixels, grid = (model_kwargs.pop(key, None) for key in (name, GRIDS[kind]))
                 if pixels is None and grid is not None and kind not in media:
-                    raise ValueError(f"{names[1]} came without {names[0]}; pass both as the processor returned them")
+                    raise ValueError(f"{GRIDS[kind]} came without {name}; pass both as the processor returned them")
                 if pixels is not None:
                     media[kind] = getattr(self, f"get_{kind}_features")(pixels, grid, return_dict=True)
         for kind in media if expand_size > 1 else ():

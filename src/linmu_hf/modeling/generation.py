@@ -22,14 +22,13 @@ from transformers.masking_utils import create_causal_mask
 from .checks import check_prompt, is_checked, mark_checked
 from .compat import CACHE, MediaGeneration, takes_aliases
 from .decoder import LinMUCausalLMOutput
-from .layout.prompt import Medium, Prompt, new_positions
+from .layout.media import GRIDS, PIXELS, read_media
+from .layout.prompt import Prompt, new_positions
 from .mixers import recurrent_layers
-from .vision_side import KINDS
 
 
 MEDIA_KEYS = (
-    "pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "second_per_grid_ts",
-    "mm_token_type_ids", "mm_encoder_outputs",
+    *PIXELS.values(), *GRIDS.values(), "second_per_grid_ts", "mm_token_type_ids", "mm_encoder_outputs",
 )  # fmt: skip
 
 
@@ -110,7 +109,7 @@ class VisionLayoutGeneration(MediaGeneration):
             check_prompt(self.model, input_ids, model_kwargs.get("attention_mask"), model_kwargs.get(CACHE))
         text_positions = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         types, embeds = (model_kwargs.get(name) for name in ("mm_token_type_ids", "inputs_embeds"))
-        if embeds is not None and any(model_kwargs.get(f"{kind}_grid_thw") is not None for kind in KINDS):
+        if embeds is not None and any(model_kwargs.get(name) is not None for name in GRIDS.values()):
             input_ids = self.model.placeholder_ids(embeds, types, True)
         if input_ids.ndim != 2 or torch.is_floating_point(input_ids) or not input_ids.shape[1]:
             return text_positions
@@ -250,11 +249,7 @@ class VisionLayoutGeneration(MediaGeneration):
         """
         if chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size} must be at least 1")
-        encoded = mm_encoder_outputs or {}
-        media = {
-            "image": Medium(pixel_values, image_grid_thw, encoded.get("image")),
-            "video": Medium(pixel_values_videos, video_grid_thw, encoded.get("video")),
-        }
+        media = read_media(pixel_values, pixel_values_videos, image_grid_thw, video_grid_thw, mm_encoder_outputs)
         prompt = Prompt.read(
             self.model, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, media,
             second_per_grid_ts, mm_token_type_ids, vision_layout, use_cache=True,

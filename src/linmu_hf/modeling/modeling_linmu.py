@@ -13,8 +13,9 @@ from .compat import CACHE, takes_aliases
 from .configuration_linmu import LinMUConfig
 from .decoder import LinMUCausalLMOutput, LinMUModelOutput, LinMUPreTrainedModel, LinMUTextModel
 from .generation import VisionLayoutGeneration
-from .layout.prompt import Medium, Prompt
-from .vision_side import KINDS, VISION_SIDES, VisionSide, text_positions
+from .layout.media import KINDS, Medium, read_media
+from .layout.prompt import Prompt
+from .vision_side import VISION_SIDES, VisionSide, text_positions
 
 
 class LinMUModel(LinMUPreTrainedModel):
@@ -157,11 +158,7 @@ class LinMUModel(LinMUPreTrainedModel):
         cache, ids, pixels and grids are those of the new tokens. Several sequences packed into one row, whose media
         follow in the same order, are told apart by `cu_seq_lens_q` or by text positions that begin anew.
         """
-        encoded = mm_encoder_outputs or {}
-        media = {
-            "image": Medium(pixel_values, image_grid_thw, encoded.get("image")),
-            "video": Medium(pixel_values_videos, video_grid_thw, encoded.get("video")),
-        }
+        media = read_media(pixel_values, pixel_values_videos, image_grid_thw, video_grid_thw, mm_encoder_outputs)
         prompt = Prompt.read(
             self, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, media, second_per_grid_ts,
             mm_token_type_ids, vision_layout, use_cache, cu_seq_lens_q,

@@ -6,10 +6,8 @@ import torch
 from torch import nn
 
 from .checks import check_values, expect
+from .layout.media import KINDS, PIXELS
 from .layout.token_layout import span_layout
-
-
-KINDS = {"image": 1, "video": 2}  # values of mm_token_type_ids
 
 
 class VisionSide:
@@ -70,7 +68,7 @@ class VisionSide:
 
     def check_pixels(self, kind: str, pixels, grids) -> None:
         """Raises a `ValueError` or `TypeError` if grids are no grids, or pixels do not fit them."""
-        name = "pixel_values" if kind == "image" else "pixel_values_videos"
+        name = PIXELS[kind]
         if grids is None:
             raise ValueError(f"{name} came without {kind}_grid_thw; pass both as the processor returned them")
         self.runs(kind, grids)

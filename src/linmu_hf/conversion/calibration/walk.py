@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...modeling.layout.prompt import Medium, Prompt
+from ...modeling.layout.prompt import Prompt
 
 
 @dataclass
@@ -110,19 +110,7 @@ def embed(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Prompt
     inner: Any = model.model
     device = _device(inner.language_model)
     values = {name: value.to(device) for name, value in batch.items() if name != "labels"}
-    media = {
-        "image": Medium(values.get("pixel_values"), values.get("image_grid_thw")),
-        "video": Medium(values.get("pixel_values_videos"), values.get("video_grid_thw")),
-    }
-    prompt = Prompt.read(
-        inner,
-        values["input_ids"],
-        values.get("attention_mask"),
-        media=media,
-        second_per_grid_ts=values.get("second_per_grid_ts"),
-        mm_token_type_ids=values.get("mm_token_type_ids"),
-        use_cache=False,
-    )
+    prompt, media = Prompt.read_batch(inner, values)
     return inner.embed_prompt(prompt, inner.encode_media(media)), prompt
 
 

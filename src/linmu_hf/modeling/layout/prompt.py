@@ -1,7 +1,8 @@
 """The prompt: what a forward pass is given, read once where it enters the model and handed on as one value."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import Cache
@@ -9,26 +10,8 @@ from transformers import Cache
 from .. import checks
 from ..cache import next_positions, note_rope_deltas
 from ..mixers import padding_mask
+from .media import GRIDS, PIXELS, Medium, read_media
 from .packing import packed_lengths, positions_within, unpack
-
-
-class Medium(NamedTuple):
-    """
-    The images, or the videos, of a batch.
-
-    Args:
-        pixels (`torch.Tensor`, *optional*), grids (`torch.LongTensor` of shape `[media, 3]`, *optional*): As the
-            processor returns them.
-        encoded (`ModelOutput`, *optional*): What the vision side returned for them before.
-    """
-
-    pixels: torch.Tensor | None = None
-    grids: torch.Tensor | None = None
-    encoded: Any = None
-
-    @property
-    def is_given(self) -> bool:
-        return self.pixels is not None or self.encoded is not None
 
 
 @dataclass(frozen=True)
@@ -104,6 +87,22 @@ class Prompt:
         if cache is not None:
             note_rope_deltas(cache, position_ids, padding_mask(attention_mask))
         return cls(ids, inputs_embeds, attention_mask, position_ids, vision_layout, lengths, cache, past)
+
+    @classmethod
+    def read_batch(cls, model, inputs: Mapping[str, Any]) -> tuple["Prompt", dict[str, Medium]]:
+        """Reads whole sequences as a processor returns them, without a cache; returns their media, too."""
+        media = read_media(*(inputs.get(name) for name in (*PIXELS.values(), *GRIDS.values())))
+        prompt = cls.read(
+            model,
+            inputs["input_ids"],
+            inputs.get("attention_mask"),
+            media=media,
+            second_per_grid_ts=inputs.get("second_per_grid_ts"),
+            mm_token_type_ids=inputs.get("mm_token_type_ids"),
+            use_cache=False,
+            cu_seqlens=inputs.get("cu_seq_lens_q"),
+        )
+        return prompt, media
 
     @property
     def length(self) -> int:
