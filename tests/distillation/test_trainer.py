@@ -1,4 +1,5 @@
 import copy
+import warnings
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from linmu_hf.distillation.stages import FLEX, LORA, SWIN, Stage, set_trainable
 from linmu_hf.distillation.teacher import SeparateTeacher, SharedTeacher
 from linmu_hf.distillation.trainer import DistillTrainer
 from linmu_hf.modeling import decoder
+from linmu_hf.modeling.compat import checkpoint_activations
 from linmu_hf.modeling.layout.prompt import Prompt
 
 
@@ -242,6 +244,17 @@ def test_student_fed_later_mixers_depend_on_earlier_ones(make_trainer):
     assert not torch.allclose(before[name], after[name])
 
 
+CHECKPOINTING = f"{'activation' if hasattr(DistillConfig, 'activation_checkpointing') else 'gradient'}_checkpointing"
+
+
+def test_checkpoints_are_asked_for_by_their_newest_name(make_trainer):
+    trainer = make_trainer(stage(trains=(FLEX,)), **{CHECKPOINTING: True})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "(?s).*checkpointing", FutureWarning)
+        trainer.train()
+    assert trainer.student.model.language_model.gradient_checkpointing
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_gives_the_same_gradients(make_trainer, reentrant):
     values = stage(trains=(FLEX, SWIN, LORA), sup=0.5, lora_r=2)
@@ -249,10 +262,9 @@ def test_activation_checkpointing_gives_the_same_gradients(make_trainer, reentra
     plain = gradients(trainer, [batch_of(trainer, range(4))])
     torch.manual_seed(0)
     kwargs = {"use_reentrant": reentrant}
-    name = "activation" if hasattr(trainer.student, "activation_checkpointing_enable") else "gradient"  # before 5.23
-    other = make_trainer(values, **{f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": kwargs})
+    other = make_trainer(values, **{CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": kwargs})
     other.student.load_state_dict(trainer.student.state_dict())
-    getattr(other.student, f"{name}_checkpointing_enable")(kwargs)
+    checkpoint_activations(other.student, True, kwargs)
     checkpointed = gradients(other, [batch_of(other, range(4))])
     assert_same(checkpointed, plain, rtol=1e-4, atol=1e-6)
 

@@ -8,6 +8,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
 from linmu_hf import LinMUConfig, LinMUForConditionalGeneration, LinMUTextConfig
+from linmu_hf.modeling.compat import checkpoint_activations
 
 
 IMAGE, VIDEO, START, END, PAD = 60, 61, 62, 63, 0
@@ -100,9 +101,8 @@ def model(*args, **options) -> LinMUForConditionalGeneration:
 
 
 def checkpoint(model, **kwargs):
-    """Turns activation checkpointing on, by the name that this Transformers has for it."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable(kwargs)
+    """Turns activation checkpointing on."""
+    checkpoint_activations(model, True, kwargs)
 
 
 class Sample:

@@ -16,6 +16,7 @@ from linmu_hf.distillation.losses import IGNORE_INDEX
 from linmu_hf.distillation.model import DistillationModel
 from linmu_hf.distillation.stages import set_trainable
 from linmu_hf.distillation.teacher import as_teacher
+from linmu_hf.modeling.compat import checkpoint_activations
 
 
 VIDEO = 990
@@ -90,7 +91,7 @@ def build(config, stage, shared, checkpoints, dtype=torch.float32):
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if checkpoints:
-        student.gradient_checkpointing_enable()
+        checkpoint_activations(student)
     return DistillationModel(student, teacher, stage, checkpoints=checkpoints).train()
 
 

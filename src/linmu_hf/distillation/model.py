@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention
 
+from ..modeling.compat import checkpoint_activations
 from ..modeling.decoder import LinMUDecoderLayer
 from ..modeling.layout.prompt import Prompt
 from ..modeling.mixers import recurrent_layers
@@ -75,11 +76,12 @@ class DistillationModel(nn.Module):
     def tie_weights(self, **kwargs) -> None:
         self.student.tie_weights(**kwargs)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs) -> None:
-        self.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs) -> None:
+        checkpoint_activations(self.student, True, activation_checkpointing_kwargs, **kwargs)
 
-    def gradient_checkpointing_disable(self) -> None:
-        self.student.gradient_checkpointing_disable()
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None, **kwargs) -> None:
+        """The same by the name that a Trainer before Transformers 5.24 calls."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def forward(self, inputs: Inputs, counts: Tensor, compare: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         """

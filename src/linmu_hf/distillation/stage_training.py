@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import TrainerState
 
+from ..modeling.compat import checkpoint_activations
 from .checkpoints import load_trained
 from .config import DistillConfig
 from .engines.processes import on_main
@@ -138,7 +139,7 @@ def _train(run: StageRun) -> list[dict[str, Any]]:
     if use_cache is not None:
         student.config.use_cache = use_cache
     if args.gradient_checkpointing:  # the name in every Transformers of the range
-        student.gradient_checkpointing_disable()
+        checkpoint_activations(student, False)
     return rows
 
 

@@ -105,3 +105,10 @@ def repeat_by_sample(features, counts: list[int], times: int) -> list[torch.Tens
             own.append(next(media))
         repeated += own * times
     return repeated
+
+
+def checkpoint_activations(model, on: bool = True, kwargs=None, **more) -> None:
+    """Turns activation checkpointing on or off; `gradient_checkpointing_enable` and `_disable` before 5.24."""
+    new, action = hasattr(model, "activation_checkpointing_enable"), "enable" if on else "disable"
+    method = getattr(model, f"{'activation' if new else 'gradient'}_checkpointing_{action}")
+    method(*([kwargs] if on else []), **more)

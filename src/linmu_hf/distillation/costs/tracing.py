@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.initialization import no_init_weights
 
+from ...modeling.compat import checkpoint_activations
 from ...modeling.layout.prompt import Prompt
 from ...modeling.layout.token_layout import TokenLayout
 from ...modeling.mixers import recurrent_layers
@@ -232,7 +233,7 @@ def _run(key: _Key, stage: Stage, shape: Shape, text_tokens: int, vision_tokens:
     with FakeTensorMode(allow_non_fake_inputs=True), _pieces(shape.on_gpu):
         fill(student)
         if shape.checkpoints:
-            student.gradient_checkpointing_enable()
+            checkpoint_activations(student)
         embeds = torch.empty(b, t, text.hidden_size, dtype=shape.dtype)
         prompt = Prompt(positions=torch.zeros(3, b, t, dtype=torch.long), vision_layout=vision_layout)
         teacher = _teacher(student, config, shape, embeds)
