@@ -57,7 +57,7 @@ zero-check: .venvs/zero/.ready
 	DS_BUILD_OPS=0 .venvs/zero/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		-e ".[train,video]" deepspeed pytest
 	.venvs/zero/bin/python tools/torchvision_cpu_shim.py
-	rm -rf $(CURDIR)/.venvs/zero/extensions # whoever finds the lock of a build that was killed waits for ever
+	rm -rf $(CURDIR)/.venvs/zero/extensions # a build that finds the lock of a killed one waits forever
 	PATH="$(CURDIR)/.venvs/zero/bin:$$PATH" TORCH_EXTENSIONS_DIR=$(CURDIR)/.venvs/zero/extensions DS_ACCELERATOR=cpu \
 		.venvs/zero/bin/python -c \
 		"from deepspeed.comm.torch import build_shm_op; build_shm_op()"

@@ -91,7 +91,7 @@ def test_a_lock_ends_with_an_error_and_holds_inside_one_process(tmp_path):
 
 @pytest.mark.parametrize("write", [torch.save, save_file, lambda tensors, file: write_text(file, "long" * 1000)])
 def test_a_full_disk_is_told_in_one_way(tmp_path, write):
-    """Files that may not grow stand for it: `torch.save` raises a `RuntimeError`, safetensors an error of its own."""
+    """Files that may not grow simulate it: `torch.save` raises a `RuntimeError`, safetensors an error of its own."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))

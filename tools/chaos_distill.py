@@ -117,7 +117,7 @@ def start(folder: Path, out: Path, processes: int, log: Path) -> int:
     arguments = command(folder, out, processes)
     sys.stdout.flush()
     leader = os.fork()
-    os.setpgid(leader, leader)  # both do it: whoever kills the group finds one
+    os.setpgid(leader, leader)  # both do it: a kill of the group then finds one
     if leader:
         return leader
     with open(log, "ab", buffering=0) as stream:

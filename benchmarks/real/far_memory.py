@@ -64,7 +64,7 @@ class FarText:
 
 
 def far_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Returns the sum of w v [t, h, p] over tokens that are no sinks and at least `WINDOW` tokens back."""
+    """Returns the sum of w v [t, h, p] over tokens that are not sinks and at least `WINDOW` tokens back."""
     t, h, p = q.shape
     k, v = (one.repeat_interleave(h // one.shape[1], dim=1) for one in (k, v))
     distance = torch.arange(t)[:, None] - torch.arange(t)

@@ -103,7 +103,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        file.unlink(missing_ok=True)  # still held: who opened it meanwhile will see that it is gone
+        file.unlink(missing_ok=True)  # still held: a process that opened it meanwhile will see that it is gone
         stream.close()
 
 

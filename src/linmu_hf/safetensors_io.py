@@ -38,7 +38,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor is: `file[begin:end]` holds `shape` elements of `dtype`, row by row."""
+    """The place of a tensor: `file[begin:end]` holds `shape` elements of `dtype`, row by row."""
 
     file: Path
     dtype: torch.dtype

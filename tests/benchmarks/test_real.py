@@ -14,7 +14,7 @@ import torch
 from synthetic import make_processor, make_teacher
 
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are no part of the package
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are not part of the package
 
 from benchmarks.real import __main__ as command
 from benchmarks.real import bench, far_memory, measure, recall, text
@@ -308,7 +308,7 @@ def run(tmp_path, monkeypatch):
     rows = torch.randint(1, 200, (1, 48))
     asked = [recall.Question(0, 40, 32, int(rows[0, 41]))]
     monkeypatch.setattr(bench, "recall_set", lambda *args: (rows, asked))
-    monkeypatch.setattr(bench, "version", lambda name: "0")  # gguf is no part of the test environment
+    monkeypatch.setattr(bench, "version", lambda name: "0")  # gguf is not part of the test environment
     steps = (Calibrate("calibration", batches=2, batch_size=1, length=32), replace(STEP, length=32))
     settings = Settings(steps=steps, rows=3, length=48, questions=1)
     return lambda only=None: command.run(bench.Bench(tmp_path / "run", base, settings), only)

@@ -49,7 +49,7 @@ def test_no_model_takes_the_teachers_name():
 
 
 def test_a_student_in_a_folder_called_teacher(teacher_folder, student_folder, dataset_folder, tmp_path, capsys):
-    """Both are evaluated, and references that do not fit are told, whatever the folders are called."""
+    """Both are evaluated, and references that do not fit are reported, whatever the folders are called."""
     folder = shutil.copytree(student_folder, tmp_path / "teacher")
     file = tmp_path / "retention.json"
     assert run("--model", f"{folder}/", "--teacher", teacher_folder, "--dataset", dataset_folder, "--limit", 1,

@@ -176,7 +176,7 @@ def test_output_in_the_way(refused, teacher, tmp_path):
     refused(teacher, "exists and is not empty")
     refused(teacher, "holds no model that overwrite could replace", ["--overwrite_output_dir"], overwrite=True)
     (tmp_path / "out" / "thesis.tex").unlink()
-    convert(str(teacher), str(tmp_path / "out"))  # an empty folder is no obstacle
+    convert(str(teacher), str(tmp_path / "out"))  # an empty folder does not matter
 
 
 def test_overwrite_spares_the_teacher(teacher, tmp_path):

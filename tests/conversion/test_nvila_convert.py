@@ -205,7 +205,7 @@ def test_killed_and_resumed(k, tmp_path, monkeypatch):
 
 
 def test_a_part_that_changed_is_another_teacher(tmp_path):
-    """Files of one name lie in several sub-folders: all of them count."""
+    """Files of one name are in several sub-folders: all of them count."""
     make_nvila(tmp_path / "teacher", shard=None)
     plans = []
     for value in (0.0, 1.0):

@@ -180,7 +180,7 @@ def test_a_killed_run_continues_with_the_same_result(finished, run, tmp_path, mo
     [(DistillTrainer, "_save_checkpoint"), (runner_module, "write_stage")],
 )
 def test_a_run_goes_on_after_a_disk_was_full(finished, run, tmp_path, monkeypatch, owner, name):
-    """Files that may not grow stand for it: neither a checkpoint can be written nor the first stage's model."""
+    """Files that may not grow simulate it: neither a checkpoint can be written nor the first stage's model."""
     resource, out = pytest.importorskip("resource"), tmp_path / "out"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     original = getattr(owner, name)

@@ -129,7 +129,7 @@ def test_nvilas_presets_have_its_vision_side():
     "preset, media, size, frames", [("nvila-8b", "image", 3072, 10), ("nvila-8b-video", "video", 256, 121)]
 )
 def test_nvilas_prompts(preset, media, size, frames):
-    """Whole images in S2 blocks, or frames of one tile, and a line break behind each."""
+    """Whole images in S2 blocks, or frames of one tile, and a line break after each."""
     arguments = benchmark_cli.parse_arguments(["--model", preset, "--device", "cpu"])
     assert (arguments.media, arguments.grid[0] * arguments.grid[1]) == (media, size)
     layout = prompt_layout(32768, 0.95, arguments.grid, arguments.media, separators=True)[0]

@@ -2,7 +2,7 @@
 A family that does not exist: a tower of one matrix, a learned line break after every row of an image.
 
 It is one module, this one, and one entry; nothing else of the package names it. Its line break takes a feature, as in
-LLaVA-OneVision, but is no cell of the image's grid.
+LLaVA-OneVision, but is not a cell of the image's grid.
 """
 
 import json

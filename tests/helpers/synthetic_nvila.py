@@ -45,7 +45,7 @@ def make_tokenizer(media_tokens: bool = False) -> Qwen2TokenizerFast:
 def make_parts(
     kind: str = "8b", *, tie: bool = False, new_rows: int = 0, seed: int = 0, layers: int = 4
 ) -> tuple[dict[str, dict], dict[str, dict[str, torch.Tensor]]]:
-    """Configuration and tensors of each part; `new_rows`: of the embedding, behind those of the tokenizer."""
+    """Configuration and tensors of each part; `new_rows`: of the embedding, after those of the tokenizer."""
     _, scales, side = KINDS[kind]
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()

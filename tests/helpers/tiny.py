@@ -142,7 +142,7 @@ class Sample:
 
 
 def extended(sample: Sample, ids) -> Sample:
-    """The sample with more text behind it."""
+    """The sample with more text after it."""
     longer = type(sample)(*sample.parts)
     longer.ids = [*sample.ids, *ids]
     return longer
@@ -169,7 +169,7 @@ def batch(*samples: Sample, padding="right", dtype=torch.float64, length=None) -
 
 
 def cut(sample: Sample, start: int, end: int) -> dict:
-    """The inputs of tokens `start` to `end` of a sample: the media that lie in them, the mask of all until `end`."""
+    """The inputs of tokens `start` to `end` of a sample: the media that are in them, the mask of all until `end`."""
     inputs = batch(sample)
     types = inputs["mm_token_type_ids"][0]
     sliced = {

@@ -68,7 +68,7 @@ def test_private_and_branch(hub, folder):
 
 
 def test_weights_of_an_earlier_model_go(hub, folder, tmp_path):
-    """A repository with one large file gets shards, and the other way round; what is no weight stays."""
+    """A repository with one large file gets shards, and the other way round; what is not a weight stays."""
     push_folder(folder, NAME)
     files = hub.repos[NAME].branches["main"][-1]
     files |= {

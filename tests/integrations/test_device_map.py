@@ -45,7 +45,7 @@ def saved(request, tmp_path_factory):
 
 @torch.no_grad()
 def check(loaded, model, **generate_options):
-    # not to the last bit: products round differently where weights lie differently in memory
+    # not to the last bit: products round differently where weights are laid out differently in memory
     torch.testing.assert_close(loaded(**INPUTS).logits, model(**INPUTS).logits, rtol=1e-5, atol=1e-5)
     tokens = [one.generate(**INPUTS, max_new_tokens=5, **generate_options) for one in (loaded, model)]
     assert tokens[0].shape[1] > INPUTS["input_ids"].shape[1] and torch.equal(*tokens)

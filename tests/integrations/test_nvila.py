@@ -26,7 +26,7 @@ TILINGS = ["dynamic_s2", "dynamic", "resize"]
 
 
 def make_model(processor, tiling, **vision) -> LinMUForConditionalGeneration:
-    """Random weights; the placeholders lie outside the vocabulary, as in the released checkpoints."""
+    """Random weights; the placeholders are outside the vocabulary, as in the released checkpoints."""
     image_processor, tokenizer = processor.image_processor, processor.tokenizer
     tower = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision_config = NVILAVisionConfig(

@@ -125,7 +125,7 @@ def test_answers_stay_close(name, processor, rows, batch, reference):
     agrees = chosen == scores.argmax(-1)
     best, other = scores.max(-1).values, scores.gather(1, chosen[:, None])[:, 0]
     assert agrees.float().mean() >= 0.9
-    assert (best - other).max() < 10 * bound  # in nats; a right answer lies several ahead
+    assert (best - other).max() < 10 * bound  # in nats; a right answer is several ahead
 
 
 @pytest.mark.parametrize("name", [name for name, config in CONFIGURATIONS.items() if config[1] == "cpu"])

@@ -119,7 +119,7 @@ def test_generate(compare, options, how):
 
 
 def test_a_chat_goes_on_and_is_learnt_from(compare):
-    """A second image behind a cache, in inference mode; what was kept there does no harm to gradients afterwards."""
+    """A second image after a cache, in inference mode; what was kept there does no harm to gradients afterwards."""
     whole = tiny.Sample(5, ("image", 2, 3), 2, ("image", 3, 2), 4)
     cuts = 0, whole.cuts[2], len(whole)
 

@@ -1,7 +1,7 @@
 """Our kernels, run in Python by Triton's interpreter, against the float64 recurrence: values and gradients.
 
 Run with `make kernels-check`, or by `test_interpreted.py` in a process of its own: Triton reads TRITON_INTERPRET when
-it is imported. Matrix products of bf16 are wrong in the interpreter of Triton 3.9, so fp16 stands for it.
+it is imported. Matrix products of bf16 are wrong in the interpreter of Triton 3.9, so fp16 stands in for it.
 """
 
 import os
@@ -223,7 +223,7 @@ def test_strong_decay_stays_finite():
 
 
 def test_offsets_beyond_32_bits():
-    """Rows so far apart that the last lie more than 2^31 elements behind the first."""
+    """Rows so far apart that the last are more than 2^31 elements after the first."""
     n, far = 66, 2**31 // 64
     inputs = make((n,), (2, 2, 1), states=False, dtype=torch.float32)
     storage = torch.empty(0, dtype=torch.float16)

@@ -30,7 +30,7 @@ def positions_of(*samples, padding="right"):
 
 
 def visible(layout, mask):
-    """[t, t]: whether a row may see a column. Text: what is not behind it. Vision: what is not behind its span."""
+    """[t, t]: whether a row may see a column. Text: what is not after it. Vision: what is not after its span."""
     t = len(mask)
     order = torch.arange(t)
     same_span = (layout[:, None, 0] == layout[None, :, 0]) & (layout[:, 0] >= 0)

@@ -43,7 +43,7 @@ def test_compiled_once_for_all_steps_and_calls(model):
 
 
 def test_the_graph_writes_only_what_keeps_its_address(model):
-    """CUDA graphs are given up where a step writes into inputs that may lie elsewhere in the next."""
+    """CUDA graphs are given up where a step writes into inputs that may be elsewhere in the next."""
     written, static = [], []
 
     def look(graph, inputs):

@@ -17,7 +17,7 @@ SAMPLES = tiny.Sample(3, ("image", 2, 2), 2), tiny.Sample(5, ("image", 2, 3), 4)
 
 
 def attend(module, query, key, value, attention_mask, scaling, **kwargs):
-    """Causal attention within the rows of a batch or, where their bounds are told, within the sequences of one row."""
+    """Causal attention within the rows of a batch or, with bounds given, within the sequences of one row."""
     b, _, t, _ = query.shape
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     if attention_mask is not None:

@@ -51,7 +51,7 @@ def test_greedy(sample, options, how):
 @both
 @torch.no_grad()
 def test_a_second_image_later_does_not_change_the_answer_about_the_first(options):
-    """Every logit of the first turn is the same with the second turn and its image behind it."""
+    """Every logit of the first turn is the same with the second turn and its image after it."""
     model = tiny.model(**options)
     first, second = tiny.Sample(3, ("image", 3, 5), 6), tiny.Sample(3, ("image", 3, 5), 6, ("image", 2, 4), 5)
     alone, together = tiny.batch(first), tiny.batch(second)

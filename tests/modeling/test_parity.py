@@ -172,7 +172,7 @@ def right_pad(model, sample):
 
 
 def packed_row(sample):
-    """Three sequences behind one another in a row, and where they begin."""
+    """Three sequences one after another in a row, and where they begin."""
     together = (COMPANY[type(sample)][0], sample, COMPANY[type(sample)][1])
     inputs = fp32(*together)
     row = {key: value for key, value in inputs.items() if "pixel" in key or "grid" in key}

@@ -114,7 +114,7 @@ def test_nothing_is_tried_or_remembered_while_a_graph_is_captured(monkeypatch):
 
 
 def test_as_a_command(monkeypatch, capsys):
-    """What cannot run here is no fault; what runs and is wrong is."""
+    """What cannot run here is not a fault; what runs and is wrong is."""
     monkeypatch.setattr(self_check, "why_unavailable", lambda name, x: None if name == "triton" else "not here")
     monkeypatch.setattr(self_check, "why_unfit", lambda name, x: "not here")
     monkeypatch.setattr(self_check.logger, "disabled", False)

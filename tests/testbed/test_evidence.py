@@ -183,6 +183,6 @@ def test_a_later_run_fills_in_what_is_missing(tmp_path, monkeypatch, capsys):
 
 
 def test_the_shipped_page_is_what_its_files_say():
-    """The page in docs is written by nobody: its files make it."""
+    """Nobody edits the page in docs: it is made from its files."""
     page = Path(__file__).parents[2] / "docs" / "evidence.md"
     assert page.read_text() == build_page(page)

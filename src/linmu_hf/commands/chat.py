@@ -94,7 +94,7 @@ class Conversation:
 
 
 class AnswerStreamer(TextStreamer):
-    """Prints an answer as it comes, without the tokens that are no part of it."""
+    """A streamer that prints an answer as it comes, without the tokens that are not part of it."""
 
     def __init__(self, tokenizer, unsaid: set[int]):
         super().__init__(tokenizer, skip_prompt=True)

@@ -20,9 +20,9 @@ DTYPES = ["auto", "float32", "bfloat16", "float16"]
 
 class Parser(argparse.ArgumentParser):
     """
-    Parses flags in snake_case, as Transformers and TRL write them, and says in one line what is wrong.
+    A parser of flags in snake_case, as Transformers and TRL write them, that says in one line what is wrong.
 
-    The spellings of the release before, in kebab-case or in `renamed`, are taken with a note; `--help` has them not.
+    The spellings of the release before, in kebab-case or in `renamed`, are taken with a note; `--help` omits them.
     """
 
     renamed: Mapping[str, str] = {}
@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class TypedParser(Parser, HfArgumentParser):
-    """Parses the flags of dataclasses, as `transformers.HfArgumentParser` does, and shows one spelling of each."""
+    """A parser of the flags of dataclasses, like `transformers.HfArgumentParser`, that shows one spelling of each."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -66,7 +66,7 @@ def check_positive(arguments: argparse.Namespace, *names: str) -> None:
 
 def run_command(prog: str, work: Callable[[], Any], after_interrupt: str = "") -> int:
     """
-    Runs a command's work and returns its exit code; what a user can mend is one line, without a traceback.
+    Runs a command's work and returns its exit code; an error that a user can fix is one line, without a traceback.
 
     On a CPU, numbers too small for float32's ordinary form are taken as 0 meanwhile: trained features and decays can
     be full of them, and products with them take several times as long.

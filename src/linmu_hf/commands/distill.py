@@ -30,7 +30,7 @@ DEFAULT_GPU = "h100"
 
 @dataclass
 class ScriptArguments:
-    """What `linmu-distill` takes besides the arguments of [`DistillConfig`]."""
+    """The arguments of `linmu-distill` besides those of [`DistillConfig`]."""
 
     model: str = field(metadata={"help": "The student: folder or Hub id of a converted model."})
     dataset: str = field(

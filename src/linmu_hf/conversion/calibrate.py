@@ -30,7 +30,7 @@ FITTED = r"^(flex_ma\.o_proj\.weight|local_swin\.o_proj\.weight|(text_)?fusion_p
 @dataclass(frozen=True)
 class LayerReport:
     """
-    What became of one layer: its relative error |output - target|^2 / |target|^2 on held-out rows, fed with the
+    The result for one layer: its relative error |output - target|^2 / |target|^2 on held-out rows, fed with the
     teacher's hidden states, before and after; how much the norm of its output projections grew; and the smallest sum
     of weights that an output of Flex-MA is divided by there.
     """
@@ -49,9 +49,9 @@ class LayerReport:
 @dataclass(frozen=True)
 class CalibrationReport:
     """
-    What a calibration did to every M-MATE layer, the fits that were kept, the relative error of the student's last
-    hidden states on its own path over held-out rows, before and after, and the names of the parameters that may have
-    changed.
+    The result of a calibration: what it did to every M-MATE layer, the fits that were kept, the relative error of the
+    student's last hidden states on its own path over held-out rows, before and after, and the names of the parameters
+    that may have changed.
     """
 
     layers: list[LayerReport]

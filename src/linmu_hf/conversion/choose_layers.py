@@ -17,7 +17,7 @@ def number_to_keep(keep_attention, n_layers: int) -> int | None:
     Returns K of `"auto:K"`, `None` for anything else.
 
     Raises:
-        `ValueError`: K is no number of layers.
+        `ValueError`: K is not a number of layers.
     """
     if not isinstance(keep_attention, str) or not keep_attention.startswith(AUTO):
         return None
@@ -66,7 +66,7 @@ def replacement_costs(student: nn.Module, teacher: nn.Module, batches: Sequence[
 
 
 def choose_attention_layers(student, teacher, batches, keep: int) -> list[int]:
-    """Returns the `keep` layers that are dearest to replace, ascending; arguments as in [`replacement_costs`]."""
+    """Returns the `keep` layers that are costliest to replace, ascending; arguments as in [`replacement_costs`]."""
     costs = replacement_costs(student, teacher, batches)
     return sorted(sorted(range(len(costs)), key=lambda layer: -costs[layer])[:keep])
 

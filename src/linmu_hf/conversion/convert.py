@@ -44,7 +44,7 @@ Shards = dict[str, list[OutputTensor]]
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion did, or with `dry_run` would do."""
+    """A report of what a conversion did, or with `dry_run` would do."""
 
     teacher: str
     output: str
@@ -120,7 +120,7 @@ def convert(
         dtype (`str` or `torch.dtype`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`; by default each tensor
             keeps the teacher's. Decays (`A_log`, `dt_bias`, `D`) are float32 whatever it says.
         keep_attention (`Sequence[int]`, `"all"` or `"auto:K"`, *optional*): Layers that keep full attention; with
-            `"auto:K"` the K that are dearest to replace on the calibration batches, see [`choose_attention_layers`].
+            `"auto:K"` the K that are costliest to replace on the calibration batches, see [`choose_attention_layers`].
         preset (`str`, *optional*, defaults to `"default"`): `"paper"` or `"default"`.
         mixer_options (`dict`, *optional*): M-MATE fields of [`LinMUTextConfig`], over the preset.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.

@@ -129,7 +129,7 @@ class ConversionPlan:
         return scaled
 
     def fingerprint(self, shards: dict[str, list[OutputTensor]]) -> str:
-        """Changes with whatever changes the output: the teacher's files, the configuration, the files to write."""
+        """Returns a hash of what decides the output: the teacher's files, the configuration, the files to write."""
         folder = self.source.folder
         files = {str(tensor.file.relative_to(folder)): tensor.file.stat() for tensor in self.source.tensors.values()}
         content = {

@@ -58,7 +58,7 @@ def _update_medium(digest, medium: Any) -> None:
         inner = next((inner[key] for key in SOURCES if inner.get(key) is not None), None)
     try:
         source = local_file(medium, *SOURCES[:3])
-    except ValueError:  # not there: said where it is read
+    except ValueError:  # not there: reported where it is read
         return update_hash(digest, medium)
     if isinstance(source, str) and os.path.isdir(source):
         source = frame_files(source)

@@ -17,7 +17,7 @@ def read_json_rows(files: Sequence[str]) -> Iterator[dict[str, Any]]:
         files (`Sequence[str]`): Paths, or addresses that `fsspec` opens.
 
     Raises:
-        `ValueError`: A file is not JSON, or an entry is no object; names the file and the entry.
+        `ValueError`: A file is not JSON, or an entry is not an object; names the file and the entry.
     """
     import fsspec
 

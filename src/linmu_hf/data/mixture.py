@@ -185,7 +185,7 @@ def load_training_rows(path: str, split: str = "train", *, streaming: bool = Fal
 
 
 def normalize(weights: Sequence[float], n: int, stopping: str = STOPPING[0]) -> list[float]:
-    """Returns weights that sum to 1, or raises the `ValueError` of the first that is no positive number."""
+    """Returns weights that sum to 1, or raises the `ValueError` of the first that is not a positive number."""
     if stopping not in STOPPING:
         raise ValueError(f"stopping={stopping!r} must be one of {', '.join(STOPPING)}")
     if len(weights) != n or n == 0:

@@ -140,7 +140,7 @@ def row_size(row: Row) -> tuple[int, int]:
         try:
             height, width = image_size(medium)
         except ValueError:
-            continue  # said where it is read
+            continue  # reported where it is read
         pixels += height * width
     return pixels, sum(map(len, texts_of(row)))
 

@@ -22,7 +22,7 @@ class RowError(ValueError):
 
 class SkippedRows:
     """
-    Counts the rows that are left out, each once, over a process and its workers; [`merge`] adds other processes'.
+    A count of the rows that are left out, each once, over a process and its workers; [`merge`] adds other processes'.
 
     Args:
         limit (`int`, *optional*, defaults to 0): How many may be left out. With 0 the first one is an error.

@@ -42,7 +42,7 @@ class Given:
         return hasattr(self.medium, "read") or (isinstance(self.medium, str) and not Path(self.medium).is_dir())
 
     def rate(self, n: int) -> float | None:
-        """Frames per second, given or the mean one of `n` time stamps."""
+        """Returns the frames per second, as given or as the mean rate of `n` time stamps."""
         return _mean_rate(self.timestamps, n) or self.fps
 
 

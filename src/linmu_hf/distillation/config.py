@@ -47,7 +47,7 @@ class DistillConfig(TrainingArguments):
             Whether the teacher runs on the student's own backbone, with its attention beside M-MATE: one model in
             memory in place of two. By default where all other weights are equal and no stage trains them.
         layers_at_a_time (`int`, *optional*):
-            Stages that the teacher feeds (`hidden_input="teacher"`) train so many layers after one another, each group
+            Stages that the teacher feeds (`hidden_input="teacher"`) train this many layers at a time, each group
             with all the steps of its stage, so that gradients and optimizer states of no more layers are held. One
             process and a shared teacher; `max_grad_norm` bounds the gradients of a group. Other stages run as without.
         recipe (`str`, *optional*, defaults to `"paper"`):

@@ -16,7 +16,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 class Float32Logits(TorchFunctionMode):
     """
-    Within this context every linear map with half-precision operands, also by autocast, returns float32.
+    A context within which every linear map with half-precision operands, also by autocast, returns float32.
 
     It acts on `F.linear` itself, so that the head is called as a module: hooks that gather a sharded weight or bring
     it from another device run as ever, and adapters add up in float32. A head that multiplies in another way

@@ -90,7 +90,7 @@ def _brief(value: Any) -> str:
 
 
 def last_checkpoint(running: Path) -> str | None:
-    """The newest complete checkpoint: the Trainer writes its state last, so one without it is half written."""
+    """Returns the newest complete checkpoint: the Trainer writes its state last, so one without it is half written."""
     numbered = {int(path.name.split("-")[1]): path for path in running.glob("checkpoint-*")}
     for _, path in sorted(numbered.items(), reverse=True):
         try:
@@ -129,12 +129,12 @@ def write_group(folder: Path, student, rows: list[dict[str, Any]]) -> None:
 
 
 def logged(out: Path, stages: Sequence[Stage]) -> list[dict[str, Any]]:
-    """The rows of the logs of finished stages."""
+    """Returns the rows of the logs of finished stages."""
     return [row for stage in stages for row in read_log(out / stage.name)]
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The rows of the log in a folder."""
+    """Returns the rows of the log in a folder."""
     return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
 
 

@@ -31,7 +31,7 @@ def count_own(dataset: Dataset, args) -> int:
 
 
 class HeldOutCollator:
-    """Makes a batch of rows, and says whether any of them could be read: else it is a token that must not count."""
+    """A collator that also says whether any row of a batch could be read: else the batch must not count."""
 
     def __init__(self, collator: DistillCollator):
         self.collator = collator

@@ -240,12 +240,14 @@ class DistillationModel(nn.Module):
 class GradientsAtOnce(torch.autograd.Function):
     """
     A loss whose gradients are taken in the forward pass, after which its graph is gone; the backward pass hands them
-    on, so that whoever waits for it, such as DDP, sees nothing unusual.
+    on, so that anything that waits for it, such as DDP, sees nothing unusual.
     """
 
     @staticmethod
     def forward(ctx, compare: Callable, *parameters: Tensor):
         """
+        Computes the loss and its gradients, which the backward pass returns.
+
         Args:
             compare (`Callable`): Returns the loss and tensors that are not differentiated.
             parameters (`Tensor`): What the loss is differentiated by.
@@ -270,5 +272,5 @@ def _keep(known: dict[int, Tensor], index: int, mixer_input: Tensor, mixer_outpu
 
 
 def _real(prompt: Prompt, embeds: Tensor) -> Tensor:
-    """1 at the tokens that are no padding, `[b, t]`."""
+    """1 at the tokens that are not padding, `[b, t]`."""
     return embeds.new_ones(embeds.shape[:2]) if prompt.mask is None else prompt.mask

@@ -4,8 +4,8 @@ On-policy rows: the student's own answers in the place of given ones, for the te
 A student that has learned from given answers alone never sees what follows a token of its own that they lack. Here it
 draws the last answer of a row from its own distribution, token by token through its cache, and L_tok compares both
 models on these very ids: nothing becomes text in between. No gradient goes through the draws. Rows start at position 0
-while they are answered, whatever `position_shift` is: there they start when the student is used, and what it says
-then is to be judged.
+while they are answered, whatever `position_shift` is: that is where rows start when the student is used, and what it
+says there is to be judged.
 
     code                  paper
     lmbda                 lambda   share of rows with answers of the student
@@ -33,7 +33,7 @@ from .targets.encode import answer_spans
 @dataclass
 class OnPolicy:
     """
-    Puts the student's answers into the rows of a micro-batch.
+    A callable that puts the student's answers into the rows of a micro-batch.
 
     Whether a row gets one, and its draws, depend on the seed, the step and the row's place among those of the step:
     not on the rows beside it, on the number of processes, or on whether the run was resumed.
@@ -90,8 +90,8 @@ class OnPolicy:
 
 class Draws(LogitsProcessor):
     """
-    Makes the likeliest token a draw from softmax(logits / temperature), by Gumbel noise. Every sequence has random
-    numbers of its own.
+    A logits processor that makes the likeliest token a draw from softmax(logits / temperature), by Gumbel noise. Every
+    sequence has random numbers of its own.
 
     Args:
         seeds (`Sequence[int]`): One for every sequence.

@@ -85,7 +85,7 @@ def plot_error_map(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
 def error_columns(
     rows: Sequence[dict[str, Any]], starts: dict[str, int], layers: Sequence[int]
 ) -> tuple[list[int], list[list[float]]]:
-    """Returns the steps between which logged rows lie, [n + 1], and their errors by layer, NaN if unknown, [n, l]."""
+    """Returns the steps between which logged rows are, [n + 1], and their errors by layer, NaN if unknown, [n, l]."""
     edges, columns = [0], []
     for row in rows:
         step = starts[row["stage"]] + row["step"]

@@ -248,7 +248,7 @@ def _replaced(student) -> list[int]:
 
 
 def _check_inputs(config: DistillConfig, stages: Sequence[Stage], student, teacher, features: TrainingRows) -> None:
-    if find_spec("matplotlib") is None:  # said now and not after the first stage
+    if find_spec("matplotlib") is None:  # reported now and not after the first stage
         raise ImportError('the curves of a distillation need matplotlib: pip install "linmu-hf[train]"')
     check_pair(student.config, teacher.config, hidden=any(stage.hid for stage in stages))
     check_rows(config, features)

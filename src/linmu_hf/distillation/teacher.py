@@ -45,7 +45,7 @@ See = Callable[[int, Tensor, Tensor, nn.Module | None], Any]
 
 class Teacher(nn.Module):
     """
-    What a student learns from. Frozen, always in evaluation mode, never in a checkpoint.
+    The module that a student learns from. Frozen, always in evaluation mode, never in a checkpoint.
 
     Called with a batch, it goes through its layers one by one, or through the first `num_layers`, shows each mixer's
     input and output to `see`, keeps nothing of them, and returns the hidden states after the final norm.
@@ -53,7 +53,7 @@ class Teacher(nn.Module):
 
     @property
     def head(self) -> nn.Module:
-        """The language-model head: maps `[n, d]` to logits `[n, v]`."""
+        """Returns the language-model head, which maps `[n, d]` to logits `[n, v]`."""
         raise NotImplementedError
 
     def as_model(self) -> LinMUForConditionalGeneration:

@@ -36,7 +36,7 @@ from .teacher import as_teacher
 
 class DistillTrainer(Trainer):
     """
-    Trains the student's trainable parameters on one stage's losses against a frozen teacher, on any number of
+    A trainer of the student's trainable parameters on one stage's losses against a frozen teacher, on any number of
     processes.
 
     Logs every loss term (`loss_hid`, `loss_tok`, `loss_seq`, `loss_sup`, without their weights), `agreement` (share of
@@ -355,8 +355,8 @@ class DistillTrainer(Trainer):
 
 class FillGradients(TrainerCallback):
     """
-    Gives parameters that a batch did not use a gradient of zeros, as those of several processes have where one of them
-    did: the optimizer then does the same on any number of processes.
+    A callback that gives parameters that a batch did not use a gradient of zeros, as those of several processes have
+    where one of them did: the optimizer then does the same on any number of processes.
     """
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
@@ -366,7 +366,7 @@ class FillGradients(TrainerCallback):
 
 
 class PassOver(TrainerCallback):
-    """Tells a stream what a run that goes on has passed. Where bad rows count, all are met again."""
+    """A callback that tells a stream what a resumed run has passed. Where bad rows count, all are met again."""
 
     def __init__(self, stream: EncodedStream):
         self.stream = stream
@@ -377,7 +377,9 @@ class PassOver(TrainerCallback):
 
 
 class LogLastStep(TrainerCallback):
-    """Logs the last steps of a stage that do not fill `logging_steps`, and evaluates after the last one."""
+    """
+    A callback that logs the last steps of a stage that do not fill `logging_steps`, and evaluates after the last one.
+    """
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == state.max_steps:

@@ -102,7 +102,7 @@ def _is_foreign(path: str) -> bool:
         family = find_family(read_raw_config(path))
         return family is not None and not family.in_transformers
     except (OSError, ValueError):
-        return False  # what is wrong with it is said where it is opened
+        return False  # what is wrong with it is reported where it is opened
 
 
 def library_versions() -> dict[str, str]:

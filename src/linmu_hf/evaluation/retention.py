@@ -27,7 +27,7 @@ BOOTSTRAP_SAMPLES = 2000
 
 SHORTEST_LIMIT = 32  # of max_new_tokens, where references are short
 QUOTES = " \"'`“”‘’"
-# Full-width ASCII is ASCII; what has no width is nothing. Other compatibility forms keep their meaning: x² is not x2.
+# Full-width ASCII is ASCII; what has no width is dropped. Other compatibility forms keep their meaning: x² is not x2.
 SAME = {0xFF01 + i: 0x21 + i for i in range(94)} | dict.fromkeys((0x200B, 0x2060, 0xFEFF, 0x00AD)) | {0x3002: "."}
 
 
@@ -221,7 +221,10 @@ def retention_report(
 def compare(
     correct: dict[str, np.ndarray], tasks: Sequence[str], teacher: str | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Reports of several models on the same rows, `{model: {"accuracy", "retention"}}`; the teacher has no latter."""
+    """
+    Returns reports of models on the same rows, `{model: {"accuracy", "retention"}}`; the teacher's has no
+    `"retention"`.
+    """
     reports = {}
     for name, right in correct.items():
         reports[name] = {"accuracy": accuracy_report(right, tasks)}

@@ -35,7 +35,7 @@ DOWNLOADS = ("config.json", *PROCESSOR_FILES, "*.safetensors", "*.safetensors.in
 @dataclass(frozen=True)
 class WeightMap:
     """
-    Teacher tensor names to student tensor names.
+    A map of teacher tensor names to student tensor names.
 
     Args:
         prefixes (`dict[str, str]`): Beginnings of teacher names, onto the student's; the first that matches counts.

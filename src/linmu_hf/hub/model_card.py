@@ -64,7 +64,7 @@ LIMITS = """\
 @dataclass(frozen=True)
 class Origin:
     """
-    Where a model comes from, for a public page: no local paths.
+    The origin of a model, for a public page: no local paths.
 
     Args:
         teacher (`str`, *optional*): The teacher's Hub id, or the name of its folder.

@@ -11,8 +11,8 @@ from .compat import CACHE
 
 class RopeDeltas(CacheLayerMixin):
     """
-    Lets the first layer of a cache keep how far the next position of every sequence is from the number of its tokens,
-    `[b, 1]`: an image advances positions by less than its tokens. It follows whatever is done to the batch.
+    A mixin by which the first layer of a cache keeps how far the next position of every sequence is from the number of
+    its tokens, `[b, 1]`: an image advances positions by less than its tokens. It follows all changes of the batch.
     """
 
     rope_deltas: torch.Tensor | None = None
@@ -67,7 +67,10 @@ class MMateCacheLayer(LinearAttentionLayer, RopeDeltas):
         self.counts: torch.Tensor | None = None  # text and vision tokens of every row, [b, 2]
 
     def load(self, rows=None):
-        """Convolution tail and SSM state of the given batch rows (all by default); `(None, None)` at the beginning."""
+        """
+        Returns convolution tail and SSM state of the given batch rows (all by default); `(None, None)` at the
+        beginning.
+        """
         if not self.has_previous_state[0]:
             return None, None
         states = (self.conv_states[0], self.recurrent_states[0])
@@ -188,7 +191,7 @@ class MMateCacheLayer(LinearAttentionLayer, RopeDeltas):
         return -1
 
     def lazy_initialization(self, *args, **kwargs) -> None:
-        """Nothing to prepare: shapes are known when the first state is stored."""
+        """Prepares nothing: shapes are known when the first state is stored."""
 
     def update(self, *args, **kwargs):
         raise NotImplementedError("a recurrent layer caches a recurrent state, not keys and values")

@@ -25,7 +25,7 @@ def check_forward(
         media (`dict[str, Medium]`): Images and videos.
 
     Raises:
-        `ValueError`, `TypeError`: An argument is no such thing, or does not fit the others.
+        `ValueError`, `TypeError`: An argument is of the wrong kind, or does not fit the others.
     """
     if torch.compiler.is_compiling():
         return
@@ -87,6 +87,8 @@ def check_prompt(model, input_ids, attention_mask=None, past_key_values=None):
 
 def check_tokens(model, input_ids, inputs_embeds=None, past_key_values=None):
     """
+    Checks ids or embeddings.
+
     Args:
         model (`LinMUModel`): Whose placeholders may be outside the vocabulary.
         input_ids (`torch.LongTensor` of shape `[b, t]`) or inputs_embeds (`torch.Tensor` of shape `[b, t, d]`).
@@ -124,7 +126,7 @@ def check_decoder_inputs(
     tokens, attention_mask=None, position_ids=None, past_key_values=None, vision_layout=None, layer_types=("m_mate",)
 ):
     """
-    Mask, positions, cache and layout against the new tokens, `[b, t]` or `[b, t, d]`.
+    Checks mask, positions, cache and layout against the new tokens, `[b, t]` or `[b, t, d]`.
 
     Raises:
         `ValueError`, `TypeError`: A shape that does not fit, or values that cannot be.
@@ -162,11 +164,11 @@ def check_decoder_inputs(
 
 def check_media(types, attention_mask, vision, image_grid_thw=None, video_grid_thw=None, second_per_grid_ts=None):
     """
-    Placeholders against grids: the runs of image (1) and video (2) tokens of `types` `[b, t]` are those that the
-    vision side expects for the grids.
+    Checks placeholders against grids: the runs of image (1) and video (2) tokens of `types` `[b, t]` are those that
+    the vision side expects for the grids.
 
     Raises:
-        `ValueError`, `TypeError`: Grids are no grids, or describe other media than the placeholders.
+        `ValueError`, `TypeError`: Grids are not valid, or describe other media than the placeholders.
     """
     rows = torch.arange(types.shape[0], device=types.device)[:, None] * 4 + types.long()
     real = rows.flatten() if attention_mask is None else rows[attention_mask.bool()]
@@ -208,7 +210,7 @@ def check_values(name: str, pixels):
 
 
 def check_types(types, expected, attention_mask=None):
-    """`mm_token_type_ids` `[b, t]` against what the placeholders of the prompt say."""
+    """Checks `mm_token_type_ids` `[b, t]` against what the placeholders of the prompt say."""
     expect("mm_token_type_ids", types, tuple(expected.shape), "[batch, tokens]")
     wrong = types != expected
     if attention_mask is not None:
@@ -221,7 +223,7 @@ def check_types(types, expected, attention_mask=None):
 
 
 def check_spans(vision_layout, expected, attention_mask=None, complete: bool = False):
-    """The vision tokens of a layout `[b, t, 4]` are placeholders; with `complete`, all of them."""
+    """Checks that the vision tokens of a layout `[b, t, 4]` are placeholders; with `complete`, all of them."""
     inside, places = vision_layout[..., 0] >= 0, expected > 0
     if attention_mask is not None:
         places = places & attention_mask.bool()
@@ -234,11 +236,11 @@ def check_spans(vision_layout, expected, attention_mask=None, complete: bool = F
 
 def check_head_inputs(input_ids, inputs_embeds, vocabulary: int, labels=None, logits_to_keep=0):
     """
-    Labels and the choice of logits against the new tokens, `[b, t]` or `[b, t, d]`.
+    Checks labels and the choice of logits against the new tokens, `[b, t]` or `[b, t, d]`.
 
     Raises:
-        `ValueError`, `TypeError`: Wrong shape, a label that is no token, a choice outside the sequence, or labels of
-            which some have no logits.
+        `ValueError`, `TypeError`: Wrong shape, a label that is not a token, a choice outside the sequence, or labels
+            of which some have no logits.
     """
     tokens, dims = (input_ids, 2) if inputs_embeds is None else (inputs_embeds, 3)
     if torch.compiler.is_compiling() or getattr(tokens, "ndim", 0) != dims or not all(tokens.shape):
@@ -329,7 +331,10 @@ def _cached_rows(cache) -> int | None:
 
 
 def expect(name: str, value, shape, meaning: str, floating: bool = False):
-    """A tensor of integers (or of floating-point numbers) of this shape; `None` is any size, or any shape."""
+    """
+    Checks that `value` is a tensor of integers (or of floating-point numbers) of this shape; `None` is any size, or
+    any shape.
+    """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; pass a tensor (return_tensors='pt' in the processor)")
     if shape is not None and (

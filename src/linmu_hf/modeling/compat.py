@@ -1,4 +1,4 @@
-"""What the Transformers minors of the supported range do differently, told by a feature and never by a version."""
+"""What the Transformers minors of the supported range do differently, detected by a feature and never by a version."""
 
 import functools
 import inspect
@@ -90,8 +90,8 @@ class MediaGeneration(GenerationMixin):
 
 def repeat_by_sample(features, counts: list[int], times: int) -> list[torch.Tensor]:
     """
-    The features of every sample `times` times in a row: for samples with media [A, B] and [C] and two beams
-    A, B, A, B, C, C.
+    Returns each sample's features `times` times in a row: for samples with media [A, B] and [C] and two beams A, B, A,
+    B, C, C.
 
     Args:
         features (`Sequence[torch.Tensor]`): For every medium of the batch `[n, d]`.

@@ -232,7 +232,7 @@ class LinMUConfig(RemoteCode, PreTrainedConfig):
         text_config (`LinMUTextConfig` or `dict`, *optional*):
             Configuration of the decoder.
         image_token_id, video_token_id, vision_start_token_id, vision_end_token_id (`int`, *optional*):
-            Placeholder and delimiter tokens, as in the teacher. NVILA has no delimiters, and its placeholders may lie
+            Placeholder and delimiter tokens, as in the teacher. NVILA has no delimiters, and its placeholders may be
             outside the vocabulary.
     """
 
@@ -266,7 +266,9 @@ class LinMUConfig(RemoteCode, PreTrainedConfig):
 
     @classmethod
     def default_config_fields(cls) -> dict[str, Any]:
-        """Fields with defaults; naming the sub-configurations keeps their unset fields out of `config.json`."""
+        """
+        Returns fields with defaults; naming the sub-configurations keeps their unset fields out of `config.json`.
+        """
         return {**super().default_config_fields(), "vision_config": {}, "text_config": {}}
 
     @classmethod

@@ -34,6 +34,8 @@ from .remote_code import InstalledCode
 @dataclass
 class LinMUModelOutput(BaseModelOutputWithPast):
     """
+    The output of [`LinMUModel`] and [`LinMUTextModel`].
+
     Args:
         last_hidden_state (`torch.Tensor` of shape `[b, t, d]`): Hidden states after the final norm.
         cache (`Cache`, *optional*): With `use_cache`; `past_key_values` before Transformers 5.24.
@@ -121,7 +123,7 @@ class LinMUPreTrainedModel(InstalledCode, PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, use_safetensors=True, **kwargs):
-        """Transformers' own, but pickled weights are read only where `use_safetensors=False` asks for them."""
+        """Loads as Transformers does, but reads pickled weights only where `use_safetensors=False` asks for them."""
         return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
 
     def _init_weights(self, module):
@@ -166,6 +168,8 @@ class LinMUTextModel(LinMUPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> LinMUModelOutput:
         """
+        Runs the decoder on ids or embeddings.
+
         Args:
             input_ids (`torch.LongTensor` of shape `[b, t]`) or inputs_embeds (`torch.Tensor` of shape `[b, t, d]`).
             attention_mask (`torch.Tensor` of shape `[b, past + t]`, *optional*): 0 at padding.
@@ -292,7 +296,7 @@ def attention_arguments(config, embeds, causal_mask, text_positions, past_key_va
         packed (`list[int]`, *optional*): Lengths of the sequences of a packed row.
     """
     bounds = {}
-    if packed is not None:  # kernels that take no mask are told so what belongs together
+    if packed is not None:  # this tells kernels that take no mask what belongs together
         at, longest = lengths_to_bounds(packed, embeds.device).int(), max(packed)
         bounds = {"cu_seq_lens_q": at, "cu_seq_lens_k": at, "max_length_q": longest, "max_length_k": longest}
         if config._attn_implementation in (varlen.NAME, varlen.BY_SEQUENCE):

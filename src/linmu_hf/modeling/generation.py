@@ -34,8 +34,8 @@ MEDIA_KEYS = (
 
 def chunk_sizes(vision_layout, length: int, chunk_size: int, reverse_scope: str = "span") -> list[int]:
     """
-    Sizes of the chunks of a prefill: at most `chunk_size` tokens each, cut between images and videos. A span longer
-    than that is read in one chunk.
+    Returns the sizes of the chunks of a prefill: at most `chunk_size` tokens each, cut between images and videos. A
+    span longer than that is read in one chunk.
 
     Args:
         vision_layout (`torch.LongTensor` of shape `[b, length, 4]` or `None`): Of the tokens to read.
@@ -62,7 +62,8 @@ def chunk_sizes(vision_layout, length: int, chunk_size: int, reverse_scope: str 
 
 class WideScores(LogitsProcessor):
     """
-    Lends a processor scores for placeholders outside the vocabulary, which it looks up because the prompt has them.
+    A wrapper that lends a processor scores for placeholders outside the vocabulary, which it looks up because the
+    prompt has them.
 
     Args:
         processor (`LogitsProcessor`): What changes the scores.
@@ -117,7 +118,7 @@ class VisionLayoutGeneration(MediaGeneration):
         past = 0 if cache is None else int(cache.get_seq_length())
         mask = model_kwargs.get("attention_mask")
         if mask is None or mask.shape[1] == input_ids.shape[1]:
-            input_ids = input_ids[:, past:]  # who resumes may pass all ids or the new ones, with the mask of all
+            input_ids = input_ids[:, past:]  # a resumed call may pass all ids or the new ones, with the mask of all
         t = input_ids.shape[1]
         positions, layout = new_positions(
             self.model,
@@ -166,7 +167,9 @@ class VisionLayoutGeneration(MediaGeneration):
     def create_masks_for_generate(
         config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
     ) -> dict[str, torch.Tensor | None]:
-        """The mask of each layer type: causal for attention, and for M-MATE the padding among the new tokens."""
+        """
+        Returns the mask of each layer type: causal for attention, and for M-MATE the padding among the new tokens.
+        """
         config, masks = config.get_text_config(), {}
         if "full_attention" in config.layer_types:
             masks["full_attention"] = create_causal_mask(

@@ -40,34 +40,36 @@ class LinMUModel(LinMUPreTrainedModel):
 
     @property
     def vision(self) -> VisionSide:
-        """The vision side: the tower, and what placeholders and grids mean to it."""
+        """Returns the vision side: the tower, and what placeholders and grids mean to it."""
         return VISION_SIDES[self.config.vision_config.model_type](self.config, self.visual)
 
     @property
     def argument_names(self) -> dict[str, str]:
-        """The family's names of arguments, and those that `forward` gives them."""
+        """Returns the family's names of arguments, and those that `forward` gives them."""
         return self.vision.argument_names
 
     @property
     def n_embeddings(self) -> int:
-        """Ids that have an embedding."""
+        """Returns the number of ids that have an embedding."""
         text: Any = self.config.text_config
         return getattr(self.get_input_embeddings(), "num_embeddings", text.vocab_size)
 
     @property
     def placeholders(self) -> dict[str, int]:
-        """The placeholder of an image and of a video; it may be outside the vocabulary."""
+        """Returns the placeholder of an image and of a video; it may be outside the vocabulary."""
         return {"image": self.config.image_token_id, "video": self.config.video_token_id}
 
     def embeddable(self, ids, instead: int = 0):
-        """Ids `[b, t]` with another in place of placeholders outside the vocabulary: vision features replace those."""
+        """
+        Returns ids `[b, t]` with another id for placeholders outside the vocabulary, which vision features replace.
+        """
         for token in self.placeholders.values():
             if token >= self.n_embeddings:
                 ids = ids.masked_fill(ids == token, instead)
         return ids
 
     def embed(self, input_ids):
-        """Embeddings `[b, t, d]` of ids `[b, t]`."""
+        """Returns the embeddings `[b, t, d]` of ids `[b, t]`."""
         return self.get_input_embeddings()(self.embeddable(input_ids))
 
     def get_image_features(self, pixel_values, image_grid_thw=None, **kwargs):
@@ -77,7 +79,7 @@ class LinMUModel(LinMUPreTrainedModel):
         return self.vision.features("video", pixel_values_videos, video_grid_thw, **kwargs)
 
     def token_types(self, input_ids):
-        """0 for text, 1 for image and 2 for video placeholders, like the processor's `mm_token_type_ids`."""
+        """Returns 0 for text, 1 for image and 2 for video placeholders, like the processor's `mm_token_type_ids`."""
         types = torch.zeros_like(input_ids)
         for kind, token in self.placeholders.items():
             types[input_ids == token] = KINDS[kind]
@@ -167,7 +169,7 @@ class LinMUModel(LinMUPreTrainedModel):
         return self.language_model(inputs_embeds=embeds, prompt=prompt, return_dict=True, **kwargs)
 
     def placeholder_ids(self, inputs_embeds, mm_token_type_ids, has_media):
-        """Ids `[b, t]` that are right at the placeholders, known by their types or embeddings; 0 elsewhere."""
+        """Returns ids `[b, t]` that are right at the placeholders, known by their types or embeddings; 0 elsewhere."""
         ids = inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long)
         if mm_token_type_ids is None and not has_media:
             return ids
@@ -181,7 +183,7 @@ class LinMUModel(LinMUPreTrainedModel):
 
     def embed_placeholder(self, token: int, device):
         """
-        The embedding `[d]` of a placeholder.
+        Returns the embedding `[d]` of a placeholder.
 
         Raises:
             `ValueError`: It is outside the vocabulary, so that embeddings do not tell where placeholders are.
@@ -286,6 +288,8 @@ class LinMUForConditionalGeneration(VisionLayoutGeneration, LinMUPreTrainedModel
         **kwargs: Unpack[TransformersKwargs],
     ) -> LinMUCausalLMOutput:
         """
+        Runs the model and its head; with labels, also computes the loss.
+
         Args:
             labels (`torch.LongTensor` of shape `[b, t]`, *optional*): -100 where no loss is wanted; a placeholder
                 outside the vocabulary counts as such.

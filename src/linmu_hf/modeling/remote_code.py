@@ -42,7 +42,7 @@ def name_remote_classes(part: Any) -> None:
 
 
 class InstalledCode:
-    """For what Transformers saves: it copies no module files of this package into saved folders."""
+    """A mixin for what Transformers saves: it copies no module files of this package into saved folders."""
 
     @classmethod
     def register_for_auto_class(cls, *args, **kwargs):
@@ -52,12 +52,12 @@ class InstalledCode:
 
 
 class RemoteCode(InstalledCode):
-    """For configurations and processors: every saved folder gets the remote-code file."""
+    """A mixin for configurations and processors: every saved folder gets the remote-code file."""
 
     remote_classes: ClassVar[dict[str, str]]  # Auto class -> class of linmu_hf
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
-        """As in Transformers, with `auto_map` in the saved file and the remote-code file beside it."""
+        """Saves as Transformers does, with `auto_map` in the saved file and the remote-code file beside it."""
         add_remote_code(self, save_directory)
         files = super().save_pretrained(save_directory)  # type: ignore[misc]
         if push_to_hub:

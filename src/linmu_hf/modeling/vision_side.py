@@ -38,23 +38,23 @@ class VisionSide:
             `ModelOutput`: Its `pooler_output` holds for every row of the grids `[n, d]`, in the order of its tokens.
 
         Raises:
-            `ValueError`, `TypeError`: Pixels are no pixels, or do not fit the grids.
+            `ValueError`, `TypeError`: Pixels are not valid, or do not fit the grids.
         """
         raise NotImplementedError
 
     def runs(self, kind: str, grids) -> list[list[int]]:
         """
-        Lengths of the runs of placeholders for each row of the grids `[media, 3]`.
+        Returns the lengths of the runs of placeholders for each row of the grids `[media, 3]`.
 
         Raises:
-            `ValueError`, `TypeError`: These are no grids.
+            `ValueError`, `TypeError`: These are not valid grids.
         """
         raise NotImplementedError
 
     def coordinates(self, kind: str, grids) -> list[torch.Tensor]:
         """
         Returns for every row of the grids the (T, H, W) coordinate of each of its tokens, `[n, 3]`: -1 for one that
-        takes a feature but is no cell of the grid, such as a learned line break; it is scanned as text is.
+        takes a feature but is not a cell of the grid, such as a learned line break; it is scanned as text is.
         """
         raise NotImplementedError
 
@@ -67,7 +67,7 @@ class VisionSide:
         raise NotImplementedError
 
     def check_pixels(self, kind: str, pixels, grids) -> None:
-        """Raises a `ValueError` or `TypeError` if grids are no grids, or pixels do not fit them."""
+        """Raises a `ValueError` or `TypeError` if grids are not valid, or pixels do not fit them."""
         name = PIXELS[kind]
         if grids is None:
             raise ValueError(f"{name} came without {kind}_grid_thw; pass both as the processor returned them")

@@ -20,7 +20,7 @@ from .ssd.triton_forward import load_state, load_vector
 
 @triton.jit
 def convolved(now, tail, taps, at, inside, CT, W: tl.constexpr):
-    """Channels `at` of the convolved token; the three pointers are to the first channel of a head."""
+    """Returns channels `at` of the convolved token; the three pointers are to the first channel of a head."""
     out = tl.load(now + at, mask=inside, other=0.0).to(tl.float32)
     out *= tl.load(taps + (W - 1) * CT + at, mask=inside, other=0.0).to(tl.float32)
     for j in tl.static_range(W - 1):
@@ -31,7 +31,7 @@ def convolved(now, tail, taps, at, inside, CT, W: tl.constexpr):
 
 @triton.jit
 def rotated(now, tail, taps, cos, sin, at, P, CT, W: tl.constexpr, ROPE: tl.constexpr):
-    """The same with the rotary embedding, which pairs channel i with i + P / 2."""
+    """Returns the same with the rotary embedding, which pairs channel i with i + P / 2."""
     inside = at < P
     out = convolved(now, tail, taps, at, inside, CT, W)
     if ROPE:
@@ -55,7 +55,7 @@ def features(
     now, tail, taps, cos, sin, directions, P, K2, CT,
     W: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr, ROPE: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
-    """The two halves of B or C of a head, [BK] each; without features B or C itself, and zeros."""
+    """Returns the two halves of B or C of a head, [BK] each; without features B or C itself, and zeros."""
     k = tl.arange(0, BK)
     if FEATURES:
         z = tl.zeros([BK], tl.float32)
@@ -89,7 +89,10 @@ def decode_kernel(
     W: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
     ROPE: tl.constexpr, FEATURES: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (sequences, heads, tiles of p). States in place: a tile has one owner; the row of ones goes elsewhere."""
+    """
+    Runs a decode step. Grid (sequences, heads, tiles of p). States in place: a tile has one owner; the row of ones
+    goes elsewhere.
+    """
     n, h, p0 = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * BP
     g, groups = h // R, H // R
     x_now, b_now, c_now = x + (n * groups + g) * P, b + (n * groups + g) * P, c + (n * H + h) * P
@@ -155,7 +158,7 @@ def decode_triton(
     states: torch.Tensor, scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """
-    One token per sequence through a Flex-MA branch, without gradients; names in the table at the top of this file.
+    Runs a Flex-MA branch on one token per sequence, without gradients; names in the table at the top of this file.
 
     Args:
         cos, sin (`torch.Tensor` of shape `[n, p]`, *optional*): Rotary embedding of b and c.

@@ -9,8 +9,8 @@ import torch
 @dataclass(frozen=True)
 class Segments:
     """
-    Where the segments of a packed token dimension begin, and how they are cut into chunks; built once, used by every
-    layer.
+    The segments of a packed token dimension: where they begin, and how they are cut into chunks; built once, used by
+    every layer.
 
     Chunks are kept in the order in which states pass through them: the first chunk of every segment, then the second
     of every segment that has one, and so on, longest segment first. What a step needs is then a plain split.

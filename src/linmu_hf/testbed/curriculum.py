@@ -9,7 +9,7 @@ from .data import FULL_SIZES, SCENES, scene_grid
 
 
 class Curriculum:
-    """Scenes start tiny and grow by a row, column or moment."""
+    """Scenes that start tiny and grow by a row, column or moment."""
 
     # mean loss per answer token to grow at; half of these tokens are the certain <|im_end|>
     THRESHOLDS = {"mosaic": 0.5, "large": 0.3, "clip": 0.35}
@@ -40,7 +40,7 @@ class Curriculum:
 
 
 class CanvasCurriculum(Curriculum):
-    """Mosaics have their full size from the start and fill with digits: at level n at most 2^n cells hold one.
+    """Mosaics of full size from the start that fill with digits: at level n at most 2^n cells hold one.
 
     For a model that resizes every image to one canvas, the place of a cell depends on the size of the mosaic:
     small ones teach nothing about large ones.

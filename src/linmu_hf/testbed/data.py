@@ -56,7 +56,7 @@ class Scene:
 
 @cache
 def split_indices(split: str) -> np.ndarray:
-    """Indices into `load_digits` of one split (`"train"` or `"test"`): fixed, stratified, disjoint."""
+    """Returns the indices into `load_digits` of one split (`"train"` or `"test"`): fixed, stratified, disjoint."""
     if split not in ("train", "test"):
         raise ValueError(f"split={split!r} must be 'train' or 'test'")
     from sklearn.datasets import load_digits
@@ -71,7 +71,9 @@ def split_indices(split: str) -> np.ndarray:
 
 @cache
 def glyph_pool(split: str) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """Digits at cell size: `(glyphs [versions, n, 16, 16] in 0..1, source index [n], positions of each digit in n)`.
+    """
+    Returns cell-sized digits: glyphs `[versions, n, 16, 16]` in 0..1, the source index `[n]` of each, and the
+    positions of each digit in n.
 
     Version 0 is the plain digit. The training split adds shifted, turned, scaled and paler or bolder versions of it.
     """

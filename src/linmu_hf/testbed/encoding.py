@@ -81,7 +81,7 @@ def _render_nvila(scene: Scene, turns: Sequence[tuple[str, str | None]]) -> str:
 
 
 def answer_labels(tokenizer, input_ids: torch.Tensor) -> torch.Tensor:
-    """Labels `[b, t]` on the assistant's turns, `<|im_end|>` included; everything else is ignored."""
+    """Returns labels `[b, t]` on the assistant's turns, `<|im_end|>` included; everything else is ignored."""
     assistant, end = tokenizer.convert_tokens_to_ids(["assistant", "<|im_end|>"])
     b, t = input_ids.shape
     index = torch.arange(t).expand(b, t)

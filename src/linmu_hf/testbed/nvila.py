@@ -47,7 +47,7 @@ def vision_config() -> NVILAVisionConfig:
 
 
 def build_processor() -> NVILAProcessor:
-    """NVILA's processor and chat template around the testbed's tokenizer."""
+    """Builds NVILA's processor and chat template around the testbed's tokenizer."""
     return build_nvila_processor(
         vision_config(),
         build_tokenizer(SPECIAL_TOKENS, pad_token="[PAD]"),

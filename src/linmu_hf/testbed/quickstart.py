@@ -43,7 +43,7 @@ LOGGING_STEPS = 5
 
 @dataclass(frozen=True)
 class Schedule:
-    """How much each part of the way takes; `stage_overrides` change the recipe, `arguments` go to `linmu-distill`."""
+    """The sizes of the parts of the way; `stage_overrides` change the recipe, `arguments` go to `linmu-distill`."""
 
     train_rows: int
     sizes: Sizes

@@ -95,7 +95,7 @@ def train_mode(model: Qwen2_5_VLForConditionalGeneration, training: bool = True)
 
 
 def shared_positions(model: Qwen2_5_VLForConditionalGeneration, batch: dict) -> torch.Tensor:
-    """Positions `[3, b, t]` of a batch with one grid: all rows have those of the longest."""
+    """Returns positions `[3, b, t]` of a batch with one grid: all rows have those of the longest."""
     longest = int(batch["attention_mask"].sum(1).argmax())
     names = ("labels", "attention_mask")
     one_row = {

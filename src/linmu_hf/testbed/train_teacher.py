@@ -33,7 +33,7 @@ CURRICULA = {"qwen2_5_vl": Curriculum, "nvila": CanvasCurriculum}
 def batches(
     processor, seed: int, batch_size: int, curriculum: Curriculum, shares: tuple[float, ...] = SCENE_SHARES
 ) -> Iterator[list[dict]]:
-    """Endless steps of three micro-batches, one per kind of scene and each of one grid."""
+    """Yields endless steps of three micro-batches, one per kind of scene and each of one grid."""
 
     def draw(step: int, levels: dict[str, int]) -> list[dict]:
         rng = np.random.default_rng((seed, step))

@@ -49,7 +49,7 @@ def token_targets(scene: Scene, height: int, width: int) -> dict[str, np.ndarray
 
 
 def batches(processor, seed: int, batch_size: int, split: str = "train") -> Iterator[list[tuple[dict, dict]]]:
-    """Endless steps of one micro-batch for each kind of scene: inputs, and the targets of all its tokens."""
+    """Yields endless steps of one micro-batch for each kind of scene: inputs, and the targets of all its tokens."""
 
     def draw(step: int) -> list[tuple[dict, dict]]:
         rng = np.random.default_rng((seed, step))

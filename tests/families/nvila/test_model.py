@@ -120,7 +120,7 @@ def test_only_placeholders_may_lie_outside_the_vocabulary():
 
 
 def test_chunks_keep_tiles_and_pooled_videos_whole():
-    sample = tiny_nvila.LiteSample(2, ("image", 2, 2), 4)  # tokens 2 to 29, with separators between and behind
+    sample = tiny_nvila.LiteSample(2, ("image", 2, 2), 4)  # tokens 2 to 29, with separators between and after
     inputs = {name: value for name, value in tiny.batch(sample).items() if "pixel" not in name}
     layout = tiny_nvila.plain(vision=tiny_nvila.LITE).model.get_positions(**inputs)[1]
     assert chunk_sizes(layout, len(sample), 5) == [2, 28, 5, 1]

@@ -169,7 +169,7 @@ def test_a_thumbnail_is_an_image_of_its_own_to_the_windows(shift, wrap):
 
 
 def test_every_frame_of_a_span_is_a_whole_grid_and_none_is_missing():
-    """Tiles and a thumbnail are one span of two grids; what has a hole, or a frame too few, is no span."""
+    """Tiles and a thumbnail are one span of two grids; what has a hole, or a frame too few, is not a span."""
     cells = [[0, 0, y, x] for y in range(4) for x in range(4)] + [[0, 1, y, x] for y in range(2) for x in range(2)]
     layout = torch.tensor([[[-1] * 4, *cells, [-1] * 4]])
     tokens = torch.zeros(1, layout.shape[1], dtype=torch.long)

@@ -87,7 +87,7 @@ def test_one_scan_order_is_used_by_all_layers():
 
 
 def together(a, b, extent, window, shift, wrap):
-    """Whether two tokens share a window. Shifted borders lie half a window later; wrapping joins what lies outside."""
+    """Whether two tokens share a window. Shifted borders are half a window later; wrapping joins what is outside."""
     for i, j, size, width in zip(a, b, extent, window):
         width = min(width, size)
         offset = width // 2 if shift and width < size else 0

@@ -394,7 +394,7 @@ def test_segments_are_cut_into_whole_chunks(lengths):
     chunks = [-(-length // size) for length in lengths]
     assert segments.steps == tuple(sum(count > i for count in chunks) for i in range(max(chunks)))
     slots = list(range(sum(lengths))) if segments.slots is None else segments.slots.tolist()
-    # chunk i of every segment lies in block i, at the segment's place among the longest first
+    # chunk i of every segment is in block i, at the segment's place among the longest first
     longest_first = sorted(range(len(lengths)), key=lambda segment: -chunks[segment])
     expected = []
     for segment, length in enumerate(lengths):

@@ -33,14 +33,14 @@ class Rows:
 
     @property
     def real(self) -> Tensor:
-        """Where tokens are no padding, `[b, t]`."""
+        """Returns where tokens are not padding, `[b, t]`."""
         mask = self.prompt.mask
         return torch.ones(self.start.shape[:2], dtype=torch.bool) if mask is None else mask.bool().cpu()
 
 
 class LayerStates(NamedTuple):
     """
-    What a mixer is fitted to.
+    The data that a mixer is fitted to.
 
     Args:
         mixer_input (`torch.Tensor` of shape `[b, t, d]`): The teacher's hidden states, normed by the student's layer.
@@ -56,7 +56,7 @@ class LayerStates(NamedTuple):
 
 class Walk:
     """
-    Takes batches through the teacher, a layer at a time. The last batch is held out, if there are several.
+    A walk of batches through the teacher, a layer at a time. The last batch is held out, if there are several.
 
     Args:
         student, teacher (`LinMUForConditionalGeneration`): With equally many layers; each may be on a device.

@@ -19,8 +19,8 @@ FLASH_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_
 
 class Account(TorchDispatchMode):
     """
-    Counts the bytes of all tensors that operations return within this context, as long as their memory is held, and
-    the multiplications and additions of matrix products. What an operation needs for itself is not seen.
+    A count of the bytes of all tensors that operations return within this context, as long as their memory is held,
+    and of the multiplications and additions of matrix products. What an operation needs for itself is not seen.
 
     Attributes:
         live (`Counter`): Bytes held now, by the tag of the place that allocated them.
@@ -40,7 +40,7 @@ class Account(TorchDispatchMode):
 
     @property
     def peak(self) -> int:
-        """Most bytes that were held at once."""
+        """Returns the most bytes that were held at once."""
         return max(self._highest.values())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

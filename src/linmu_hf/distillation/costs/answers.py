@@ -8,15 +8,15 @@ from .tracing import Shape
 
 
 def token_flops(text: Any, past: int) -> int:
-    """Multiplications and additions of a token that goes through the decoder after `past` others; without the head."""
+    """Returns the multiplications and additions of a token in the decoder after `past` others, without the head."""
     mlp = 6 * text.hidden_size * text.intermediate_size
     return sum(MIXERS[kind].flops_per_token(text, past) + mlp for kind in text.layer_types)
 
 
 def answer_flops(text: Any, shape: Shape) -> tuple[int, int]:
     """
-    Multiplications and additions of one row: of its prompt, whose last token gives the first of the answer, and of the
-    decode steps that follow. Answers are as long as they may be, and a row is no longer than others.
+    Returns multiplications and additions of one row: of its prompt, whose last token gives the first of the answer,
+    and of the decode steps that follow. Answers are as long as they may be, and a row is no longer than others.
     """
     prompt, head = max(shape.sequence_length - shape.completion, 1), 2 * text.hidden_size * text.vocab_size
     steps = range(prompt, prompt + shape.completion - 1)

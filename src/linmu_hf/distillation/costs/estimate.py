@@ -54,6 +54,8 @@ NAMES = {
 @dataclass(frozen=True)
 class Machine:
     """
+    The GPUs of an estimate, and the engine that uses them.
+
     Args:
         gpu (`str`): A key of `GPUS`.
         count (`int`, *optional*, defaults to 1): How many.
@@ -82,18 +84,20 @@ class Machine:
 
     @property
     def rate(self) -> float:
-        """Multiplications and additions per second that are expected of each GPU."""
+        """Returns the multiplications and additions per second that are expected of each GPU."""
         return GPUS[self.gpu][1] * 1e12 * UTILISATION
 
     @property
     def bandwidth(self) -> float:
-        """Bytes per second that are expected to come out of a GPU's memory."""
+        """Returns the bytes per second that are expected to come out of a GPU's memory."""
         return GPUS[self.gpu][2] * 1e12 * READING
 
 
 @dataclass(frozen=True)
 class StageEstimate:
     """
+    The estimated memory and time of a stage.
+
     Args:
         stage (`Stage`): The stage.
         trained (`int`): Parameters that train.
@@ -291,7 +295,7 @@ def _count_matrices(model: Any) -> int:
 
 
 def vision_flops(parameters: int, shape: Shape) -> float:
-    """Products of a vision tower that reads four patches for every vision token."""
+    """Returns the products of a vision tower that reads four patches for every vision token."""
     return 2.0 * parameters * 4 * shape.vision * shape.batch
 
 

@@ -79,12 +79,12 @@ class Shape:
 
     @property
     def vision(self) -> int:
-        """Vision tokens of a sequence, in whole frames of 4 x 4."""
+        """Returns the vision tokens of a sequence, in whole frames of 4 x 4."""
         return int(self.sequence_length * self.vision_share) // 16 * 16
 
     @property
     def answers(self) -> int:
-        """Tokens of a micro-batch that losses on the logits count."""
+        """Returns the tokens of a micro-batch that losses on the logits count."""
         return max(int(self.tokens * self.answer_share), 1)
 
     @property
@@ -95,6 +95,8 @@ class Shape:
 @dataclass(frozen=True)
 class Trace:
     """
+    The memory and the multiplications of a training step.
+
     Args:
         peaks (`dict[str, Counter]`): Of every part of a step, the bytes held by tag when it held most; without
             parameters and optimizer states.
@@ -107,11 +109,11 @@ class Trace:
     attention: float
 
     def at_peak(self) -> Counter:
-        """What is held at the step's peak, by tag."""
+        """Returns what is held at the step's peak, by tag."""
         return max(self.peaks.values(), key=lambda held: held.total())
 
     def plus(self, other: "Trace", times: float) -> "Trace":
-        """This trace, and `times` another one."""
+        """Returns the sum of this trace and `times` another one."""
         peaks = {}
         for part in self.peaks.keys() | other.peaks.keys():
             one, two = self.peaks.get(part, Counter()), other.peaks.get(part, Counter())

@@ -45,9 +45,9 @@ def _hide(owner: nn.Module, name: str, device: torch.device) -> None:
 
 class ReduceEachGradient(TrainerCallback):
     """
-    Lets DeepSpeed reduce every gradient as it comes. Those of a module that is gathered as a whole it would take when
-    the module's backward pass ends, which it does not see where no input is differentiated: in the first layer that
-    trains, and in every layer that the teacher feeds.
+    A callback that lets DeepSpeed reduce every gradient as it comes. Those of a module that is gathered as a whole it
+    would take when the module's backward pass ends, which it does not see where no input is differentiated: in the
+    first layer that trains, and in every layer that the teacher feeds.
     """
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):

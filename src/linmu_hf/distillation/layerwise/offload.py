@@ -17,9 +17,9 @@ ALIGNMENT = 256  # bytes
 
 class LayerOffload:
     """
-    Keeps student and teacher in CPU memory within [`active`], and on the device only what a teacher-fed step needs:
-    what every pass reads, see [`always_there`], and in two places in turn what the teacher's pass reads of a layer,
-    see [`passing`]. M-MATE mixers are there where [`training`] asks for them.
+    Student and teacher in CPU memory within [`active`], and on the device only what a teacher-fed step needs: what
+    every pass reads, see [`always_there`], and in two places in turn what the teacher's pass reads of a layer, see
+    [`passing`]. M-MATE mixers are there where [`training`] asks for them.
 
     Nothing depends on the kind of device, which may be the CPU itself; [`OverlappingOffload`] is for CUDA.
 
@@ -63,7 +63,7 @@ class LayerOffload:
 
     @contextmanager
     def training(self, group: Sequence[int]) -> Iterator[None]:
-        """Has the mixers of a group of layers on the device; passes end with the last of these layers."""
+        """Keeps the mixers of a group of layers on the device; passes end with the last of these layers."""
         self.last = group[-1]
         for index in group:
             self.layers[index].mixer.to(self.device)
@@ -113,8 +113,8 @@ class LayerOffload:
 
 class OverlappingOffload(LayerOffload):
     """
-    Copies a layer out of pinned memory while the one before it runs: on a stream of its own, which waits until a
-    place has been left, as a layer waits until its own place is filled.
+    An offload that copies a layer out of pinned memory while the one before it runs: on a stream of its own, which
+    waits until a place has been left, as a layer waits until its own place is filled.
     """
 
     def __init__(self, student: Any, teacher: SharedTeacher, device: torch.device):

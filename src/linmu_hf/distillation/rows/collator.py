@@ -63,8 +63,8 @@ class EncodedDataset(Dataset):
 
     def __getitem__(self, index: int) -> Item | None:
         """
-        `{"row": features}`, and `"pseudo"` features where the teacher's answers differ from the true ones; `None` for
-        a row that is left out.
+        Returns `{"row": features}`, and `"pseudo"` features where the teacher's answers differ from the true ones;
+        `None` for a row that is left out.
         """
         try:
             item = {"row": self._features(index)}
@@ -157,7 +157,7 @@ def _by_field(rows: Sequence[Features]) -> Iterator[tuple[str, list[Tensor]]]:
 
 class DistillCollator:
     """
-    Pads token fields on the right, or packs them, and concatenates pixels and grids.
+    A collator that pads token fields on the right, or packs them, and concatenates pixels and grids.
 
     The batch holds the rows in order and after them, if `pseudo` is set, once more those for which the teacher's
     answers differ from the true ones. `labels` [b, t] are the true answers (-100 in the repeated rows),

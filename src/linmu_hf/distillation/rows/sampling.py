@@ -13,8 +13,8 @@ Order = Callable[[int], Iterable[int]]
 
 class StageSampler(Sampler[int]):
     """
-    Yields the rows of a whole stage, pass after pass over the dataset without a gap: every step then has its full
-    number of rows, and the same ones however many processes share it.
+    The rows of a whole stage, pass after pass over the dataset without a gap: every step then has its full number of
+    rows, and the same ones however many processes share it.
 
     Args:
         order (`Callable`): See [`shuffled`].

@@ -34,7 +34,7 @@ class StreamedRow(NamedTuple):
         return rows[self.number]
 
     def count_tokens(self) -> int:
-        """Returns the number of tokens that the row becomes; 1 if it cannot be read, which is said when it is."""
+        """Returns the number of tokens that the row becomes; 1 if it cannot be read, which [`load`] reports."""
         try:
             return count_tokens(self.stream.processor, self.row, self.number)
         except ValueError:

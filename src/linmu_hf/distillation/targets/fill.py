@@ -18,7 +18,7 @@ from .store import PseudoTargets, open_shard, write_header
 
 @dataclass
 class Counts:
-    """What one call of [`decode_pseudo_targets`] did: its share of the rows, and those that were there before."""
+    """The result of one call of [`decode_pseudo_targets`]: its share of the rows, and those that were there before."""
 
     rows: int = 0
     found: int = 0

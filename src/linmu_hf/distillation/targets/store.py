@@ -45,7 +45,7 @@ REMEDIES = {
 
 
 class Place(NamedTuple):
-    """Where a row's line is."""
+    """The place of a row's line."""
 
     shard: Path
     start: int
@@ -54,7 +54,7 @@ class Place(NamedTuple):
 
 class PseudoTargets:
     """
-    Reads a store of teacher answers: `key in store`, `store.answers(key)`, `store.topk(key)`.
+    A reader of a store of teacher answers: `key in store`, `store.answers(key)`, `store.topk(key)`.
 
     It holds the keys and opens files anew for each row, so that worker processes may copy it.
 
@@ -78,7 +78,7 @@ class PseudoTargets:
 
     @property
     def top_k(self) -> int:
-        """Log-probabilities for each answer token; 0 for none."""
+        """Returns the number of log-probabilities for each answer token; 0 for none."""
         return self.header["made_of"]["top_k"]
 
     def __len__(self) -> int:
@@ -135,7 +135,7 @@ class PseudoTargets:
 
 
 class ShardWriter:
-    """Appends rows to the shard that [`open_shard`] opened."""
+    """A writer that appends rows to the shard that [`open_shard`] opened."""
 
     def __init__(self, answers: IO[bytes], topk: IO[bytes]):
         self._answers, self._topk = answers, topk

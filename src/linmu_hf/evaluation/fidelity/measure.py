@@ -25,7 +25,7 @@ def check_teacher(config) -> None:
 
 @dataclass
 class LayerFigures:
-    """What is summed of one layer."""
+    """The sums of one layer."""
 
     teacher_fed: Figures = field(default_factory=lambda: Figures(("wrong", "size", "cosine")))
     own_path: Figures = field(default_factory=lambda: Figures(("wrong", "size", "cosine")))
@@ -36,13 +36,13 @@ class LayerFigures:
 
 class Fidelity:
     """
-    Compares a student with the teacher that it was converted from.
+    A comparison of a student with the teacher that it was converted from.
 
     Args:
         student, teacher (`LinMUForConditionalGeneration`): The teacher as [`load_teacher`] returns it.
 
     Raises:
-        `ValueError`: The teacher is no model whose every layer keeps attention.
+        `ValueError`: A layer of the teacher does not keep attention.
     """
 
     def __init__(self, student, teacher):

@@ -31,7 +31,7 @@ VIDEO_SETTINGS = ("fps", "num_frames", "min_frames", "max_frames")
 
 
 class FirstToken(StoppingCriteria):
-    """Stops nothing, and keeps when the first token was there."""
+    """A criterion that stops nothing, and records when the first token was there."""
 
     def __init__(self):
         self.at: float | None = None
@@ -156,7 +156,7 @@ class LinMU(lmms):
         return [cut(text, how.get("until")) for text in texts], counts, seconds, (first.at or start) - start
 
     def loglikelihood(self, requests):
-        """lmms-eval asks models that read messages for answers alone."""
+        """Raises a `NotImplementedError`: lmms-eval asks models that read messages for answers alone."""
         raise NotImplementedError("linmu answers in words: leave tasks of log-likelihoods out of --tasks")
 
 

@@ -9,6 +9,8 @@ from typing import Any
 @dataclass(frozen=True)
 class Benchmark:
     """
+    A benchmark of lmms-eval, and how it is reported.
+
     Args:
         title (`str`): Its name in tables.
         task (`str`): Its name in lmms-eval.

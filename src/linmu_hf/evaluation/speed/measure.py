@@ -73,7 +73,9 @@ class Clock:
         self._now = time.process_time if self.name == "process" else time.perf_counter
 
     def __call__(self, function):
-        """`(seconds, bytes or None, result)`; the bytes are the most that was held at once, weights included."""
+        """
+        Returns `(seconds, bytes or None, result)`; the bytes are the most that was held at once, weights included.
+        """
         if self.cuda:
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -350,7 +352,7 @@ def throughput(rows: list[dict]) -> dict[str, float]:
 
 
 def encode_seconds(encode: Callable[[], object], device: str) -> float:
-    """Seconds of a [`vision_encoder`]: from pixels to vision tokens."""
+    """Returns the seconds of a [`vision_encoder`]: from pixels to vision tokens."""
     clock = Clock(device)
     with torch.no_grad():
         return min(clock(encode)[0] for _ in range(2))

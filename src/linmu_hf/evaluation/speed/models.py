@@ -165,7 +165,7 @@ def vision_encoder(model: str, layout, media: str, dtype: torch.dtype, device: s
         dtype (`torch.dtype`), device (`str`): Of weights and pixels.
 
     Raises:
-        `ValueError`: The frames or images of the prompt are no grids of the model.
+        `ValueError`: The frames or images of the prompt are not grids of the model.
     """
     vision = vision_config(model)
     with torch.device(device):
@@ -174,7 +174,7 @@ def vision_encoder(model: str, layout, media: str, dtype: torch.dtype, device: s
     spans = layout[0][layout[0, :, 0] >= 0]
     sizes = torch.stack([spans[spans[:, 0] == span, 1:].amax(0) + 1 for span in spans[:, 0].unique()])
     grids = side.grids(sizes).to(device)
-    side.runs(media, grids)  # refuses what are no whole tiles
+    side.runs(media, grids)  # refuses what is not whole tiles
     pixels = torch.randn(side.pixels(media, grids)[0], device=device, dtype=dtype)
     return partial(side.features, media, pixels, grids)
 
@@ -206,7 +206,7 @@ class BenchmarkDecoder(nn.Module):
         self.eval().requires_grad_(False)
 
     def prefill(self, embeds, layout, chunk_size: int | None = None):
-        """Logits of the last token `[b, 1, v]` and the cache, for `embeds` `[b, t, d]`."""
+        """Returns the logits of the last token `[b, 1, v]` and the cache, for `embeds` `[b, t, d]`."""
         t, start, cache = embeds.shape[1], 0, None
         for size in [t] if chunk_size is None else chunk_sizes(layout, t, chunk_size):
             part = None if layout is None else layout[:, start : start + size]
@@ -267,5 +267,5 @@ def ablated(decoder: BenchmarkDecoder, block: type[FlexMAOnly]) -> BenchmarkDeco
 
 
 def with_attention(name: str):
-    """PyTorch's attention by the named one of its backends, or not at all."""
+    """Returns a context in which PyTorch's attention runs by the named one of its backends, or not at all."""
     return sdpa_kernel(ATTENTIONS[name])

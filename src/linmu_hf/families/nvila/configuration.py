@@ -75,7 +75,7 @@ class NVILAVisionConfig(PreTrainedConfig):
 
     @classmethod
     def default_config_fields(cls) -> dict[str, Any]:
-        """Fields with defaults; naming the sub-configuration keeps its unset fields out of `config.json`."""
+        """Returns fields with defaults; naming the sub-configuration keeps its unset fields out of `config.json`."""
         return {**super().default_config_fields(), "tower_config": {}}
 
     def _check_tower(self):
@@ -137,12 +137,12 @@ class NVILAVisionConfig(PreTrainedConfig):
 
     @property
     def downsample(self) -> int:
-        """Patches per edge of a token: 2 or 3."""
+        """Returns the patches per edge of a token: 2 or 3."""
         return PROJECTORS[self.projector_type]
 
     @property
     def tile_patches(self) -> int:
-        """Patches per edge of a tile."""
+        """Returns the patches per edge of a tile."""
         return self.tower_config.image_size // self.tower_config.patch_size
 
     @property
@@ -152,7 +152,7 @@ class NVILAVisionConfig(PreTrainedConfig):
 
     @property
     def n_scales(self) -> int:
-        """Scales whose features are joined on channels."""
+        """Returns the number of scales whose features are joined on channels."""
         return 1 if self.s2_scales is None else len(self.s2_scales)
 
     @property
@@ -162,14 +162,14 @@ class NVILAVisionConfig(PreTrainedConfig):
 
     @property
     def tower_layers(self) -> int:
-        """Layers of the tower that the features go through."""
+        """Returns the number of layers of the tower that the features go through."""
         return self.feature_layer % (self.tower_config.num_hidden_layers + 1)
 
 
 @strict
 class NVILAConfig(PreTrainedConfig):
     r"""
-    What the configuration of an NVILA checkpoint, in any of its layouts, comes down to.
+    The configuration of an NVILA checkpoint, the same for all of its layouts.
 
     Args:
         text_config (`Qwen2Config` or `dict`): The decoder.

@@ -44,7 +44,7 @@ class NVILAImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call
 
 class NVILAImageProcessor(RemoteCode, PilBackend):
     """
-    Cuts images into tiles as NVILA does.
+    An image processor that cuts images into tiles as NVILA does.
 
     A list of images means one image per sample; a list of lists gives each sample's images. A sample's only image
     is tiled by `image_aspect_ratio`; the images of a sample that has several are one tile each.

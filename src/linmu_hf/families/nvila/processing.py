@@ -143,11 +143,11 @@ class NVILAProcessor(RemoteCode, ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """Names of all tensors that the model takes."""
+        """Returns the names of all tensors that the model takes."""
         return [*super().model_input_names, "mm_token_type_ids"]
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
-        """As in Transformers, with `auto_map` for the processor and its parts, and the remote-code file."""
+        """Saves as Transformers does, with `auto_map` for the processor and its parts, and the remote-code file."""
         add_remote_code(self.image_processor, save_directory)
         add_remote_code(self.video_processor, save_directory)
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)

@@ -34,7 +34,7 @@ class NVILAVideoProcessorKwargs(VideosKwargs, total=False):  # type: ignore[call
 
 class NVILAVideoProcessor(RemoteCode, BaseVideoProcessor):
     """
-    Samples frames evenly, the first and the last one included, and resizes each to one tile.
+    A video processor that samples frames evenly, the first and the last one included, and resizes each to one tile.
 
     `num_frames` are sampled from every video, with repeats from one that has fewer; `fps` is not used. With
     `do_sample_frames=False` a video keeps the frames it has.
@@ -66,7 +66,7 @@ class NVILAVideoProcessor(RemoteCode, BaseVideoProcessor):
         return torch.from_numpy(np.array(as_rgb(image, input_data_format))).permute(2, 0, 1)
 
     def sample_frames(self, metadata: Any, num_frames: int | None = None, **kwargs) -> np.ndarray:
-        """Indices of the frames to keep: `num_frames` evenly from the first to the last."""
+        """Returns the indices of the frames to keep: `num_frames` evenly from the first to the last."""
         count = num_frames or self.num_frames
         return np.round(np.linspace(0, metadata.total_num_frames - 1, count)).astype(int)
 

@@ -36,7 +36,7 @@ class Downsample(nn.Module):
 
 
 class NVILAProjector(nn.Module):
-    """From the patches of a tile `[n, s, s, c]` to its tokens in the width of the decoder, `[n, g * g, d]`."""
+    """The map from the patches of a tile `[n, s, s, c]` to its tokens in the width of the decoder, `[n, g * g, d]`."""
 
     def __init__(self, config: NVILAVisionConfig):
         super().__init__()
@@ -80,6 +80,8 @@ class NVILAVisionModel(InstalledCode, PreTrainedModel):
 
     def forward(self, pixel_values, grid_thw, kind: str = "image") -> BaseModelOutputWithPooling:
         """
+        Encodes images or videos: the tower over their tiles, then the projector.
+
         Args:
             pixel_values (`torch.Tensor` of shape `[tiles, 3, S, S]`): Tiles of the images or frames of the videos.
             grid_thw (`torch.LongTensor` of shape `[media, 3]`): Tokens of every image, or of every video and pooling.
@@ -96,7 +98,7 @@ class NVILAVisionModel(InstalledCode, PreTrainedModel):
         )
 
     def tile_features(self, tiles):
-        """Patches of tiles `[n, 3, S, S]` after the layers of the tower that count, `[n, s, s, c]`."""
+        """Returns the patches of tiles `[n, 3, S, S]` after the layers of the tower that count, `[n, s, s, c]`."""
         tower, features = self.vision_tower, []
         for chunk in tiles.split(TILES_AT_ONCE):
             hidden_states = tower.embeddings(chunk)
@@ -148,8 +150,8 @@ def resize_area(image, size: tuple[int, int]):
 
 def join_scales(config: NVILAVisionConfig, tiles, rows: int, columns: int):
     """
-    Tiles of all scales `[tiles, s, s, c]` as those of the last, `[rows * columns, s, s, scales * c]`: every scale is
-    resized to the last, and all are joined on channels, small to large. An image of one tile is every scale.
+    Returns tiles of all scales `[tiles, s, s, c]` as those of the last, `[rows * columns, s, s, scales * c]`: every
+    scale is resized to the last, and all are joined on channels, small to large. An image of one tile is every scale.
     """
     if len(tiles) == 1:
         return tiles.repeat(1, 1, 1, config.n_scales)
@@ -161,19 +163,19 @@ def join_scales(config: NVILAVisionConfig, tiles, rows: int, columns: int):
 
 
 def pool(x, sizes):
-    """Means over groups of frames, rows and columns of `[t, h, w, d]`."""
+    """Returns the means over groups of frames, rows and columns of `[t, h, w, d]`."""
     for axis, size in enumerate(sizes):
         x = x.unflatten(axis, (-1, size)).mean(axis + 1)
     return x
 
 
 def scale_tiles(config: NVILAVisionConfig) -> list[int]:
-    """Tiles of every scale but the last."""
+    """Returns the number of tiles of every scale but the last."""
     return [(edge // config.tower_config.image_size) ** 2 for edge in config.s2_scales[:-1]]
 
 
 def tiles_of(config: NVILAVisionConfig, rows: int, columns: int) -> int:
-    """Tiles of an image whose grid is that many tiles high and wide."""
+    """Returns the number of tiles of an image whose grid is that many tiles high and wide."""
     if rows * columns == 1:
         return 1
     return rows * columns + (sum(scale_tiles(config)) if config.image_aspect_ratio == "dynamic_s2" else 1)
@@ -181,8 +183,8 @@ def tiles_of(config: NVILAVisionConfig, rows: int, columns: int) -> int:
 
 class NVILAVision(VisionSide):
     """
-    An image of `"dynamic_s2"` and a single tile are one run of placeholders; of several `"dynamic"` tiles each is a
-    run, the thumbnail last; of a video every (pooled) frame. Positions are those of text.
+    The vision side of NVILA. An image of `"dynamic_s2"` and a single tile are one run of placeholders; of several
+    `"dynamic"` tiles each is a run, the thumbnail last; of a video every (pooled) frame. Positions are those of text.
     """
 
     tower_class = NVILAVisionModel

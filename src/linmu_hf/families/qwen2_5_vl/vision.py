@@ -12,7 +12,7 @@ from ...modeling.vision_side import VisionSide, grid_coordinates
 
 
 class Qwen2_5_VLVision(VisionSide):
-    """Patches are merged into tokens; a medium is one run of placeholders."""
+    """The vision side of Qwen2.5-VL. Patches are merged into tokens; a medium is one run of placeholders."""
 
     tower_class = Qwen2_5_VisionTransformerPretrainedModel
 

@@ -23,6 +23,8 @@ VISION_BLOCK = 256
 @dataclass(frozen=True)
 class NearText:
     """
+    The layout of text tokens in exact attention.
+
     Args:
         text (`torch.LongTensor` of shape `[l]`): Places in the flattened batch of the new text tokens.
         cached (`torch.LongTensor` of shape `[m (s + w)]` or `None`): Slots of the cache, counted over the batch, that
@@ -51,7 +53,7 @@ class NearText:
     counts: torch.Tensor
 
     def to(self, device, **kwargs) -> "NearText":
-        """The same on another device; further arguments as for `torch.Tensor.to`."""
+        """Returns the same on another device; further arguments as for `torch.Tensor.to`."""
         values = (getattr(self, field.name) for field in fields(self))
         return NearText(*(value if value is None else value.to(device, **kwargs) for value in values))
 
@@ -60,6 +62,8 @@ class NearText:
         cls, config, batch: int, real, sequence, lengths, rows, is_vision=None, scan_vision=None, span=None, past=None
     ):  # fmt: skip
         """
+        Builds the layout of the new text tokens.
+
         Args:
             config (`LinMUTextConfig`): Its `text_window` and `sink_tokens`.
             batch (`int`): Rows of the batch.
@@ -198,7 +202,7 @@ def _vision_blocks(ranks: _Ranks, is_vision, sequence, scan_vision, span) -> Blo
 
 
 def _scan_order(ranks: _Ranks, places, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`source` and `live`: at a text token's place the token that leaves the window for it, if it is no sink."""
+    """`source` and `live`: at a text token's place the token that leaves the window for it, if it is not a sink."""
     leaving, of = ranks.rank - ranks.window, ranks.of
     new = places[ranks.new(of, leaving).clamp(0, max(len(places) - 1, 0))]
     held = of * (ranks.sinks + ranks.window) + ranks.slot(leaving)
@@ -220,7 +224,7 @@ def _kept(ranks: _Ranks, starts: list[int], ends: list[int]) -> torch.Tensor:
 
 class NearStep(NamedTuple):
     """
-    The same for a decode step of one text token per row.
+    The same layout for a decode step of one text token per row.
 
     Args:
         slot (`torch.LongTensor` of shape `[b]`): Where the token goes.
@@ -240,7 +244,9 @@ class NearStep(NamedTuple):
 
     @classmethod
     def build(cls, config, batch: int, device, past=None, mask=None) -> "NearStep":
-        """Arguments as for [`NearText`], and `mask` `[b]`, 0 at rows that have no token."""
+        """
+        Builds the layout of a step; arguments as for [`NearText`], and `mask` `[b]`, 0 at rows that have no token.
+        """
         w, s = config.text_window, config.sink_tokens
         past = torch.zeros(batch, 2, dtype=torch.long, device=device) if past is None else past.to(device)
         rank, vision = past.unbind(1)

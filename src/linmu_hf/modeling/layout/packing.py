@@ -7,7 +7,7 @@ import torch
 
 def packed_lengths(tokens, attention_mask, position_ids, past_key_values, cu_seq_lens=None) -> list[int] | None:
     """
-    Lengths of the sequences of a packed batch, `None` if the batch is not packed.
+    Returns the lengths of the sequences of a packed batch, `None` if the batch is not packed.
 
     Args:
         tokens (`torch.Tensor` of shape `[b, t, ...]`): Ids or embeddings.
@@ -42,17 +42,17 @@ def packed_lengths(tokens, attention_mask, position_ids, past_key_values, cu_seq
 
 
 def positions_within(lengths: list[int], device) -> torch.Tensor:
-    """0, 1, ... in every sequence: text positions of a packed row, `[1, t]`."""
+    """Returns 0, 1, ... in every sequence: text positions of a packed row, `[1, t]`."""
     return torch.cat([torch.arange(length, device=device) for length in lengths])[None]
 
 
 def unpack(row: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A packed row `[1, t]` as a right-padded batch and its mask, both `[m, longest]`."""
+    """Returns a packed row `[1, t]` as a right-padded batch and its mask, both `[m, longest]`."""
     rows = torch.nn.utils.rnn.pad_sequence(list(row[0].split(lengths)), batch_first=True)
     counts = torch.tensor(lengths, device=row.device)
     return rows, (torch.arange(rows.shape[1], device=row.device) < counts[:, None]).long()
 
 
 def lengths_to_bounds(lengths: list[int], device) -> torch.Tensor:
-    """`cu_seq_lens` of the lengths, `[m + 1]`."""
+    """Returns `cu_seq_lens` of the lengths, `[m + 1]`."""
     return torch.tensor([0, *lengths], device=device).cumsum(0)

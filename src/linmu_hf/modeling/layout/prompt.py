@@ -106,7 +106,7 @@ class Prompt:
 
     @property
     def length(self) -> int:
-        """Number t of the new tokens of a row."""
+        """Returns the number t of the new tokens of a row."""
         tokens = self.ids if self.embeds is None else self.embeds
         assert tokens is not None
         return tokens.shape[1]

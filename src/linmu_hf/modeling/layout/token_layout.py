@@ -49,13 +49,15 @@ class Windows:
     offsets: torch.Tensor
 
     def to(self, device, **kwargs) -> "Windows":
-        """The same on another device; further arguments as for `torch.Tensor.to`."""
+        """Returns the same on another device; further arguments as for `torch.Tensor.to`."""
         return Windows(*(_moved(getattr(self, field.name), device, kwargs) for field in fields(self)))
 
 
 @dataclass(frozen=True)
 class TokenLayout:
     """
+    The places of all tokens of a forward pass: packed, in scan orders, in windows.
+
     Args:
         batch (`int`): Rows of the batch.
         segments (`Segments`): The sequences of the batch, packed without padding (n tokens in all).
@@ -87,7 +89,8 @@ class TokenLayout:
 
     def to(self, device, **kwargs) -> "TokenLayout":
         """
-        The same on another device, for models whose layers are on several; further arguments as for `torch.Tensor.to`.
+        Returns the same on another device, for models whose layers are on several; further arguments as for
+        `torch.Tensor.to`.
         """
         if next(iter(self.orders.values())).device == torch.device(device):
             return self
@@ -100,6 +103,8 @@ class TokenLayout:
         cls, config, batch: int, length: int, device, attention_mask=None, vision_layout=None, packed=None, past=None
     ) -> "TokenLayout":
         """
+        Builds the layout of the new tokens of a batch.
+
         Args:
             config (`LinMUTextConfig`): Scan orders, windows, reverse scope.
             batch, length (`int`): b and t of the new tokens.
@@ -169,12 +174,12 @@ class TokenLayout:
 
 def span_layout(types, media: dict[int, list[torch.Tensor]], max_span_frames: int | None = None) -> torch.Tensor:
     """
-    Span and (T, H, W) coordinate of every token.
+    Returns the span and (T, H, W) coordinate of every token.
 
     Args:
         types (`torch.Tensor` of shape `[b, t]`): 0 text and padding, 1 image, 2 video.
         media (`dict[int, list[torch.LongTensor]]`): For either kind the coordinates `[n, 3]` of the tokens of every
-            image or video of the batch, in their order; -1 for a token that is no cell of its grid.
+            image or video of the batch, in their order; -1 for a token that is not a cell of its grid.
         max_span_frames (`int`, *optional*): Longest span of a video in frames; longer videos are several spans.
 
     Returns:

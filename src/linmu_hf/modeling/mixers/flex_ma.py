@@ -70,7 +70,8 @@ FP32_PARAMETERS = ("A_log", "dt_bias", "D")
 
 class ZeroLinear(nn.Linear):
     """
-    Maps to zero at the start, or to `start`, so that a gate or step size does not depend on the token at first.
+    A linear map to zero at the start, or to `start`, so that a gate or step size does not depend on the token at
+    first.
     """
 
     def __init__(self, *args, start: float = 0.0, **kwargs):
@@ -95,7 +96,7 @@ def state_shape(config) -> tuple[int, int, int]:
 
 class ScanDirection(nn.Module):
     """
-    Holds the parameters of one direction of the scan: B, C, step size, decay and convolution (Eq. 1 or 2).
+    The parameters of one direction of the scan: B, C, step size, decay and convolution (Eq. 1 or 2).
 
     Args:
         config (`LinMUTextConfig`): Sizes and options.

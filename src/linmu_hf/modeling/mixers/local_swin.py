@@ -32,6 +32,8 @@ class LocalSwin(nn.Module):
 
     def forward(self, tokens, rope, layout, cache_layer=None):
         """
+        Attends to what is near each token.
+
         Args:
             tokens (`torch.Tensor` of shape `[b * t, d]`): The flattened batch.
             rope (`tuple[torch.Tensor, torch.Tensor]`): cos and sin of the same tokens, each `[b * t, p]`.

@@ -28,7 +28,7 @@ def slot_count(config) -> int:
 
 class MMate(nn.Module):
     """
-    Sums Flex-MA (global context) and Local-Swin (neighbours) with a learned weight per token.
+    The sum of Flex-MA (global context) and Local-Swin (neighbours) with a learned weight per token.
 
     Args:
         config (`LinMUTextConfig`): Sizes and options.

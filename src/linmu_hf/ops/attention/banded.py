@@ -38,11 +38,11 @@ class Blocks(NamedTuple):
     slots: torch.Tensor
 
     def to(self, device, **kwargs) -> "Blocks":
-        """The same on another device; further arguments as for `torch.Tensor.to`."""
+        """Returns the same on another device; further arguments as for `torch.Tensor.to`."""
         return Blocks(*(tensor.to(device, **kwargs) for tensor in self))
 
     def some(self, which: slice) -> "Blocks":
-        """Some of the blocks; `slots` stays that of all."""
+        """Returns some of the blocks; `slots` stays that of all."""
         return Blocks(
             self.queries[which], self.query_ranks[which], self.keys[which], self.key_ranks[which], self.slots
         )

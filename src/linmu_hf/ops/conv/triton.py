@@ -17,7 +17,7 @@ def conv_kernel(
     x, x_n, weight, tail, blocks, y, C,
     W: tl.constexpr, L: tl.constexpr, BC: tl.constexpr, HAS_TAIL: tl.constexpr,
 ):  # fmt: skip
-    """y_t = sum_j w_j x_{t - (W - 1) + j}. Grid (blocks of tokens, blocks of channels)."""
+    """Computes y_t = sum_j w_j x_{t - (W - 1) + j}. Grid (blocks of tokens, blocks of channels)."""
     row = blocks + 5 * tl.program_id(0)
     start, count, segment, first = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     channels = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -45,7 +45,7 @@ def conv_grad_kernel(
     dy, x, x_n, weight, tail, blocks, dx, dweight, C,
     W: tl.constexpr, L: tl.constexpr, BC: tl.constexpr, HAS_TAIL: tl.constexpr,
 ):  # fmt: skip
-    """dx, and what each block of tokens adds to the gradient of the taps [blocks, W, C]. Grid as above."""
+    """Computes dx, and what each block of tokens adds to the gradient of the taps [blocks, W, C]. Grid as above."""
     row = blocks + 5 * tl.program_id(0)
     start, count, segment, first = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     end = tl.load(row + 4)

@@ -17,7 +17,8 @@ LAST_OFFSET = 2**31 - 1
 
 def ssd_mamba_ssm(x, dt, A, B, C, segments, initial_states=None):
     """
-    Arguments and results as in [`~linmu_hf.ops.ssd.scan.ssd`], without `normalized`.
+    Runs the scan by the kernels of mamba-ssm; arguments and results as in [`~linmu_hf.ops.ssd.scan.ssd`], without
+    `normalized`.
 
     Raises:
         `ValueError`: Offsets of more than 32 bits.

@@ -200,7 +200,7 @@ class _Decays(NamedTuple):
 
 
 def _between(a, written):
-    """2^(a_l - written_r), [c, s, 1, l, r], zero for r > l; there it would be as large as it likes."""
+    """2^(a_l - written_r), [c, s, 1, l, r], zero for r > l, where it could be of any size."""
     return (a[:, :, None, :, None] - written[:, :, None, None, :]).exp2_().tril_()
 
 

@@ -35,7 +35,7 @@ WINDOW_BYTES = 2**29
 
 class LaunchPlan(NamedTuple):
     """
-    What the operators know of one or two scans besides tensors.
+    All that the operators know of one or two scans besides tensors.
 
     Args:
         lengths (`tuple[int, ...]`): Tokens of the segments of the scans, one scan after the other.

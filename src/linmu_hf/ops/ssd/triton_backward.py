@@ -30,7 +30,7 @@ from .triton_forward import (
 
 @triton.jit
 def scale_of(sums, slopes, rows, inside, h, H, smallest, NORMALIZED: tl.constexpr):
-    """1 / n and the gradient of n, [L] each; 1 and 0 if the scan is not normalised."""
+    """Returns 1 / n and the gradient of n, [L] each; 1 and 0 if the scan is not normalised."""
     scale = inside.to(tl.float32)
     slope = tl.zeros_like(scale)
     if NORMALIZED:
@@ -41,7 +41,7 @@ def scale_of(sums, slopes, rows, inside, h, H, smallest, NORMALIZED: tl.constexp
 
 @triton.jit
 def slopes_kernel(y, dy, sums, slopes, N, P, smallest, ROWS: tl.constexpr, BP: tl.constexpr):
-    """Gradient of the normaliser n of every row [n h], 0 where n was clamped. Grid (blocks of rows,)."""
+    """Computes the gradient of the normaliser n of every row [n h], 0 where n was clamped. Grid (blocks of rows,)."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = rows < N
     product = tl.zeros([ROWS], tl.float32)
@@ -60,7 +60,9 @@ def chunk_state_grads_kernel(
     L: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
     NORMALIZED: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What each chunk's outputs add to the gradient of the state before it. Grid as in `chunk_states_kernel`."""
+    """
+    Computes what each chunk's outputs add to the gradient of the state before it. Grid as in `chunk_states_kernel`.
+    """
     c, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     tiles = tl.cdiv(K, BK)
     p0, k0 = tl.program_id(2) // tiles * BP, tl.program_id(2) % tiles * BK
@@ -96,7 +98,7 @@ def c_grad_kernel(
     L: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
     NORMALIZED: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks, query heads, tiles of k)."""
+    """Computes dC. Grid (chunks, query heads, tiles of k)."""
     c, h, k0 = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * BK
     head = h // Q
     second = is_second(chunks, c, PAIR)
@@ -136,7 +138,7 @@ def b_grad_kernel(
     L: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
     NORMALIZED: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Summed over the heads of a key/value head. Grid (chunks, key/value heads, tiles of k)."""
+    """Computes dB, summed over the heads of a key/value head. Grid (chunks, key/value heads, tiles of k)."""
     c, g, k0 = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * BK
     second = is_second(chunks, c, PAIR)
     x, x_n, x_g = tensor_of(x, second, PAIR)
@@ -179,7 +181,7 @@ def x_grad_kernel(
     L: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
     NORMALIZED: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Summed over the heads of a key/value head. Grid (chunks, key/value heads, tiles of p)."""
+    """Computes dx, summed over the heads of a key/value head. Grid (chunks, key/value heads, tiles of p)."""
     c, g, p0 = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * BP
     second = is_second(chunks, c, PAIR)
     B, B_n, B_g = tensor_of(B, second, PAIR)
@@ -220,7 +222,7 @@ def dt_grad_kernel(
     L: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
     NORMALIZED: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """ddt, and what each chunk adds to dA [c, s]. Grid (chunks, state heads)."""
+    """Computes ddt, and what each chunk adds to dA [c, s]. Grid (chunks, state heads)."""
     c, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     g = head // R
     second = is_second(chunks, c, PAIR)

@@ -23,7 +23,7 @@ import triton.language as tl
 
 @triton.jit
 def is_second(chunks, c, PAIR: tl.constexpr):
-    """Whether chunk `c` belongs to the second scan of a pair."""
+    """Returns whether chunk `c` belongs to the second scan of a pair."""
     second = False
     if PAIR:
         second = tl.load(chunks + 3 * c + 2) != 0
@@ -32,7 +32,7 @@ def is_second(chunks, c, PAIR: tl.constexpr):
 
 @triton.jit
 def of(scans, second, PAIR: tl.constexpr):
-    """The pointer of a chunk's scan."""
+    """Returns the pointer of a chunk's scan."""
     pointer = scans[0]
     if PAIR:
         pointer = tl.where(second, scans[1], pointer)
@@ -41,7 +41,7 @@ def of(scans, second, PAIR: tl.constexpr):
 
 @triton.jit
 def tensor_of(scans, second, PAIR: tl.constexpr):
-    """Pointer and strides of a chunk's scan."""
+    """Returns pointer and strides of a chunk's scan."""
     pointer, row, head = scans[0]
     if PAIR:
         pointer = tl.where(second, scans[1][0], pointer)
@@ -52,14 +52,14 @@ def tensor_of(scans, second, PAIR: tl.constexpr):
 
 @triton.jit
 def tokens_of(chunks, c, L: tl.constexpr):
-    """Rows [L] (int64) of chunk `c`, and which of them exist."""
+    """Returns the rows [L] (int64) of chunk `c`, and which of them exist."""
     rows = tl.load(chunks + 3 * c) + tl.arange(0, L)
     return rows.to(tl.int64), tl.arange(0, L) < tl.load(chunks + 3 * c + 1)
 
 
 @triton.jit
 def steps_of(dt, A, rows, inside, second, head, PAIR: tl.constexpr):
-    """dt [L] of a state head, the running sum a [L] of dt A, and its last value."""
+    """Returns dt [L] of a state head, the running sum a [L] of dt A, and its last value."""
     base, row, column = tensor_of(dt, second, PAIR)
     step = tl.load(base + rows * row + head * column, mask=inside, other=0.0).to(tl.float32)
     log_decay = step * tl.load(of(A, second, PAIR) + head).to(tl.float32)
@@ -68,7 +68,7 @@ def steps_of(dt, A, rows, inside, second, head, PAIR: tl.constexpr):
 
 @triton.jit
 def load_rows(base, stride, rows, inside, start, size, BLOCK: tl.constexpr):
-    """Columns start .. start + BLOCK of the given rows, [L, BLOCK], zeros outside."""
+    """Loads columns start .. start + BLOCK of the given rows, [L, BLOCK], zeros outside."""
     columns = start + tl.arange(0, BLOCK)
     mask = inside[:, None] & (columns < size)[None, :]
     return tl.load(base + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
@@ -83,7 +83,7 @@ def store_rows(base, stride, rows, inside, start, size, value, BLOCK: tl.constex
 
 @triton.jit
 def load_state(base, p0, k0, P, K, BP: tl.constexpr, BK: tl.constexpr):
-    """Tile [BP, BK] of one state."""
+    """Loads a tile [BP, BK] of one state."""
     p, k = p0 + tl.arange(0, BP), k0 + tl.arange(0, BK)
     return tl.load(base + p[:, None] * K + k[None, :], mask=(p < P)[:, None] & (k < K)[None, :], other=0.0)
 
@@ -96,7 +96,7 @@ def load_vector(base, k0, K, BK: tl.constexpr):
 
 @triton.jit
 def decays_between(a, L: tl.constexpr):
-    """exp(a_l - a_r) for l >= r, else 0; the difference comes first, so nothing overflows."""
+    """Returns exp(a_l - a_r) for l >= r, else 0; the difference comes first, so nothing overflows."""
     token = tl.arange(0, L)
     return tl.exp(tl.where(token[:, None] >= token[None, :], a[:, None] - a[None, :], float("-inf")))
 
@@ -108,7 +108,9 @@ def chunk_states_kernel(
     L: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
     NORMALIZED: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """State each chunk adds, and the log of its decay [c, s]. Grid (chunks, state heads, tiles of [p, k])."""
+    """
+    Computes the state each chunk adds, and the log of its decay [c, s]. Grid (chunks, state heads, tiles of [p, k]).
+    """
     c, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     tiles = tl.cdiv(K, BK)
     p0, k0 = tl.program_id(2) // tiles * BP, tl.program_id(2) % tiles * BK
@@ -185,7 +187,7 @@ def output_kernel(
     L: tl.constexpr, BP: tl.constexpr, BK: tl.constexpr,
     NORMALIZED: tl.constexpr, PAIR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y from within the chunk and from the state before it. Grid (chunks, query heads, tiles of p)."""
+    """Computes y from within the chunk and from the state before it. Grid (chunks, query heads, tiles of p)."""
     c, h, p0 = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * BP
     head = h // Q
     second = is_second(chunks, c, PAIR)

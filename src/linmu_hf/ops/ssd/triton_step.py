@@ -15,7 +15,7 @@ def step_kernel(
     H, S, R, Q, P, K, smallest,
     BP: tl.constexpr, BK: tl.constexpr, NORMALIZED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (sequences, state heads, tiles of p); BK holds all of k."""
+    """Runs a step. Grid (sequences, state heads, tiles of p); BK holds all of k."""
     b, head, p0 = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * BP
     step = tl.load(dt + b * dt_b + head).to(tl.float32)
     decay = tl.exp(step * tl.load(A + head).to(tl.float32))
@@ -62,7 +62,7 @@ def _(x, dt, A, B, C, states, normalized):
 
 def ssd_step_triton(x, dt, A, B, C, states, *, normalized: bool = False):
     """
-    Arguments and results as in [`~linmu_hf.ops.ssd.scan.ssd_step`], without gradients.
+    Runs a step by our kernel; arguments and results as in [`~linmu_hf.ops.ssd.scan.ssd_step`], without gradients.
 
     Raises:
         `ValueError`: States of another shape than the other arguments ask for.

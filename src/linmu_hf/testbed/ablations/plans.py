@@ -20,7 +20,7 @@ LARGER_THAN_ANY = 1 << 12  # side of a window that holds whole pictures and vide
 @dataclass(frozen=True)
 class Start:
     """
-    What a student is before its first step.
+    The state of a student before its first step.
 
     Args:
         preset (`str`), options (`dict`): as in `linmu_hf.conversion.convert`.
@@ -86,7 +86,9 @@ def weigh(stages: Sequence[Stage], loss: str, factor: float) -> tuple[Stage, ...
 
 
 def loss_terms(stages: tuple[Stage, ...]) -> list[Row]:
-    """Table 3. Stages that learn from the true answers also learn from the teacher's, with the same weight."""
+    """
+    Returns Table 3's rows. Stages that learn from true answers also learn from the teacher's, with the same weight.
+    """
     base = tuple(replace(stage, seq=stage.seq or stage.sup) for stage in stages)
     for loss in ("hid", "seq", "sup"):
         if not any(getattr(stage, loss) for stage in base):
@@ -103,7 +105,10 @@ def loss_terms(stages: tuple[Stage, ...]) -> list[Row]:
 
 
 def stages_one_by_one(stages: tuple[Stage, ...]) -> list[Row]:
-    """Table 2. `all in one stage` trains everything on all losses, for as many steps as all stages together."""
+    """
+    Returns Table 2's rows. `all in one stage` trains everything on all losses, for as many steps as all stages
+    together.
+    """
     reported = {"stage-1": (48.7, 38.5, 58.3, 52.9), "stage-2": (56.7, 52.7, 65.2, 63.4)}
     reported["stage-3"] = (60.1, 58.8, 69.4, 70.1)
     fed = [stage for stage in stages if stage.hidden_input == "student"]
@@ -125,7 +130,7 @@ def stages_one_by_one(stages: tuple[Stage, ...]) -> list[Row]:
 
 
 def branches(stages: tuple[Stage, ...]) -> list[Row]:
-    """Table 4. A branch is off by value: lambda is fixed, and what is left is what trains."""
+    """Returns Table 4's rows. A branch is off by value: lambda is fixed, and what is left is what trains."""
     without_swin = {FLEX: FLEX_WITHOUT_FUSION, SWIN: None}
     flex_alone = Start(options={"text_window": 0, "sink_tokens": 0}, branch="flex")
     return [
@@ -156,7 +161,7 @@ def _train(stages: tuple[Stage, ...], changed: dict[str, str | None]) -> tuple[S
 
 
 def initialisation(stages: tuple[Stage, ...]) -> list[Row]:
-    """How a student starts, each distilled in the same way."""
+    """Returns a row for each way a student can start, each distilled in the same way."""
     return [
         Row("default", stages),
         Row("default, calibrated", stages, Start(calibrate=True)),
@@ -167,7 +172,8 @@ def initialisation(stages: tuple[Stage, ...]) -> list[Row]:
 
 def referees(stages: tuple[Stage, ...], options: Mapping[str, Any] | None = None) -> list[Row]:
     """
-    What referees of the paper asked for: windows, one direction, scan orders, branches, text windows and sinks.
+    Returns the rows that referees of the paper asked for: windows, one direction, scan orders, branches, text windows
+    and sinks.
 
     Args:
         stages (`tuple[Stage, ...]`): what every student goes through.
@@ -236,7 +242,10 @@ ALIGN = Stage("align", (FLEX, SWIN), 120, 2e-3, hid=1.0, hidden_input="teacher")
 
 
 def block(stages: tuple[Stage, ...]) -> list[Row]:
-    """One choice inside the block at a time, after 120 teacher-fed steps whatever the recipe: docs/decisions.md."""
+    """
+    Returns rows that change one choice inside the block each, after 120 teacher-fed steps in any recipe:
+    docs/decisions.md.
+    """
     rows = [Row(label, (ALIGN,), Start(options=options)) for label, options in BLOCK_OPTIONS.items()]
     return [*rows, Row("preset=paper", (ALIGN,), Start(preset="paper"))]
 

@@ -35,7 +35,7 @@ MAX_ANSWER = 16
 @dataclass
 class Bench:
     """
-    What all students of a run share.
+    Everything that the students of a run share.
 
     Args:
         output (`Path`): the folder of the run.
@@ -184,7 +184,7 @@ class Bench:
 
     @cached_property
     def pseudo_targets(self) -> Path:
-        """The teacher's answers to the training rows, decoded once for all students."""
+        """Returns the store of the teacher's answers to the training rows, decoded once for all students."""
         name = hashlib.sha256(json.dumps([self.teacher, self.dataset]).encode()).hexdigest()[:16]
         folder = self.output / f"answers-{name}"
         decode_pseudo_targets(

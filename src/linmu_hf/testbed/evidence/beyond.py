@@ -104,7 +104,7 @@ def measure_point(model, processor, rows: list[dict], repeats: int) -> dict[str,
 
 class Points:
     """
-    What is measured, by model, axis and size, in a file that grows with every point.
+    The measured points, by model, axis and size, in a file that grows with each of them.
 
     Args:
         file (`Path`): the file.
@@ -130,7 +130,7 @@ class Points:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Gives PyTorch so many threads."""
+    """Lets PyTorch use `count` threads within a `with` block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

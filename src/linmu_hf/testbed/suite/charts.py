@@ -25,14 +25,14 @@ TABLE_NUMBERS = 100  # below
 
 
 def bars_layout(rng: np.random.Generator, level: int, beyond: bool = False) -> dict:
-    """Two bars, then three, then three or four; beyond that five on a larger picture."""
+    """Draws a layout: two bars, then three, then three or four; beyond that five on a larger picture."""
     if beyond:
         return {"bars": 5, "size": (144, 96)}
     return {"bars": level + 1 if level < 3 else int(rng.integers(3, 5)), "size": (96, 64)}
 
 
 def table_layout(rng: np.random.Generator, level: int, beyond: bool = False) -> dict:
-    """One row of two numbers, then 2x2, then 3x3; beyond that 4x4 on a larger picture."""
+    """Returns a layout: one row of two numbers, then 2x2, then 3x3; beyond that 4x4 on a larger picture."""
     if beyond:
         return {"grid": (4, 4), "size": (128, 80)}
     return {"grid": {1: (1, 2), 2: (2, 2)}.get(level, (3, 3)), "size": (96, 64)}

@@ -16,7 +16,7 @@ FULL, BEYOND = 5, 10
 
 
 def layout(rng: np.random.Generator, level: int, beyond: bool = False) -> dict:
-    """One line, two, three, five; beyond that ten."""
+    """Returns a layout: one line, two, three, five; beyond that ten."""
     return {"lines": BEYOND if beyond else LINES.get(level, FULL)}
 
 

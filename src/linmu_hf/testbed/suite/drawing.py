@@ -11,7 +11,7 @@ from .sources import BACKGROUNDS, load_font, load_icons
 
 @dataclass(frozen=True)
 class Item:
-    """What is seen at one place: a character, an icon or a bar. Boxes are left, top, right, bottom in pixels."""
+    """A thing at one place: a character, an icon or a bar. Boxes are left, top, right, bottom in pixels."""
 
     kind: str
     label: str

@@ -12,7 +12,7 @@ SIDE = 32  # of one place
 
 
 def layout(rng: np.random.Generator, level: int, beyond: bool = False) -> dict:
-    """One icon, then 1x2, 2x2 and 3x3; beyond that 5x5."""
+    """Returns a layout: one icon, then 1x2, 2x2 and 3x3; beyond that 5x5."""
     if beyond:
         return {"grid": (5, 5)}
     return {"grid": {1: (1, 1), 2: (1, 2), 3: (2, 2)}.get(level, (3, 3))}

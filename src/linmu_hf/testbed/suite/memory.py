@@ -16,7 +16,7 @@ KINDS = ("code", "word", "picture")
 
 
 def layout(rng: np.random.Generator, level: int, beyond: bool = False) -> dict:
-    """No turn in between, one, up to three, two to six; beyond that twenty to forty."""
+    """Draws a layout: no turn in between, one, up to three, two to six; beyond that twenty to forty."""
     least, most = BEYOND if beyond else FILLERS.get(level, FULL)
     return {"fillers": int(rng.integers(least, most + 1))}
 

@@ -13,7 +13,7 @@ FULL, BEYOND = 4, 8
 
 
 def layout(rng: np.random.Generator, level: int, beyond: bool = False) -> dict:
-    """Two images, then three, then four; beyond that eight."""
+    """Draws a layout: two images, then three, then four; beyond that eight."""
     return {"images": BEYOND if beyond else min(level + 1, FULL), "alike": bool(rng.integers(2))}
 
 
@@ -51,7 +51,9 @@ def ask(rng: np.random.Generator, scene: Scene, task: str) -> tuple[str, str]:
 
 
 def tasks_of(scene: Scene) -> list[str]:
-    """`same` where both answers can come up: of two images, or of more if two are alike."""
+    """
+    Returns a scene's tasks, `same` only where both answers can come up: of two images, or of more if two are alike.
+    """
     shown = scene.facts["shown"]
     different = len(set(shown)) == len(shown)
     return [*(["which"] if len(set(shown)) > 1 else []), *(["same"] if len(shown) == 2 or not different else [])]

@@ -179,14 +179,14 @@ def _last_answers_right(predicted: torch.Tensor, labels: torch.Tensor) -> torch.
 
 
 def learning_rate(args: argparse.Namespace, step: int, done: float) -> float:
-    """Rises, stays, and falls to 2% at the end of the run (`done` = 1)."""
+    """Returns a rate that rises, stays, and falls to 2% at the end of the run (`done` = 1)."""
     warm = min(1.0, (step + 1) / args.warmup_steps)
     falling = max(0.0, (done - STEADY) / (1 - STEADY))
     return args.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, falling))))
 
 
 class Run:
-    """Everything that goes on when training does."""
+    """Everything that a resumed training continues with."""
 
     def __init__(self, args: argparse.Namespace):
         torch.manual_seed(args.seed)
@@ -237,7 +237,7 @@ class Run:
 
     @property
     def looking(self) -> bool:
-        """Whether the tower learns alone."""
+        """Returns whether the tower learns alone."""
         return self.step < self.args.vision_steps
 
     def update(self) -> None:
@@ -248,7 +248,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
 
     def vision_step(self, rng: np.random.Generator, kinds: list[str]) -> dict[str, float]:
-        """The tower alone learns what its tokens show."""
+        """Trains the tower alone on what its tokens show."""
         right: dict[str, float] = {}
         for kind in kinds:
             fixed = {"grid": (2, 2), "filled": 4} if kind == "words" else {}  # a single word is little to learn from
@@ -262,7 +262,7 @@ class Run:
         return right
 
     def answer_step(self, rng: np.random.Generator, kinds: list[str]) -> dict[str, float]:
-        """Decoder and, once its time has come, tower learn to answer."""
+        """Trains the decoder and, once its time has come, the tower to answer."""
         notes = {}
         together = self.step >= self.args.vision_steps + self.args.decoder_steps
         self.model.model.visual.requires_grad_(together)

@@ -19,7 +19,7 @@ SUBTITLES = 3
 
 
 def layout(rng: np.random.Generator, level: int, beyond: bool = False) -> dict:
-    """4, 6, 8 and 16 to 32 moments, from level 3 on with subtitles half of the time; beyond that up to 256."""
+    """Draws a layout: 4, 6, 8 or 16 to 32 moments, from level 3 on half with subtitles; beyond that up to 256."""
     moments = pick(rng, BEYOND) if beyond else MOMENTS.get(level) or 4 * int(rng.integers(4, 9))
     return {"moments": moments, "subtitles": SUBTITLES if level > 2 and rng.random() < 0.5 else 0}
 

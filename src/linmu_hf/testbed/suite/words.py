@@ -15,7 +15,7 @@ BOARDS = ((20, 70, 140), (25, 110, 60), (150, 30, 30), (235, 235, 225), (240, 21
 
 
 def layout(rng: np.random.Generator, level: int, beyond: bool = False) -> dict:
-    """Level 1 and 2 have one sign, 3 two words of four places, from 4 on all four or one; beyond that nine."""
+    """Draws a layout: one sign at levels 1 and 2, two words of four at 3, then all four or one; beyond that nine."""
     if beyond:
         return {"grid": (3, 3), "filled": 9}
     if level <= 2:
