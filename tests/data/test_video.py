@@ -158,7 +158,7 @@ def test_a_part_of_a_file_is_that_part(processor, tmp_path, name, codec):
     file = write(tmp_path / name, 25, 200, codec)  # 8 seconds
     with av.open(file) as container:
         whole = [float(frame.to_ndarray(format="rgb24").mean()) for frame in container.decode(video=0)]
-    for start, end, n in ((0.0, 2.0, 51), (3.0, 5.0, 51), (6.4, 100.0, 40), (7.96, 8.0, 1)):
+    for start, end, n in ((0.0, 2.0, 51), (3.0, 5.0, 51), (6.4, 100.0, 40), (7.96, 8.0, 1), (0.28, 0.56, 8)):
         part = {"video": file, "video_start": start, "video_end": end}
         video = read_video(part, processor)
         assert video.metadata.total_num_frames == n and video.metadata.fps == 25

@@ -12,6 +12,7 @@ from transformers.video_utils import VideoMetadata
 from .image import image_size, local_file, open_image
 
 
+ROUNDING = 1e-6  # frames
 VIDEO_FPS = 2.0  # of frames that come without a rate
 TIMING = ("fps", "timestamps")  # of a video that comes as frames
 CLIP = ("video_start", "video_end")  # seconds: the part of a file that is meant, by qwen-vl-utils' names
@@ -237,7 +238,8 @@ def _measure(av, given: Given) -> tuple[VideoMetadata, int]:
         if not total:
             raise ValueError("it has no frames")
         start, end = given.clip
-        first, last = math.ceil(start * fps), min(end * fps, total - 1)
+        # 0.28 seconds at 25 frames per second are 7.000000000000001 frames
+        first, last = math.ceil(start * fps - ROUNDING), min(end * fps + ROUNDING, total - 1)
         if first > last:
             raise ValueError(f"its video_start={start:g} leaves no frame of {total / fps:g} seconds")
         total = math.floor(last) - first + 1
