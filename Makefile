@@ -128,7 +128,7 @@ $(GPU_PACKAGES)/.ready: $(READY)
 kernels-check: $(READY) gpu-packages
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 PYTHONPATH=$(GPU_PACKAGES)/mamba_ssm:$(GPU_PACKAGES)/einops \
 		$(BIN)/python -m pytest tests/kernels/interpreted_*.py $(ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rP tests/kernels/test_compiled.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rP -m "all_configurations or not all_configurations" tests/kernels/test_compiled.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

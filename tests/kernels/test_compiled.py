@@ -116,18 +116,23 @@ def fits(monkeypatch):
     return over
 
 
-CASES = [(sizes, {}) for sizes in SIZES]
-CASES += [("softmax features", {"masked": True, "paired": True})]
+CASES = [("softmax features", {"masked": True, "paired": True}), *((sizes, {}) for sizes in SIZES)]
+OTHERS = [
+    pytest.param(sizes, marks=pytest.mark.all_configurations) for sizes in ("no features", "state per key/value head")
+]
 
 
-@pytest.mark.parametrize("sizes, how", CASES, ids=[", ".join((sizes, *how)) for sizes, how in CASES])
+@pytest.mark.parametrize(
+    "sizes, how",
+    [pytest.param(*case, marks=pytest.mark.all_configurations) if case[0] == "fp32" else case for case in CASES],
+    ids=[", ".join((sizes, *how)) for sizes, how in CASES],
+)
 def test_fits_on_hopper(fits, sizes, how):
     assert not fits(*SIZES[sizes], **how)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("choice", range(1, max(map(len, tuning.CONFIGS.values()))))
-@pytest.mark.parametrize("sizes", ["softmax features", "no features", "state per key/value head"])
+@pytest.mark.parametrize("sizes", ["softmax features", *OTHERS])
 def test_every_configuration_fits_on_hopper(fits, sizes, choice):
     assert not fits(*SIZES[sizes], masked=True, paired=True, choice=choice)
 
