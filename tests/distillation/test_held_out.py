@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -335,6 +336,38 @@ def test_trackers_get_every_figure_once_under_the_name_of_the_stage(run, tmp_pat
     for stage in ("align", "fed"):
         assert {("mine-" + stage, step, "eval_loss") for step in (2, 4)} <= set(told)
         assert {("mine-" + stage, step, "loss_hid") for step in (2, 4)} <= set(told)
+
+
+@pytest.mark.parametrize("given", [None, "elsewhere"])
+def test_tensorboard_writes_where_it_stays(run, tmp_path, monkeypatch, given):
+    class Writer:
+        def __init__(self, log_dir):
+            self.file = Path(log_dir) / "events.out.tfevents.1"
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+
+        def add_scalar(self, name, value, step):
+            with open(self.file, "a") as file:
+                file.write(f"{step} {name}\n")
+
+        add_text = flush = close = lambda self, *given: None
+
+    class Ours(integration_utils.TensorBoardCallback):
+        def __init__(self):
+            self._SummaryWriter, self.tb_writer = Writer, None
+            self.logging_dir = None if given is None else str(tmp_path / given)
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "ours", Ours)
+    run(tmp_path / "out", eval_steps=2, report_to=["ours"], run_name="mine")
+    folders = {tmp_path / "out" / "runs" / name for name in ("align", "fed")}
+    if given:
+        folders = {tmp_path / given / f"mine-{name}" for name in ("align", "fed")}
+    assert {file.parent for file in tmp_path.rglob("events.out.*")} == folders
+    for folder in folders:
+        assert "4 train/loss_hid\n" in (folder / "events.out.tfevents.1").read_text()
+    if given is None:
+        (tmp_path / "out" / "runs" / "mine.txt").write_text("mine")
+        run(tmp_path / "out", eval_steps=2, report_to=[], overwrite_output_dir=True)
+        assert [file.name for file in (tmp_path / "out" / "runs").rglob("*") if file.is_file()] == ["mine.txt"]
 
 
 def test_the_progress_bar_says_which_stage_of_how_many(run, tmp_path, capsys):

@@ -21,6 +21,7 @@ CURVES = "loss_curves.png"
 ERROR_MAP = "error_map.png"
 CARD = "README.md"
 PSEUDO_TARGETS = "pseudo_targets"
+EVENTS = "runs"  # of TensorBoard, a folder for each stage
 WEIGHTS = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 
 # Gets a stage's complete folder, the stages so far and the rows of their logs.
@@ -71,6 +72,8 @@ def _delete_run(out: Path, names: Sequence[str]) -> None:
             shutil.rmtree(out / name, ignore_errors=True)
         for suffix in (".running", ".partial", ".old"):
             shutil.rmtree(out / f"{name}{suffix}", ignore_errors=True)
+        for file in (out / EVENTS / name).rglob("events.out.tfevents.*"):
+            file.unlink()
     if (out / PSEUDO_TARGETS / HEADER).is_file():
         shutil.rmtree(out / PSEUDO_TARGETS)
     weights = (path for path in out.glob("model*.safetensors*") if re.fullmatch(WEIGHTS, path.name))

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainerState
+from transformers.integrations import TensorBoardCallback
 
 from ..modeling.compat import checkpoint_activations
 from .checkpoints import load_trained
 from .config import DistillConfig
 from .engines.processes import on_main
 from .engines.wrapping import is_sharded
-from .folders import last_checkpoint, read_log, write_group
+from .folders import EVENTS, last_checkpoint, read_log, write_group
 from .layerwise.layer_groups import freeze_others, group_name, layer_groups, merge_logs
 from .layerwise.offload import open_offload
 from .lora import merge_lora
@@ -103,6 +104,18 @@ def _own_tracker() -> Iterator[None]:
         tracker.finish()
 
 
+def _keep_events(trainer: DistillTrainer, run: StageRun) -> None:
+    """Lets TensorBoard write where its files stay; by default they would be deleted with the stage's checkpoints."""
+    running, name = Path(run.args.output_dir), run.stage.name
+    out, place = (running.parent, Path(name)) if run.layers is None else (
+        running.parent.parent, Path(name) / group_name(run.layers)
+    )  # fmt: skip
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            given = callback.logging_dir  # TENSORBOARD_LOGGING_DIR, which runs may share
+            callback.logging_dir = str(out / EVENTS / place) if given is None else f"{given}/{run.args.run_name}"
+
+
 def _train(run: StageRun) -> list[dict[str, Any]]:
     """
     Trains the student, from the last checkpoint on if there is one, and leaves it with the best weights if they are
@@ -116,6 +129,7 @@ def _train(run: StageRun) -> list[dict[str, Any]]:
     # The Trainer writes its own choice into the config, which the stage's folder would keep.
     use_cache = student.config.__dict__.get("use_cache")
     trainer = DistillTrainer(student, teacher, args, stage, run.features, run.held_out, run.title, run.layers)
+    _keep_events(trainer, run)
     checkpoint = on_main(lambda: last_checkpoint(running))
     state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json") if checkpoint else TrainerState()
     trainer.args.eval_on_start &= checkpoint is None
