@@ -1,7 +1,7 @@
 """Our kernels, run in Python by Triton's interpreter, against the float64 recurrence: values and gradients.
 
 Run with `make kernels-check`, or by `test_interpreted.py` in a process of its own: Triton reads TRITON_INTERPRET when
-it is imported. Matrix products of bf16 are wrong in the interpreter of Triton 3.9, so fp16 stands in for it.
+it is imported. Matrix products of bf16 are wrong in the interpreter of Triton 3.9, so the tests use fp16 instead.
 """
 
 import os

@@ -106,10 +106,9 @@ def _own_tracker() -> Iterator[None]:
 
 def _keep_events(trainer: DistillTrainer, run: StageRun) -> None:
     """Lets TensorBoard write where its files stay; by default they would be deleted with the stage's checkpoints."""
-    running, name = Path(run.args.output_dir), run.stage.name
-    out, place = (running.parent, Path(name)) if run.layers is None else (
-        running.parent.parent, Path(name) / group_name(run.layers)
-    )  # fmt: skip
+    out, place = Path(run.args.output_dir).parent, run.stage.name
+    if run.layers is not None:  # their folder is within the stage's
+        out, place = out.parent, f"{place}/{group_name(run.layers)}"
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):
             given = callback.logging_dir  # TENSORBOARD_LOGGING_DIR, which runs may share
