@@ -79,10 +79,20 @@ def test_dry_run(teacher, tmp_path):
 def test_calibrate(teacher, dataset, tmp_path):
     output, report = tmp_path / "out", tmp_path / "report.json"
     flags = ["--teacher", str(teacher), "--output_dir", str(output), "--json", str(report)]
-    assert main([*flags, "--calibrate", str(dataset), "--calibrate_samples", "6"]) == 0
+    flags += ["--calibrate", str(dataset), "--calibrate_samples", "6", "--calibrate_steps", "5"]
+    assert main([*flags, "--dry_run"]) == 0 and not output.exists()
+    assert main(flags) == 0
     calibration = json.loads(report.read_text())["calibration"]
-    assert calibration["path_after"] < calibration["path_before"]
+    assert calibration["path_after"] < calibration["path_before"] and "scan" in calibration["kept"]
     LinMUForConditionalGeneration.from_pretrained(output)
+
+
+@pytest.mark.parametrize(
+    "flag", [("--calibrate_samples", "6"), ("--calibrate_split", "test"), ("--calibrate_steps", "5")], ids=" ".join
+)
+def test_flags_without_a_dataset_to_calibrate_on(teacher, tmp_path, capsys, flag):
+    assert main(["--teacher", str(teacher), "--output_dir", str(tmp_path / "out"), *flag]) == 2
+    assert f"{' '.join(flag)} is for --calibrate DATASET" in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
 def test_an_interrupted_calibration_is_taken_up_again(teacher, dataset, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,5 @@
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -164,7 +165,73 @@ def test_layer_by_layer_is_what_whole_passes_give(case):
         torch.testing.assert_close(ours, truth, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_memory_is_that_of_one_layer(processor, tmp_path):
+@pytest.mark.parametrize("layer", [0, 3])
+def test_the_scan_is_trained_by_adam(case, layer):
+    """Five steps, against a loop over the mixer's own parameters in float64: texts, images and a video."""
+    root, teacher, batches = case
+    teacher = load_teacher(root / "teacher").double()
+    batches = [{key: v.double() if v.is_floating_point() else v for key, v in batch.items()} for batch in batches]
+    mixers, states = [], []
+    for _ in range(3):
+        student = LinMUForConditionalGeneration.from_pretrained(root / "short").double().eval().requires_grad_(False)
+        walk = Walk(student, teacher, batches)
+        assert layer in walk.layers()  # and stops there
+        mixers.append(student.model.language_model.layers[layer].mixer)
+        states.append(partial(walk.states, layer, walk.fitted))
+    ours, truth, start = mixers
+    fits.fit_scan(ours, states[0], steps=5, learning_rate=2e-2)
+    assert not any(one.requires_grad for one in ours.parameters())
+
+    scans, joins = (
+        (truth.flex_ma.forward_scan, truth.flex_ma.reverse_scan),
+        (truth.fusion_proj, truth.text_fusion_proj),
+    )
+    trained = [one for scan in scans for one in (scan.b_features, scan.c_features, scan.dt_proj.weight, scan.dt_bias)]
+    trained += [one for join in (*joins, truth.flex_ma.gate_proj) for one in (join.weight, join.bias)]
+    optimizer = torch.optim.Adam([one.requires_grad_() for one in trained], betas=(0.9, 0.98))
+    for i, rate in enumerate((1, 1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4)):
+        mixer_input, target, rope, layout = list(states[1]())[i % 2]
+        real = batches[i % 2]["attention_mask"].bool()
+        missing = (truth(mixer_input, rope, layout) - target)[real]
+        (missing.square().sum() / target[real].square().sum()).backward()
+        optimizer.param_groups[0]["lr"] = 2e-2 * rate
+        optimizer.step()
+        optimizer.zero_grad()
+    before, after = dict(start.named_parameters()), dict(truth.named_parameters())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter, after[name].detach(), rtol=1e-9, atol=1e-12, msg=name)
+    assert sum(not torch.equal(one, before[name]) for name, one in ours.named_parameters()) == len(trained)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trained_scan_comes_closer(case, dtype):
+    root, teacher, batches = case
+    reports = []
+    for scan_steps in (0, 30):
+        student = LinMUForConditionalGeneration.from_pretrained(root / "short", dtype=dtype).eval()
+        kinds = {name: one.dtype for name, one in student.named_parameters()}
+        reports.append(calibrate(student, teacher, batches, scan_steps=scan_steps))
+        assert kinds == {name: one.dtype for name, one in student.named_parameters()}
+        assert set(reports[-1].changed) <= set(kinds)
+    without, trained = reports
+    assert "scan" in trained.kept and "scan" not in without.kept
+    assert trained.path_after < without.path_after
+    for one, other in zip(trained.layers, without.layers):
+        assert one.error_after < other.error_after and one.error_before == pytest.approx(other.error_before)
+
+
+def test_steps_that_lead_astray_are_left(case, monkeypatch):
+    root, teacher, batches = case
+    student, start = (LinMUForConditionalGeneration.from_pretrained(root / "short").eval() for _ in range(2))
+    monkeypatch.setattr(fits, "fit_scan", lambda mixer, *_: mixer.flex_ma.forward_scan.c_features.normal_(0, 100))
+    report = calibrate(student, teacher, batches, scan_steps=3)
+    assert "scan" not in report.kept and report.path_after < report.path_before
+    for (name, weight), before in zip(student.named_parameters(), start.parameters(), strict=True):
+        assert torch.equal(weight, before) or "o_proj" in name or "fusion_proj.bias" in name, name
+
+
+@pytest.mark.parametrize("scan_steps", [0, 2])
+def test_memory_is_that_of_one_layer(processor, tmp_path, scan_steps):
     """
     The most bytes of all tensors that are alive at once, beside the models' and a copy of what is fitted, for 4 layers
     and for 10.
@@ -180,7 +247,7 @@ def test_memory_is_that_of_one_layer(processor, tmp_path):
             for weight in weights:
                 account.hold(weight)
             held = account.peak
-            changed = calibrate(student, teacher, batches).changed
+            changed = calibrate(student, teacher, batches, scan_steps=scan_steps).changed
         copied = sum(student.get_parameter(name).nbytes for name in changed)
         peaks.append(account.peak - held - copied)
     assert 0 < peaks[1] <= 1.02 * peaks[0]
@@ -312,5 +379,7 @@ def test_bad_arguments(case):
         calibrate(student, teacher, [])
     with pytest.raises(ValueError, match="strength=0"):
         calibrate(student, teacher, batches, strength=0)
+    with pytest.raises(ValueError, match=r"scan_steps=-1 must"):
+        calibrate(student, teacher, batches, scan_steps=-1)
     with pytest.raises(ValueError, match="nothing to calibrate"):
         calibrate(teacher, teacher, batches)

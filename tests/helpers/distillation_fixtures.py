@@ -1,6 +1,7 @@
 """A tiny random teacher and its student, and a handful of conversations about random images and clips."""
 
 import gc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 from transformers import Qwen2_5_VLConfig
 
 from linmu_hf import LinMUConfig, LinMUForConditionalGeneration
+from linmu_hf.distillation import folders
 from linmu_hf.testbed.processor import build_processor
 
 
@@ -66,6 +68,13 @@ def frozen_heap():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Drawing takes as long as a tiny training; what fixtures of a module train has its pictures."""
+    for name in ("plot_training_log", "plot_error_map"):
+        monkeypatch.setattr(folders, name, lambda rows, path: Path(path).touch())
 
 
 @pytest.fixture(scope="session")

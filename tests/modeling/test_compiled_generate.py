@@ -77,7 +77,8 @@ def test_states_keep_their_addresses(beams):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model", [KINDS["hybrid"]], indirect=True)
 def test_inductor(model):
-    """The default backend, with the C++ that it makes on a CPU."""
+    """The default backend, with the C++ that it makes on a CPU; both kinds of layers."""
     assert torch.equal(generate(model, backend="inductor"), generate(model))
     assert counters["stats"]["unique_graphs"] == 1

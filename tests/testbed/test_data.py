@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from functools import cache
 
 import numpy as np
 import pytest
@@ -22,9 +23,14 @@ from linmu_hf.testbed.data import (
 )
 
 
+@cache
+def digit_labels():
+    return load_digits().target
+
+
 def answer_from_labels(scene, question):
     numbers = [int(n) for n in re.findall(r"\d+", question)]
-    source_labels = np.where(scene.sources >= 0, load_digits().target[scene.sources], -1)
+    source_labels = np.where(scene.sources >= 0, digit_labels()[scene.sources], -1)
     assert np.array_equal(source_labels, scene.digits)
     if "row" in question:
         row, column = numbers
@@ -36,8 +42,8 @@ def answer_from_labels(scene, question):
 def test_train_and_test_digits_are_disjoint_and_complete():
     train, test = split_indices("train"), split_indices("test")
     assert not set(train) & set(test)
-    assert len(train) + len(test) == len(load_digits().target)
-    assert np.bincount(load_digits().target[test]).tolist() == [40] * 10
+    assert len(train) + len(test) == len(digit_labels())
+    assert np.bincount(digit_labels()[test]).tolist() == [40] * 10
 
 
 def test_scenes_use_the_digits_of_their_split_alone():
