@@ -51,6 +51,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_shard_size", default="2GB", help="largest weight file (default: %(default)s)")
     parser.add_argument("--calibrate", metavar="DATASET", help="closed-form start on samples of this dataset")
     parser.add_argument("--calibrate_samples", type=int, default=64, help="how many (default: %(default)s)")
+    parser.add_argument(
+        "--calibrate_steps", type=int, default=0,
+        help="of Adam in each layer, for what the scan reads and how it is joined (default: none)",
+    )  # fmt: skip
     parser.add_argument("--calibrate_split", default="train", help="of that dataset (default: %(default)s)")
     parser.add_argument("--dry_run", action="store_true", help="check everything and report, write nothing")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="replace a model that is there")
@@ -92,18 +96,22 @@ def run(args: argparse.Namespace, options: dict) -> dict:
         "mixer_options": options,
         "revision": args.revision,
         "max_shard_size": args.max_shard_size,
+        "calibration_steps": args.calibrate_steps,
         "overwrite": args.overwrite_output_dir,
     }
-    batches = repo = None
+    repo, batches = None, [] if args.calibrate else None
+    for name in ("calibrate_samples", "calibrate_split", "calibrate_steps"):
+        if args.calibrate is None and getattr(args, name) != build_parser().get_default(name):
+            raise ValueError(f"--{name} {getattr(args, name)} is for --calibrate DATASET: name the dataset too")
+    if args.calibrate_steps < 0:
+        raise ValueError(f"--calibrate_steps {args.calibrate_steps} must be 0 or more")
     if str(args.keep_attention).startswith(AUTO) and (args.dry_run or not args.calibrate):
         raise ValueError(
             f"--keep_attention {args.keep_attention} is chosen on data: it needs --calibrate, and no --dry_run"
         )
     if (args.calibrate or args.push_to_hub) and not args.dry_run:
         # the teacher's errors before all others
-        convert(
-            args.teacher, args.output_dir, **settings, dry_run=True, calibration_batches=[] if args.calibrate else None
-        )
+        convert(args.teacher, args.output_dir, **settings, dry_run=True, calibration_batches=batches)
         batches = load_batches(args) if args.calibrate else None
     if args.push_to_hub:
         repo = prepare_repo(args.push_to_hub, private=args.hub_private_repo, revision=args.hub_revision)

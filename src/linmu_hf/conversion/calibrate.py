@@ -24,7 +24,7 @@ from .calibration.walk import Walk
 
 
 # What is fitted, of a mixer's parameters.
-FITTED = r"^(flex_ma\.o_proj\.weight|local_swin\.o_proj\.weight|(text_)?fusion_proj\.bias|output_norm\.\w+)$"
+FITTED = rf"^(flex_ma\.o_proj\.weight|local_swin\.o_proj\.weight|output_norm\.\w+)$|{fits.SCAN}"
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ def calibrate(
     *,
     strength: float = 0.1,
     max_growth: float = 1.5,
+    scan_steps: int = 0,
 ) -> CalibrationReport:
     """
     Fits lambda, the output projections and the output norm of every M-MATE layer, in place.
@@ -100,6 +101,8 @@ def calibrate(
         strength (`float`, *optional*, defaults to 0.1): How strongly projections are pulled to what they were, as a
             fraction of the mean eigenvalue of what they read.
         max_growth (`float`, *optional*, defaults to 1.5): Largest growth of their norm.
+        scan_steps (`int`, *optional*, defaults to 0): Steps of Adam for features, step sizes and joins of the scan,
+            on one batch each, see [`fit_scan`]; 0 leaves them as they are.
 
     Returns:
         [`CalibrationReport`]
@@ -109,6 +112,8 @@ def calibrate(
     """
     if strength <= 0 or max_growth < 1:
         raise ValueError(f"strength={strength} must be positive and max_growth={max_growth} at least 1")
+    if scan_steps < 0:
+        raise ValueError(f"scan_steps={scan_steps} must be 0, for no training, or more")
     text = student.model.language_model
     layers = recurrent_layers(text.config.layer_types)
     if not layers:
@@ -119,8 +124,11 @@ def calibrate(
     reports: dict[int, LayerReport] = {}
     ways: dict[str, Callable] = {
         "lambda": _share,
+        "scan": partial(_train_scan, steps=scan_steps),
         "projections": partial(_project, strength=strength, max_growth=max_growth),
     }
+    if not scan_steps:
+        del ways["scan"]
     for name, fit in ways.items():
         weights = {layer: _copies(text.layers[layer].mixer) for layer in layers}
         found = _fit_all(walk, layers, fit, name)
@@ -165,6 +173,11 @@ def _fit_all(walk: Walk, layers: Sequence[int], fit: Callable, name: str) -> dic
 
 def _share(mixer: nn.Module, states: Callable) -> float:
     fits.fit_shares(mixer, states())
+    return 1.0
+
+
+def _train_scan(mixer: nn.Module, states: Callable, steps: int) -> float:
+    fits.fit_scan(mixer, states, steps)
     return 1.0
 
 

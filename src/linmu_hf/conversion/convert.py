@@ -104,6 +104,7 @@ def convert(
     revision: str | None = None,
     max_shard_size: int | str = "2GB",
     calibration_batches: Sequence[Mapping] | None = None,
+    calibration_steps: int = 0,
     overwrite: bool = False,
     dry_run: bool = False,
     finish_folder: Callable[[Path], object] | None = None,
@@ -127,6 +128,7 @@ def convert(
         max_shard_size (`int` or `str`, *optional*, defaults to `"2GB"`): Largest weight file, in bytes.
         calibration_batches (`Sequence[Mapping]`, *optional*): Model inputs for a closed-form start, see [`calibrate`];
             for this both models are held in memory, and of everything else what one layer needs.
+        calibration_steps (`int`, *optional*, defaults to 0): Its `scan_steps`.
         overwrite (`bool`, *optional*, defaults to `False`): Whether a model that is in `output` may be replaced.
         dry_run (`bool`, *optional*, defaults to `False`): Check and report without writing.
         finish_folder (`Callable`, *optional*): Called with the complete folder before it gets its name, for example to
@@ -147,6 +149,8 @@ def convert(
     to_choose = number_to_keep(kept, teacher_config.text_config.num_hidden_layers)
     if to_choose and calibration_batches is None:
         raise ValueError(f"keep_attention={kept!r} is chosen on data: give calibration samples, or name the layers")
+    if calibration_steps < 0 or (calibration_steps and calibration_batches is None):
+        raise ValueError(f"calibration_steps={calibration_steps} must be 0, or positive with samples to calibrate on")
 
     def plan_with(kept) -> ConversionPlan:
         try:
@@ -173,7 +177,7 @@ def convert(
         with locked(target):
             hashes = _write(work, plan, shards)
             if calibration_batches is not None:
-                calibration = _calibrate(work, plan, shards, hashes, known, calibration_batches)
+                calibration = _calibrate(work, plan, shards, hashes, known, calibration_batches, calibration_steps)
             _verify(work, plan, hashes)
             _finish(work, target, plan, finish_folder)
 
@@ -261,11 +265,12 @@ def _calibrate(
     hashes: dict[str, dict[str, str]],
     teacher: torch.nn.Module,
     batches: Sequence[Mapping],
+    steps: int,
 ) -> CalibrationReport:
     """Calibrates the converted weights and rewrites the shards that hold changed tensors."""
     stored = read_checkpoint(work)
     student = build_model(plan.config, plan.dtype, stored)
-    report = calibrate(student, teacher, batches)
+    report = calibrate(student, teacher, batches, scan_steps=steps)
     state = student.state_dict()
     for name in report.changed:
         if not state[name].isfinite().all():

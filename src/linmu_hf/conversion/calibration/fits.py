@@ -6,16 +6,23 @@ target    the teacher's attention output, [n, d]
 W         [W_O,Flex, W_O,Swin], [d, 2 h p]; W_0 is the teacher's W_O twice (Eq. 4 and 5)
 """
 
-from collections.abc import Iterable
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .walk import LayerStates
 
 
 # Smallest and largest lambda that is set: beyond, its sigmoid would hardly learn.
 SHARES = (0.02, 0.98)
+
+# What `fit_scan` trains of a mixer's parameters.
+SCAN = r"^(flex_ma\.\w+_scan\.(\w_features|dt_proj\.weight|dt_bias)|flex_ma\.gate_proj\.\w+|(text_)?fusion_proj\.\w+)$"
 
 # Tokens of which the output of every head is held apart.
 SOME_TOKENS = 256
@@ -85,6 +92,39 @@ def fit_projections(
     return growth
 
 
+def fit_scan(
+    mixer: nn.Module, batches: Callable[[], Iterable[LayerStates]], steps: int, learning_rate: float = 1e-2
+) -> None:
+    """
+    Trains what the scan reads, how long it keeps it and how the branches are joined, `SCAN`, by steps of Adam on
+    |y - target|^2 / |target|^2: what no teacher has and no formula gives.
+
+    Args:
+        batches (`Callable`): Gives the batches, one for a step; gone through again until there were enough steps.
+        learning_rate (`float`): Its peak, after a tenth of the steps; then half a cosine to 0.
+    """
+    parameters = {name: one for name, one in mixer.named_parameters() if re.search(SCAN, name)}
+    trained = {  # in float32 at least: steps become too small for bfloat16
+        name: one.detach().to(torch.promote_types(one.dtype, torch.float32)).clone().requires_grad_()
+        for name, one in parameters.items()
+    }
+    optimizer = torch.optim.Adam(trained.values(), betas=(0.9, 0.98))
+    warmup = max(1, steps // 10)
+    for i, states in enumerate(itertools.islice(itertools.chain.from_iterable(iter(batches, None)), steps)):
+        rate = (i + 1) / warmup if i < warmup else 0.5 + 0.5 * math.cos(math.pi * (i - warmup) / (steps - warmup))
+        optimizer.param_groups[0]["lr"] = learning_rate * rate
+        with torch.enable_grad():
+            cast = {name: one.to(parameters[name].dtype) for name, one in trained.items()}
+            y, target = outputs(lambda *args, cast=cast: functional_call(mixer, cast, args), states)
+            loss = (y - target).square().sum() / target.square().sum()
+        optimizer.zero_grad()
+        for one, gradient in zip(trained.values(), torch.autograd.grad(loss, trained.values(), allow_unused=True)):
+            one.grad = gradient
+        optimizer.step()
+    for name, one in trained.items():
+        parameters[name].copy_(one.detach())
+
+
 def features(mixer: nn.Module, states: LayerStates) -> tuple[Tensor, Tensor]:
     """Returns z and target at the real tokens, in float64."""
     mixer_input, target, rope, layout = states
@@ -110,7 +150,7 @@ def fit_norm(mixer: nn.Module, batches: Iterable[LayerStates]) -> None:
     norm.bias.copy_((target - gain * y) / count)
 
 
-def outputs(mixer: nn.Module, states: LayerStates) -> tuple[Tensor, Tensor]:
+def outputs(mixer: Callable, states: LayerStates) -> tuple[Tensor, Tensor]:
     """Returns the mixer's output and the target at the real tokens, [n, d] in float64."""
     mixer_input, target, rope, layout = states
     real = next(iter(layout.orders.values()))
