@@ -338,8 +338,8 @@ def test_trackers_get_every_figure_once_under_the_name_of_the_stage(run, tmp_pat
         assert {("mine-" + stage, step, "loss_hid") for step in (2, 4)} <= set(told)
 
 
-@pytest.mark.parametrize("given", [None, "elsewhere"])
-def test_tensorboard_writes_where_it_stays(run, tmp_path, monkeypatch, given):
+@pytest.mark.parametrize("given, layers", [(None, None), ("elsewhere", None), (None, 2)])
+def test_tensorboard_writes_where_it_stays(run, tmp_path, monkeypatch, given, layers):
     class Writer:
         def __init__(self, log_dir):
             self.file = Path(log_dir) / "events.out.tfevents.1"
@@ -357,8 +357,9 @@ def test_tensorboard_writes_where_it_stays(run, tmp_path, monkeypatch, given):
             self.logging_dir = None if given is None else str(tmp_path / given)
 
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "ours", Ours)
-    run(tmp_path / "out", eval_steps=2, report_to=["ours"], run_name="mine")
-    folders = {tmp_path / "out" / "runs" / name for name in ("align", "fed")}
+    run(tmp_path / "out", eval_steps=2, report_to=["ours"], run_name="mine", layers_at_a_time=layers)
+    stages = ("align", "fed") if layers is None else ("align/layers-0-1", "align/layers-2-2", "fed")
+    folders = {tmp_path / "out" / "runs" / name for name in stages}
     if given:
         folders = {tmp_path / given / f"mine-{name}" for name in ("align", "fed")}
     assert {file.parent for file in tmp_path.rglob("events.out.*")} == folders
@@ -366,7 +367,7 @@ def test_tensorboard_writes_where_it_stays(run, tmp_path, monkeypatch, given):
         assert "4 train/loss_hid\n" in (folder / "events.out.tfevents.1").read_text()
     if given is None:
         (tmp_path / "out" / "runs" / "mine.txt").write_text("mine")
-        run(tmp_path / "out", eval_steps=2, report_to=[], overwrite_output_dir=True)
+        run(tmp_path / "out", eval_steps=2, report_to=[], overwrite_output_dir=True, layers_at_a_time=layers)
         assert [file.name for file in (tmp_path / "out" / "runs").rglob("*") if file.is_file()] == ["mine.txt"]
 
 
