@@ -1,7 +1,7 @@
 """
 How near a closed-form calibration brings the testbed's student to its teacher.
 
-    python benchmarks/calibration.py [--samples 2] [--rows 64] [--json FILE]
+    python benchmarks/calibration.py [--samples 2] [--rows 64] [--steps 0] [--json FILE]
 
 Each sample of rows is calibrated on by itself, from the same conversion. Measured on 32 rows of none of them: the
 relative error of the last hidden states, and of the answer tokens KL(teacher || student) and how often both prefer the
@@ -56,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--rows", type=int, default=64, help="of a sample; the last batch of 8 is held out")
+    parser.add_argument("--steps", type=int, default=0, help="`scan_steps` of the calibration")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     if args.samples < 1 or args.rows < 2 * BATCH or args.rows % BATCH:
@@ -75,7 +76,8 @@ def main() -> None:
             student = LinMUForConditionalGeneration.from_pretrained(f"{folder}/student").eval()
             start = time.process_time()
             if sample is not None:
-                print(calibrate(student, teacher, batches[sample * each : (sample + 1) * each]))
+                some = batches[sample * each : (sample + 1) * each]
+                print(calibrate(student, teacher, some, scan_steps=args.steps))
             seconds = time.process_time() - start
             found.append({"sample": sample, "seconds": seconds, **compare(student, teacher, held_out)})
     for figures in found:

@@ -85,7 +85,8 @@ class Bench:
         if isinstance(step, Calibrate):
             size = step.batch_size
             batches = [{"input_ids": rows.batch(i * size, size)} for i in range(step.batches)]
-            print(calibrate(student, self.teacher, batches, strength=step.strength, max_growth=step.max_growth))
+            fit = {name: getattr(step, name) for name in ("strength", "max_growth", "scan_steps")}
+            print(calibrate(student, self.teacher, batches, **fit))
         else:
             log = train(student, self.teacher, rows, step, checkpoint)
         with whole_folder(self.output / step.name) as folder:

@@ -16,7 +16,7 @@ class Calibrate:
     Args:
         name (`str`): of the step, and of the folder that it leaves.
         batches, batch_size, length (`int`): rows to fit to; the last batch is held out.
-        strength, max_growth (`float`): as in `calibrate`.
+        strength, max_growth (`float`), scan_steps (`int`): as in `calibrate`.
     """
 
     name: str
@@ -25,6 +25,7 @@ class Calibrate:
     length: int = 512
     strength: float = 0.1
     max_growth: float = 1.5
+    scan_steps: int = 0
 
 
 @dataclass(frozen=True)

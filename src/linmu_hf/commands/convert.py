@@ -81,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace, options: dict) -> dict:
     record = {name: value for name, value in vars(args).items() if name not in HOW} | {"options": options}
     _check_push(args)
+    _check_calibration(args)
     finished = _finished(args, record)
     if finished is not None:
         print(f"{args.output_dir} was converted before, by the same command")
@@ -99,12 +100,8 @@ def run(args: argparse.Namespace, options: dict) -> dict:
         "calibration_steps": args.calibrate_steps,
         "overwrite": args.overwrite_output_dir,
     }
-    repo, batches = None, [] if args.calibrate else None
-    for name in ("calibrate_samples", "calibrate_split", "calibrate_steps"):
-        if args.calibrate is None and getattr(args, name) != build_parser().get_default(name):
-            raise ValueError(f"--{name} {getattr(args, name)} is for --calibrate DATASET: name the dataset too")
-    if args.calibrate_steps < 0:
-        raise ValueError(f"--calibrate_steps {args.calibrate_steps} must be 0 or more")
+    repo = None
+    batches: list | None = [] if args.calibrate else None
     if str(args.keep_attention).startswith(AUTO) and (args.dry_run or not args.calibrate):
         raise ValueError(
             f"--keep_attention {args.keep_attention} is chosen on data: it needs --calibrate, and no --dry_run"
@@ -137,6 +134,14 @@ def _check_push(args: argparse.Namespace) -> None:
         raise ValueError("--hub_private_repo and --hub_revision are for --push_to_hub ORG/NAME: name the model too")
     if args.push_to_hub is not None and args.dry_run:
         raise ValueError("--dry_run writes nothing that --push_to_hub could upload: leave one of them out")
+
+
+def _check_calibration(args: argparse.Namespace) -> None:
+    for name in ("calibrate_samples", "calibrate_split", "calibrate_steps"):
+        if args.calibrate is None and getattr(args, name) != build_parser().get_default(name):
+            raise ValueError(f"--{name} {getattr(args, name)} is for --calibrate DATASET: name the dataset too")
+    if args.calibrate_steps < 0:
+        raise ValueError(f"--calibrate_steps {args.calibrate_steps} must be 0 or more")
 
 
 def _push(args: argparse.Namespace, repo: str) -> None:

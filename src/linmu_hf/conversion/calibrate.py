@@ -2,11 +2,12 @@
 attention on a few samples, layer by layer.
 
 Lambda of every head is set first, one value for text and one for vision tokens; heads whose scan says little start
-near 0. Then the output projections follow, by ridge regression. Every layer is fed with the teacher's hidden states,
-as in the alignment that trains it next.
+near 0. Then, if steps are asked for, Adam trains what the scan reads, how long it keeps it and how the branches are
+joined. The output projections follow, by ridge regression. Every layer is fed with the teacher's hidden states, as in
+the alignment that trains it next.
 
 What fits some rows, or single layers, may lead the whole astray. So the student then runs on held-out rows, and each
-of the two fits is kept, in all layers, only if the last hidden states come nearer to the teacher's.
+of these fits is kept, in all layers, only if the last hidden states come nearer to the teacher's.
 """
 
 import re
@@ -88,7 +89,8 @@ def calibrate(
     scan_steps: int = 0,
 ) -> CalibrationReport:
     """
-    Fits lambda, the output projections and the output norm of every M-MATE layer, in place.
+    Fits lambda, the output projections and the output norm of every M-MATE layer, in place, and with `scan_steps` what
+    its scan reads.
 
     Memory beside the models: on their device 16 h p (2 h p + d) bytes of sums and what one layer needs for one batch,
     however many layers there are; on the CPU three hidden states of every batch and a copy of what may change.
@@ -122,13 +124,10 @@ def calibrate(
     start = path = walk.path_error()
     kept: list[str] = []
     reports: dict[int, LayerReport] = {}
-    ways: dict[str, Callable] = {
-        "lambda": _share,
-        "scan": partial(_train_scan, steps=scan_steps),
-        "projections": partial(_project, strength=strength, max_growth=max_growth),
-    }
-    if not scan_steps:
-        del ways["scan"]
+    ways: dict[str, Callable] = {"lambda": _share}
+    if scan_steps:
+        ways["scan"] = partial(_train_scan, steps=scan_steps)
+    ways["projections"] = partial(_project, strength=strength, max_growth=max_growth)
     for name, fit in ways.items():
         weights = {layer: _copies(text.layers[layer].mixer) for layer in layers}
         found = _fit_all(walk, layers, fit, name)
