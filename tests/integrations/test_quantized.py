@@ -106,7 +106,7 @@ def test_what_is_converted(name):
     expected = {name for name, module in plain.named_modules() if isinstance(module, nn.Linear)} - small - {"lm_head"}
     if "decoder" in name:
         expected = {name for name in expected if ".visual." not in name}
-    assert len(small) == 4 * 4 and len(expected) >= 4 * 13
+    assert len(small) == 5 * 4 and len(expected) >= 4 * 13
     assert converted(model) == expected
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.rpartition(".")[2] in FP32_PARAMETERS:
@@ -116,16 +116,14 @@ def test_what_is_converted(name):
 
 @each
 def test_answers_stay_close(name, processor, rows, batch, reference):
-    """Logits within a bound; greedy answers differ at most where the unquantised model wavers between two."""
+    """Logits within a bound; one greedy answer in twenty may differ, and those of before stay about as likely."""
     model, bound = load(name), CONFIGURATIONS[name][2]
     expected, scores = reference
     error = (logits(model, batch) - expected).norm() / expected.norm()
     assert 0 < error < bound
-    chosen = answers(model, processor, rows).argmax(-1)
-    agrees = chosen == scores.argmax(-1)
-    best, other = scores.max(-1).values, scores.gather(1, chosen[:, None])[:, 0]
-    assert agrees.float().mean() >= 0.9
-    assert (best - other).max() < 10 * bound  # in nats; a right answer is several ahead
+    found, (best, chosen) = answers(model, processor, rows), scores.max(-1)
+    assert (found.argmax(-1) == chosen).float().mean() >= 0.95
+    assert (best - found.gather(1, chosen[:, None])[:, 0]).mean() < bound  # in nats
 
 
 @pytest.mark.parametrize("name", [name for name, config in CONFIGURATIONS.items() if config[1] == "cpu"])
