@@ -95,6 +95,12 @@ def test_flags_without_a_dataset_to_calibrate_on(teacher, tmp_path, capsys, flag
     assert f"{' '.join(flag)} is for --calibrate DATASET" in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
+def test_fewer_steps_than_none(teacher, dataset, tmp_path, capsys):
+    flags = ["--calibrate", str(dataset), "--calibrate_steps", "-1"]
+    assert main(["--teacher", str(teacher), "--output_dir", str(tmp_path / "out"), *flags]) == 2
+    assert "--calibrate_steps -1 must be 0 or more" in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
 def test_an_interrupted_calibration_is_taken_up_again(teacher, dataset, tmp_path, monkeypatch, capsys):
     output = tmp_path / "out"
     flags = ["--teacher", str(teacher), "--output_dir", str(output)]

@@ -381,5 +381,8 @@ def test_bad_arguments(case):
         calibrate(student, teacher, batches, strength=0)
     with pytest.raises(ValueError, match=r"scan_steps=-1 must"):
         calibrate(student, teacher, batches, scan_steps=-1)
+    with pytest.raises(ValueError, match="calibration_steps=5 must be 0, or positive with samples"):
+        convert(str(root / "teacher"), str(root / "none"), calibration_steps=5)
+    assert not (root / "none").exists()
     with pytest.raises(ValueError, match="nothing to calibrate"):
         calibrate(teacher, teacher, batches)

@@ -118,7 +118,8 @@ def test_log_and_curves(finished):
         "stage-2": {"loss_hid", "loss_tok"},
         "stage-3": {"loss_tok", "loss_seq", "loss_sup"},
     }
-    assert (folder / "loss_curves.png").stat().st_size > 10_000
+    for picture in ("loss_curves.png", "error_map.png"):
+        assert (folder / picture).stat().st_size > 10_000
 
 
 class Killed(BaseException):
