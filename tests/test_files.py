@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from killing import Killed
 from safetensors.torch import save_file
 
 from linmu_hf.files import copy_file, disk_errors, locked, whole_file, whole_folder, write_text
@@ -21,10 +22,6 @@ with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
-
-
-class Killed(BaseException):
-    pass
 
 
 def test_a_file_is_the_old_one_or_the_new_one(tmp_path):

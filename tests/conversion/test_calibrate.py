@@ -3,6 +3,7 @@ from functools import partial
 
 import pytest
 import torch
+from killing import Killed
 from synthetic import ask, image, make_teacher, say
 
 from linmu_hf import LinMUForConditionalGeneration
@@ -349,9 +350,6 @@ def test_calibrated_conversion(case, tmp_path, monkeypatch):
     for ours, theirs in zip(actual.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
     assert report.calibration.path_after < report.calibration.path_before
-
-    class Killed(BaseException):
-        pass
 
     real, calls = os.replace, iter(range(1000))
     total = sum(1 for _ in (tmp_path / "out").glob("*.safetensors"))

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from killing import Killed
 from synthetic import make_teacher
 
 from linmu_hf import LinMUForConditionalGeneration
@@ -16,10 +17,6 @@ from linmu_hf.conversion.convert import convert
 
 convert_module = sys.modules[convert.__module__]  # the package's `convert` is the function
 OPTIONS = {"max_shard_size": "200KB", "keep_attention": [2]}
-
-
-class Killed(BaseException):
-    """Passes every `except` that a killed process would not run."""
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from killing import Killed
 from safetensors.torch import load_file
 from synthetic import ask, image, rewrite, say
 from synthetic_nvila import KINDS, LAYOUTS, change_json, make_nvila, make_parts, make_tokenizer
@@ -175,10 +176,6 @@ def test_unsupported_teacher_is_refused_by_the_command(tmp_path, refused):
     make_nvila(tmp_path / "teacher")
     change_json(tmp_path / "teacher" / "config.json", image_aspect_ratio="ps3")
     refused(tmp_path / "teacher", "image_aspect_ratio='ps3' is not supported: give a checkpoint with one of")
-
-
-class Killed(BaseException):
-    """Passes every `except` that a killed process would not run."""
 
 
 @pytest.mark.parametrize("k", [3, 60, 120])

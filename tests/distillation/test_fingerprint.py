@@ -6,23 +6,12 @@ import os
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset
+from distillation_fixtures import as_stored
 from PIL import Image as Pictures
 
 from linmu_hf.distillation.fingerprint import fingerprint_processor, fingerprint_rows, fingerprint_weights
 from linmu_hf.testbed.processor import build_processor
-
-
-def stored(rows):
-    part = {"type": Value("string"), "text": Value("string")}
-    features = Features(
-        {
-            "messages": List({"role": Value("string"), "content": List(part)}),
-            "images": List(Image()),
-            "videos": List(List(Image())),
-        }
-    )
-    return Dataset.from_list(rows, features=features)
 
 
 def changed(rows, index, **changes):
@@ -35,7 +24,7 @@ def answered(row, text):
     return messages
 
 
-@pytest.mark.parametrize("form", [list, stored])
+@pytest.mark.parametrize("form", [list, as_stored])
 def test_every_row_and_picture_counts(rows, form):
     white = [Pictures.new("RGB", image.size, "white") for image in rows[3]["images"]]
     frames = [[frame.rotate(180) for frame in video] for video in rows[2]["videos"]]

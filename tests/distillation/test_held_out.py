@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from killing import Killed, kill_at
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerState
 from transformers.integrations import integration_utils
@@ -185,26 +186,10 @@ def test_the_log_has_the_figures_of_every_stage(evaluated):
         assert (folder / name).stat().st_size > 5_000 and (folder / "align" / name).is_file()
 
 
-class Killed(BaseException):
-    pass
-
-
-def killed_at(monkeypatch, call):
-    step, calls = DistillTrainer.training_step, []
-
-    def dying(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
-            raise Killed
-        return step(*args, **kwargs)
-
-    monkeypatch.setattr(DistillTrainer, "training_step", dying)
-
-
 def test_a_killed_run_with_evaluation_ends_with_the_same_weights(run, evaluated, tmp_path, monkeypatch):
     values = {"eval_steps": 3, "eval_on_start": True}
     with monkeypatch.context() as patch:
-        killed_at(patch, 8)  # after an evaluation that no checkpoint has seen
+        kill_at(patch, DistillTrainer, "training_step", 8)  # after an evaluation that no checkpoint has seen
         with pytest.raises(Killed):
             run(tmp_path / "out", (ALIGN, FED, ADAPT), **values)
     student = run(tmp_path / "out", (ALIGN, FED, ADAPT), **values)
@@ -257,7 +242,7 @@ def test_a_stage_ends_with_the_weights_of_its_best_evaluation(best):
 
 def test_best_weights_after_a_kill(run, best, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        killed_at(patch, 4)
+        kill_at(patch, DistillTrainer, "training_step", 4)
         with pytest.raises(Killed):
             run(tmp_path / "out", (WILD,), **BEST)
     (tmp_path / "out").rename(tmp_path / "moved")

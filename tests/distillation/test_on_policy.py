@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from killing import Killed, kill_at
 from safetensors.torch import load_file
 
 from linmu_hf.distillation import DistillConfig, DistillTrainer, decode_pseudo_targets, distill
@@ -341,22 +342,10 @@ def finished(run, tmp_path_factory):
     return folder, run(folder)
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("call", [3, 5])
 def test_a_resumed_run_ends_with_the_same_bits(run, finished, tmp_path, monkeypatch, call):
-    step, calls = DistillTrainer.training_step, []
-
-    def dying(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
-            raise Killed
-        return step(*args, **kwargs)
-
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(DistillTrainer, "training_step", dying)
+        kill_at(patch, DistillTrainer, "training_step", call)
         run(tmp_path / "out")
     found, expected = run(tmp_path / "out"), finished[1]
     assert found.keys() == expected.keys() and all(torch.equal(value, found[name]) for name, value in expected.items())

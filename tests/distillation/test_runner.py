@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+from killing import Killed, kill_at
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from linmu_hf import files
@@ -120,23 +121,6 @@ def test_log_and_curves(finished):
     }
     for picture in ("loss_curves.png", "error_map.png"):
         assert (folder / picture).stat().st_size > 10_000
-
-
-class Killed(BaseException):
-    pass
-
-
-def kill_at(monkeypatch, owner, name, call):
-    """Makes the `call`-th call of `owner.name` die."""
-    original, calls = getattr(owner, name), []
-
-    def dying(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
-            raise Killed
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, dying)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from evaluation_fixtures import SMALL
 
 from linmu_hf.commands import bench as benchmark_cli
 from linmu_hf.evaluation.speed.measure import (
@@ -36,18 +37,6 @@ from linmu_hf.ops.backends import use_kernels
 from linmu_hf.ops.ssd import scan as ssd
 from linmu_hf.ops.ssd.plain import ssd_recurrence
 from linmu_hf.testbed.check_teacher import TEACHERS
-
-
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
-    "state_size": 8,
-}
 
 
 @pytest.fixture(autouse=True)

@@ -2,22 +2,13 @@
 
 import pytest
 import torch
+from evaluation_fixtures import SMALL
 
 from linmu_hf.evaluation.speed.measure import Variant, measure, static_copy, summarise
 from linmu_hf.evaluation.speed.models import PRESETS, BenchmarkDecoder, text_config
 from linmu_hf.families.family import Preset
 
 
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
-    "state_size": 8,
-}
 KINDS = {"student": ["m_mate"] * 2, "teacher": ["full_attention"] * 2, "hybrid": ["m_mate", "full_attention"]}
 
 

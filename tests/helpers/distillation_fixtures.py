@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as PILImage
 from transformers import Qwen2_5_VLConfig
 
 from linmu_hf import LinMUConfig, LinMUForConditionalGeneration
@@ -49,6 +50,19 @@ def tiny_teacher_config(processor) -> Qwen2_5_VLConfig:
         vision_start_token_id=ids("<|vision_start|>"),
         vision_end_token_id=ids("<|vision_end|>"),
     )
+
+
+def as_stored(rows):
+    """The rows as a dataset, pictures in the form of files."""
+    part = {"type": Value("string"), "text": Value("string")}
+    features = Features(
+        {
+            "messages": List({"role": Value("string"), "content": List(part)}),
+            "images": List(Image()),
+            "videos": List(List(Image())),
+        }
+    )
+    return Dataset.from_list(rows, features=features)
 
 
 class Rows:
@@ -118,7 +132,7 @@ def rows():
     random = np.random.default_rng(0)
 
     def picture(height, width):
-        return Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        return PILImage.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
     def row(index):
         media = {"images": [], "videos": []}

@@ -11,6 +11,19 @@ from linmu_hf.testbed.processor import build_processor
 from linmu_hf.testbed.qwen2_5_vl import teacher_config
 
 
+# Sizes of a decoder to measure.
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+    "state_size": 8,
+}
+
+
 @pytest.fixture(scope="session")
 def processor():
     return build_processor()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from killing import Killed
 
 from linmu_hf.commands.chat import SHIPPED_STUDENT
 from linmu_hf.conversion.source import read_raw_config
@@ -77,10 +78,6 @@ def test_costs_equal_those_by_hand():
     assert own[1]["flops"] > own[0]["flops"] > 0
     head = 2 * text["hidden_size"] * text["vocab_size"]
     assert points[0]["flops"] > head  # of one token: logits of the others are not needed
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from killing import Killed, kill_at
 from safetensors.torch import load_file
 
 from linmu_hf import files
@@ -125,10 +126,6 @@ def test_only_the_layers_of_a_group_hold_gradients_and_states(run, tmp_path, mon
     assert all(parameter.grad is None for parameter in student.parameters())
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.fixture(scope="module")
 def finished(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "out"
@@ -147,18 +144,10 @@ def finished(run, tmp_path_factory):
     ],
 )
 def test_a_killed_run_goes_on_in_the_right_group(finished, run, tmp_path, monkeypatch, owner, name, call, left):
-    out, calls, original = tmp_path / "out", [], getattr(owner, name)
-
-    def dying(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
-            raise Killed
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, dying)
-        with pytest.raises(Killed):
-            run(out, 2)
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, owner, name, call)
+        run(out, 2)
     assert not (out / "align").exists() and not [*out.rglob("config.json")]
     trained, compute_loss = [], DistillTrainer.compute_loss
     with monkeypatch.context() as patch:

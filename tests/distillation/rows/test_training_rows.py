@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from distillation_fixtures import Rows
+from killing import Killed, kill_at
 
 from linmu_hf.data.mixture import Mixture, StreamMixture
 from linmu_hf.distillation import DistillConfig, distill
@@ -53,27 +54,14 @@ def equal(one, other, tolerance=0.0):
         torch.testing.assert_close(one[0][name], value, rtol=tolerance, atol=tolerance, msg=name)
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.fixture
 def killed(monkeypatch):
     """Runs until the loss is asked for once more than `after` times."""
 
     def killed(run, after, *args, **kwargs):
-        original, calls = DistillTrainer.compute_loss, []
-
-        def dying(self, *args, **kwargs):
-            calls.append(1)
-            if len(calls) > after:
-                raise Killed
-            return original(self, *args, **kwargs)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(DistillTrainer, "compute_loss", dying)
-            with pytest.raises(Killed):
-                run(*args, **kwargs)
+        with monkeypatch.context() as patched, pytest.raises(Killed):
+            kill_at(patched, DistillTrainer, "compute_loss", after + 1)
+            run(*args, **kwargs)
 
     return killed
 

@@ -7,7 +7,7 @@ import time
 import fill_worker
 import pytest
 import torch
-from datasets import Dataset, Features, Image, List, Value
+from distillation_fixtures import as_stored
 from forked import start_forked
 
 from linmu_hf.data import row_key
@@ -32,15 +32,7 @@ def teacher(make_teacher):
 
 @pytest.fixture(scope="module")
 def stored(rows):
-    part = {"type": Value("string"), "text": Value("string")}
-    features = Features(
-        {
-            "messages": List({"role": Value("string"), "content": List(part)}),
-            "images": List(Image()),
-            "videos": List(List(Image())),
-        }
-    )
-    return Dataset.from_list(rows, features=features)
+    return as_stored(rows)
 
 
 @pytest.fixture(scope="module")
