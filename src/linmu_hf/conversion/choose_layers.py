@@ -12,7 +12,7 @@ from .calibration.walk import embed
 AUTO = "auto:"
 
 
-def number_to_keep(keep_attention, n_layers: int) -> int | None:
+def number_to_keep(keep_attention: Sequence[int] | str, n_layers: int) -> int | None:
     """
     Returns K of `"auto:K"`, `None` for anything else.
 
@@ -65,12 +65,14 @@ def replacement_costs(student: nn.Module, teacher: nn.Module, batches: Sequence[
     return [cost / tokens for cost in costs]
 
 
-def choose_attention_layers(student, teacher, batches, keep: int) -> list[int]:
+def choose_attention_layers(
+    student: nn.Module, teacher: nn.Module, batches: Sequence[Mapping], keep: int
+) -> list[int]:
     """Returns the `keep` layers that are costliest to replace, ascending; arguments as in [`replacement_costs`]."""
     costs = replacement_costs(student, teacher, batches)
     return sorted(sorted(range(len(costs)), key=lambda layer: -costs[layer])[:keep])
 
 
-def _log_probabilities(teacher, hidden, real):
+def _log_probabilities(teacher: nn.Module, hidden: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     hidden = teacher.model.language_model.norm(hidden).flatten(0, 1)[real]
     return teacher.lm_head(hidden).float().log_softmax(-1)

@@ -152,7 +152,7 @@ def convert(
     if calibration_steps < 0 or (calibration_steps and calibration_batches is None):
         raise ValueError(f"calibration_steps={calibration_steps} must be 0, or positive with samples to calibrate on")
 
-    def plan_with(kept) -> ConversionPlan:
+    def plan_with(kept: Sequence[int] | str) -> ConversionPlan:
         try:
             config = LinMUConfig.from_teacher(
                 teacher_config, keep_attention=kept, preset=preset, **(mixer_options or {})

@@ -192,8 +192,9 @@ def add_retention(card: str, results: dict[str, Any], model: str | None = None) 
     return f"{before.rstrip()}\n\n{section}" + (f"\n{heading}{after}" if heading else "")
 
 
-def _introduction(folder: Path, config, origin: Origin, stages: "Sequence[Stage]") -> str:
-    text = config.text_config
+def _introduction(folder: Path, config: LinMUConfig, origin: Origin, stages: "Sequence[Stage]") -> str:
+    text: Any = config.text_config
+    vision: Any = config.vision_config
     kept = sorted(set(range(len(text.layer_types))) - set(recurrent_layers(text.layer_types)))
     count = sum(tensor.numel for tensor in read_checkpoint(folder).values())
     teacher = f"[{origin.base_model}](https://huggingface.co/{origin.base_model})" if origin.base_model else ""
@@ -212,7 +213,7 @@ def _introduction(folder: Path, config, origin: Origin, stages: "Sequence[Stage]
             f"Made Linear*). {state}"
         )
     facts = {
-        "family": FAMILIES[config.vision_config.model_type].name,
+        "family": FAMILIES[vision.model_type].name,
         "layers": f"{len(text.layer_types) - len(kept)} of {len(text.layer_types)} with M-MATE"
         + (f", attention kept in {kept}" if kept else ""),
         "parameters": f"{count:,} ({str(config.dtype).removeprefix('torch.')})",

@@ -1,12 +1,15 @@
 """The recurrent cache of an M-MATE layer: one SSM state and the tail of the convolution, whatever the length."""
 
+from collections.abc import Callable, Collection
 from functools import lru_cache
+from typing import Any, NoReturn
 
 import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin, LinearAttentionLayer
 
 from .compat import CACHE
+from .configuration_linmu import LinMUTextConfig
 
 
 class RopeDeltas(CacheLayerMixin):
@@ -33,7 +36,7 @@ class RopeDeltas(CacheLayerMixin):
         super().reorder_cache(beam_idx)
         self._map_deltas(lambda deltas: deltas[beam_idx.to(deltas.device)])
 
-    def _map_deltas(self, function):
+    def _map_deltas(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.rope_deltas is not None:
             self.rope_deltas = function(self.rope_deltas)
 
@@ -58,7 +61,7 @@ class MMateCacheLayer(LinearAttentionLayer, RopeDeltas):
 
     is_croppable = False
 
-    def __init__(self, max_cache_len: int | None = None, **kwargs):
+    def __init__(self, max_cache_len: int | None = None, **kwargs: Any):
         LinearAttentionLayer.__init__(self)
         self.keys = self.values = None
         self.is_initialized = False
@@ -66,7 +69,7 @@ class MMateCacheLayer(LinearAttentionLayer, RopeDeltas):
         self.slots: dict[str, torch.Tensor] = {}
         self.counts: torch.Tensor | None = None  # text and vision tokens of every row, [b, 2]
 
-    def load(self, rows=None):
+    def load(self, rows: torch.Tensor | None = None) -> tuple[torch.Tensor | None, ...]:
         """
         Returns convolution tail and SSM state of the given batch rows (all by default); `(None, None)` at the
         beginning.
@@ -76,7 +79,9 @@ class MMateCacheLayer(LinearAttentionLayer, RopeDeltas):
         states = (self.conv_states[0], self.recurrent_states[0])
         return states if rows is None else tuple(t if t is None else t[rows] for t in states)
 
-    def store(self, tail, states, batch: int, rows=None):
+    def store(
+        self, tail: torch.Tensor | None, states: torch.Tensor, batch: int, rows: torch.Tensor | None = None
+    ) -> None:
         """Replaces the state after a forward pass; with `rows`, only those of the `batch` rows."""
         for holder, new in ((self.conv_states, tail), (self.recurrent_states, states)):
             if new is None:
@@ -105,13 +110,13 @@ class MMateCacheLayer(LinearAttentionLayer, RopeDeltas):
         self.is_conv_states_initialized[0] = tail is not None
         self.is_recurrent_states_initialized[0] = True
 
-    def load_slots(self, names, places) -> list[torch.Tensor | None]:
+    def load_slots(self, names: Collection[str], places: torch.Tensor | None) -> list[torch.Tensor | None]:
         """Returns what the slots of `names` hold at `places`, counted over the batch; `None` at the beginning."""
         if places is None:
             return [None] * len(names)
         return [self.slots[name].flatten(0, 1).index_select(0, places) for name in names]
 
-    def store_slots(self, places, width: int, batch: int, **values) -> None:
+    def store_slots(self, places: torch.Tensor, width: int, batch: int, **values: torch.Tensor) -> None:
         """Puts `values` `[k, ...]` into slots, of which each of the `batch` rows has `width`."""
         for name, new in values.items():
             slots = self.slots.get(name)
@@ -126,7 +131,9 @@ class MMateCacheLayer(LinearAttentionLayer, RopeDeltas):
                 _keep_address(slots)
                 self.slots[name] = slots
 
-    def exchange(self, slot, real, width: int, **values) -> list[torch.Tensor]:
+    def exchange(
+        self, slot: torch.Tensor, real: torch.Tensor | None, width: int, **values: torch.Tensor
+    ) -> list[torch.Tensor]:
         """
         Puts one token of every row into its slot, in a decode step.
 
@@ -154,7 +161,7 @@ class MMateCacheLayer(LinearAttentionLayer, RopeDeltas):
             held.append(old[:, 0])
         return held
 
-    def count(self, counts) -> None:
+    def count(self, counts: torch.Tensor) -> None:
         """Replaces the numbers of text and vision tokens `[b, 2]` after a forward pass."""
         if self.counts is not None and self.counts.shape == counts.shape:
             self.counts.copy_(counts)
@@ -165,7 +172,7 @@ class MMateCacheLayer(LinearAttentionLayer, RopeDeltas):
     def copy(self, other: "MMateCacheLayer", batch: int) -> None:
         """Becomes `batch` copies of another layer of one sequence, which stays as it is."""
 
-        def copies(tensor):
+        def copies(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else tensor.expand(batch, *tensor.shape[1:]).clone()
 
         tail, states = map(copies, other.load())
@@ -181,19 +188,19 @@ class MMateCacheLayer(LinearAttentionLayer, RopeDeltas):
         """Counts the tokens of a forward pass, padding included."""
         self.seen += n_tokens
 
-    def get_seq_length(self):
+    def get_seq_length(self) -> int | torch.Tensor:
         return self.seen
 
-    def get_mask_sizes(self, query_length: int):
+    def get_mask_sizes(self, query_length: int) -> tuple[int | torch.Tensor, int]:
         return self.seen + query_length, 0
 
     def get_max_length(self) -> int:
         return -1
 
-    def lazy_initialization(self, *args, **kwargs) -> None:
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Prepares nothing: shapes are known when the first state is stored."""
 
-    def update(self, *args, **kwargs):
+    def update(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError("a recurrent layer caches a recurrent state, not keys and values")
 
     def reset(self) -> None:
@@ -226,7 +233,7 @@ class MMateCacheLayer(LinearAttentionLayer, RopeDeltas):
         super().prefetch()
         self.slots = {name: slots.to(self.device, non_blocking=True) for name, slots in self.slots.items()}
 
-    def _map(self, function):
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._map_deltas(function)
         kept: list = [(self.conv_states, 0), (self.recurrent_states, 0), *((self.slots, name) for name in self.slots)]
         if self.counts is not None:
@@ -248,13 +255,15 @@ def counting_layer(cache: Cache) -> MMateCacheLayer:
     return next(layer for layer in cache.layers if isinstance(layer, MMateCacheLayer))
 
 
-def _keep_address(tensor):
+def _keep_address(tensor: torch.Tensor) -> None:
     """A compiled decode step writes this tensor in place, which a CUDA graph has to know to be captured."""
     if not torch.compiler.is_compiling():
         torch._dynamo.mark_static_address(tensor)
 
 
-def open_cache(cache: Cache | None, config, use_cache: bool | None = None, trains: bool = False) -> Cache | None:
+def open_cache(
+    cache: Cache | None, config: LinMUTextConfig, use_cache: bool | None = None, trains: bool = False
+) -> Cache | None:
     """
     Returns the cache that a decoder of `config` reads and writes: the given one, whatever `use_cache` says, else a new
     one if `use_cache` (by default the configuration's) asks for it. A `DynamicCache()` made without a configuration
@@ -279,7 +288,7 @@ def open_cache(cache: Cache | None, config, use_cache: bool | None = None, train
         cache.layers = DynamicCache(config=config).layers
     fits = len(cache.layers) == config.num_hidden_layers and all(
         isinstance(layer, MMateCacheLayer) == (STATIC_LAYER_TYPE_MAPPING[kind] is MMateCacheLayer)
-        for layer, kind in zip(cache.layers, config.layer_types, strict=True)
+        for layer, kind in zip(cache.layers, config.layer_types or (), strict=True)
     )
     if not fits:
         states = sum(STATIC_LAYER_TYPE_MAPPING[kind] is MMateCacheLayer for kind in config.layer_types)
@@ -300,7 +309,7 @@ def _with_deltas(cache: Cache) -> Cache:
     return cache
 
 
-def next_positions(cache: Cache | None, batch: int, device) -> torch.Tensor:
+def next_positions(cache: Cache | None, batch: int, device: torch.device) -> torch.Tensor:
     """Returns the position of the first new token of every sequence, `[b, 1]`, also of a batch expanded for beams."""
     past = 0 if cache is None else int(cache.get_seq_length())
     deltas = getattr(cache.layers[0], "rope_deltas", None) if cache is not None and past else None
@@ -309,7 +318,7 @@ def next_positions(cache: Cache | None, batch: int, device) -> torch.Tensor:
     return (deltas.to(device) + past).repeat_interleave(batch // len(deltas), dim=0)
 
 
-def note_rope_deltas(cache: Cache, position_ids, attention_mask=None) -> None:
+def note_rope_deltas(cache: Cache, position_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> None:
     """
     Notes, before the layers of a cache see the new tokens, where the positions `[..., b, t]` of these end. A decode
     step advances the offset implicitly; a first token clears a stale one after `cache.reset()`.

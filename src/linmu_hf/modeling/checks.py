@@ -5,19 +5,24 @@ device. Nothing is checked while compiling.
 """
 
 import math
+from collections.abc import Sequence
 from numbers import Real
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import Cache
 
-from .layout.media import KINDS
-from .mixers import padding_mask, recurrent_layers
+from .layout.media import KINDS, Medium
+from .mixers import AttentionMask, padding_mask, recurrent_layers
 
 
 def check_forward(
-    model, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-    vision_layout=None, media=None, mm_token_type_ids=None,
-):  # fmt: skip
+    model: nn.Module, input_ids: Tensor | None = None, attention_mask: AttentionMask = None,
+    position_ids: Tensor | None = None, past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None,
+    vision_layout: Tensor | None = None, media: dict[str, Medium] | None = None,
+    mm_token_type_ids: Tensor | None = None,
+) -> None:  # fmt: skip
     """
     Checks the arguments of [`LinMUModel`]'s forward, but for pixels and grids, which are checked where they are read.
 
@@ -57,18 +62,20 @@ def check_forward(
         check_media(model.token_types(input_ids), mask, model.vision, **grids)
 
 
-def mark_checked(vision_layout):
+def mark_checked(vision_layout: Tensor | None) -> Tensor | None:
     """Returns a layout that was made here from checked grids, so that no forward pass looks at its values again."""
     if vision_layout is not None and not torch.compiler.is_compiling():
         vision_layout.linmu_checked = True
     return vision_layout
 
 
-def is_checked(vision_layout) -> bool:
+def is_checked(vision_layout: Tensor) -> bool:
     return getattr(vision_layout, "linmu_checked", False)
 
 
-def check_prompt(model, input_ids, attention_mask=None, past_key_values=None):
+def check_prompt(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: Cache | None = None
+) -> None:
     """
     Checks ids `[b, t]` and mask of a prompt that `generate` is given: all tokens, or those after the cached ones.
 
@@ -85,7 +92,10 @@ def check_prompt(model, input_ids, attention_mask=None, past_key_values=None):
         _check_mask(attention_mask, b, t, 0 if all_given else seen, True)
 
 
-def check_tokens(model, input_ids, inputs_embeds=None, past_key_values=None):
+def check_tokens(
+    model: nn.Module, input_ids: Tensor | None, inputs_embeds: Tensor | None = None,
+    past_key_values: Cache | None = None,
+) -> None:  # fmt: skip
     """
     Checks ids or embeddings.
 
@@ -123,8 +133,10 @@ def check_tokens(model, input_ids, inputs_embeds=None, past_key_values=None):
 
 
 def check_decoder_inputs(
-    tokens, attention_mask=None, position_ids=None, past_key_values=None, vision_layout=None, layer_types=("m_mate",)
-):
+    tokens: Tensor, attention_mask: AttentionMask = None, position_ids: Tensor | None = None,
+    past_key_values: Cache | None = None, vision_layout: Tensor | None = None,
+    layer_types: Sequence[str] = ("m_mate",),
+) -> None:  # fmt: skip
     """
     Checks mask, positions, cache and layout against the new tokens, `[b, t]` or `[b, t, d]`.
 
@@ -162,7 +174,10 @@ def check_decoder_inputs(
             _check_layout(vision_layout)
 
 
-def check_media(types, attention_mask, vision, image_grid_thw=None, video_grid_thw=None, second_per_grid_ts=None):
+def check_media(
+    types: Tensor, attention_mask: Tensor | None, vision: Any, image_grid_thw: Tensor | None = None,
+    video_grid_thw: Tensor | None = None, second_per_grid_ts: Tensor | Sequence[float] | None = None,
+) -> None:  # fmt: skip
     """
     Checks placeholders against grids: the runs of image (1) and video (2) tokens of `types` `[b, t]` are those that
     the vision side expects for the grids.
@@ -203,13 +218,13 @@ def check_media(types, attention_mask, vision, image_grid_thw=None, video_grid_t
             raise ValueError(f"second_per_grid_ts={second_per_grid_ts} must be seconds, none negative")
 
 
-def check_values(name: str, pixels):
+def check_values(name: str, pixels: Tensor) -> None:
     """Raises a `ValueError` if pixels are not finite."""
     if not bool(pixels.isfinite().all()):
         raise ValueError(f"{name} hold NaN or infinite values; look at the images, or at their normalisation")
 
 
-def check_types(types, expected, attention_mask=None):
+def check_types(types: Tensor, expected: Tensor, attention_mask: Tensor | None = None) -> None:
     """Checks `mm_token_type_ids` `[b, t]` against what the placeholders of the prompt say."""
     expect("mm_token_type_ids", types, tuple(expected.shape), "[batch, tokens]")
     wrong = types != expected
@@ -222,7 +237,9 @@ def check_types(types, expected, attention_mask=None):
         )
 
 
-def check_spans(vision_layout, expected, attention_mask=None, complete: bool = False):
+def check_spans(
+    vision_layout: Tensor, expected: Tensor, attention_mask: Tensor | None = None, complete: bool = False
+) -> None:
     """Checks that the vision tokens of a layout `[b, t, 4]` are placeholders; with `complete`, all of them."""
     inside, places = vision_layout[..., 0] >= 0, expected > 0
     if attention_mask is not None:
@@ -234,7 +251,10 @@ def check_spans(vision_layout, expected, attention_mask=None, complete: bool = F
         )
 
 
-def check_head_inputs(input_ids, inputs_embeds, vocabulary: int, labels=None, logits_to_keep=0):
+def check_head_inputs(
+    input_ids: Tensor | None, inputs_embeds: Tensor | None, vocabulary: int, labels: Tensor | None = None,
+    logits_to_keep: int | Tensor = 0,
+) -> None:  # fmt: skip
     """
     Checks labels and the choice of logits against the new tokens, `[b, t]` or `[b, t, d]`.
 
@@ -269,12 +289,12 @@ def check_head_inputs(input_ids, inputs_embeds, vocabulary: int, labels=None, lo
             )
 
 
-def _reads_prompt(tokens, past_key_values) -> bool:
+def _reads_prompt(tokens: Tensor, past_key_values: Cache | None) -> bool:
     """Whether this is more than a decode step."""
     return past_key_values is None or tokens.shape[1] > 1
 
 
-def _check_mask(mask, b: int, t: int, past: int, reads_prompt: bool):
+def _check_mask(mask: Any, b: int, t: int, past: int, reads_prompt: bool) -> None:
     if not isinstance(mask, torch.Tensor):
         raise TypeError(f"attention_mask is a {type(mask).__name__}; pass a tensor [batch, tokens], 0 at padding")
     if mask.ndim != 2:
@@ -291,7 +311,7 @@ def _check_mask(mask, b: int, t: int, past: int, reads_prompt: bool):
         raise ValueError("attention_mask must be 0 at padding and 1 elsewhere; it is not added to scores")
 
 
-def _check_layout(layout):
+def _check_layout(layout: Tensor) -> None:
     """Each frame of each span of each row is a whole grid, every cell of it once, and no frame is missing."""
     inside = layout[..., 0] >= 0
     if bool(((layout < 0) == inside[..., None]).any()):
@@ -315,13 +335,13 @@ def _check_layout(layout):
         )
 
 
-def _extents(member, values, n: int):
+def _extents(member: Tensor, values: Tensor, n: int) -> Tensor:
     """Largest values `[n, ...]` of each of n groups."""
     extent = torch.zeros(n, values.shape[1], dtype=torch.long, device=values.device)
     return extent.scatter_reduce(0, member[:, None].expand_as(values), values, "amax")
 
 
-def _cached_rows(cache) -> int | None:
+def _cached_rows(cache: Cache) -> int | None:
     """Sequences of a cache, if it holds any."""
     for layer in cache.layers:
         for held in (getattr(layer, "keys", None), (getattr(layer, "recurrent_states", None) or [None])[0]):
@@ -330,7 +350,7 @@ def _cached_rows(cache) -> int | None:
     return None
 
 
-def expect(name: str, value, shape, meaning: str, floating: bool = False):
+def expect(name: str, value: Any, shape: tuple[int | None, ...] | None, meaning: str, floating: bool = False) -> None:
     """
     Checks that `value` is a tensor of integers (or of floating-point numbers) of this shape; `None` is any size, or
     any shape.

@@ -2,8 +2,11 @@
 
 import functools
 import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -16,16 +19,17 @@ CACHE = next(
     for name in ("cache", "past_key_values")
     if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 )
+Result = TypeVar("Result")
 
 
-def takes_aliases(method):
+def takes_aliases(method: Callable[..., Result]) -> Callable[..., Result]:
     """
     Lets a method take its argument `past_key_values` under the newer name `cache` too, and what the processors of a
     family call otherwise by the family's names. Its signature shows the name that the installed Transformers uses.
     """
 
     @functools.wraps(method)
-    def wrapper(*args, **kwargs):
+    def wrapper(*args: Any, **kwargs: Any) -> Result:
         names = {"cache": "past_key_values"} | getattr(args[0] if args else None, "argument_names", {})
         for alias in names.keys() & kwargs.keys():
             name = names[alias]
@@ -49,8 +53,9 @@ class MediaGeneration(GenerationMixin):
     """
 
     def _expand_inputs_for_generation(
-        self, expand_size=1, is_encoder_decoder=False, input_ids=None, *, mm_encoder_outputs=None, **model_kwargs
-    ):
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: torch.Tensor | None = None, *,
+        mm_encoder_outputs: dict[str, Any] | None = None, **model_kwargs: Any,
+    ) -> tuple[torch.Tensor | None, dict[str, Any]]:  # fmt: skip
         media = dict(mm_encoder_outputs or {})
         if not hasattr(GenerationMixin, "_prepare_multimodal_encoder_kwargs_for_generation"):
             for kind, name in PIXELS.items():
@@ -72,8 +77,9 @@ class MediaGeneration(GenerationMixin):
         return input_ids, {**model_kwargs, "mm_encoder_outputs": media}
 
     def _count_new(
-        self, kind, input_ids=None, inputs_embeds=None, vision_layout=None, mm_token_type_ids=None, **kwargs
-    ):
+        self, kind: str, input_ids: torch.Tensor | None = None, inputs_embeds: torch.Tensor | None = None,
+        vision_layout: torch.Tensor | None = None, mm_token_type_ids: torch.Tensor | None = None, **kwargs: Any,
+    ) -> list[int]:  # fmt: skip
         """How often each sample has a placeholder that no cache has read."""
         if input_ids is None or not input_ids.numel():
             input_ids = self.model.placeholder_ids(inputs_embeds, mm_token_type_ids, True)
@@ -82,13 +88,15 @@ class MediaGeneration(GenerationMixin):
             places &= (vision_layout[:, -input_ids.shape[1] :, 0] >= 0).cumsum(-1) > 0  # -1 where it was read
         return places.sum(-1).tolist()
 
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, is_first_iteration: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
         if not is_first_iteration and kwargs.get("use_cache", True):
             kwargs.pop("mm_encoder_outputs", None)
         return super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
 
 
-def repeat_by_sample(features, counts: list[int], times: int) -> list[torch.Tensor]:
+def repeat_by_sample(features: Iterable[torch.Tensor], counts: list[int], times: int) -> list[torch.Tensor]:
     """
     Returns each sample's features `times` times in a row: for samples with media [A, B] and [C] and two beams A, B, A,
     B, C, C.
@@ -107,7 +115,9 @@ def repeat_by_sample(features, counts: list[int], times: int) -> list[torch.Tens
     return repeated
 
 
-def checkpoint_activations(model, on: bool = True, kwargs=None, **more) -> None:
+def checkpoint_activations(
+    model: nn.Module, on: bool = True, kwargs: dict[str, Any] | None = None, **more: Any
+) -> None:
     """Turns activation checkpointing on or off; `gradient_checkpointing_enable` and `_disable` before 5.24."""
     new, action = hasattr(model, "activation_checkpointing_enable"), "enable" if on else "disable"
     method = getattr(model, f"{'activation' if new else 'gradient'}_checkpointing_{action}")

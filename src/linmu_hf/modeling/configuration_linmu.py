@@ -1,5 +1,6 @@
 """Configuration of LinMU: that of its teacher, Qwen2.5-VL or NVILA, whose decoder layers each name their mixer."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -112,7 +113,7 @@ class LinMUTextConfig(RemoteCode, PreTrainedConfig):
     max_span_frames: int | None = None
     output_norm: str | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.layer_types is None:
             self.layer_types = ["m_mate"] * self.num_hidden_layers
         if self.head_dim is None:
@@ -125,7 +126,7 @@ class LinMUTextConfig(RemoteCode, PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.validate_m_mate()
 
-    def convert_rope_params_to_dict(self, **kwargs):
+    def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
         rope = dict(kwargs.pop("rope_scaling", None) or self.rope_parameters or {})
         rope.setdefault("rope_theta", kwargs.pop("rope_theta", self.default_theta))
         if rope.get("rope_type", rope.get("type")) == "mrope":
@@ -134,7 +135,7 @@ class LinMUTextConfig(RemoteCode, PreTrainedConfig):
         self.standardize_rope_params()
         return kwargs
 
-    def validate_layer_type(self):
+    def validate_layer_type(self) -> None:
         """Replaces the parent's check, which knows only Transformers' own layer types."""
         unknown = sorted(set(self.layer_types or ()) - set(LAYER_TYPES))
         if unknown:
@@ -145,7 +146,7 @@ class LinMUTextConfig(RemoteCode, PreTrainedConfig):
                 "give one entry per layer"
             )
 
-    def validate_m_mate(self):
+    def validate_m_mate(self) -> None:
         """Raises a `ValueError` naming the field, its value and the remedy for an impossible M-MATE option."""
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
@@ -253,7 +254,7 @@ class LinMUConfig(RemoteCode, PreTrainedConfig):
     vision_end_token_id: int | None = 151653
     tie_word_embeddings: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.vision_config, PreTrainedConfig):
             vision = {"model_type": "qwen2_5_vl_vision", **(self.vision_config or {})}
             self.vision_config = AutoConfig.for_model(**vision)
@@ -276,16 +277,16 @@ class LinMUConfig(RemoteCode, PreTrainedConfig):
         cls,
         teacher_config: PreTrainedConfig,
         *,
-        keep_attention: tuple[int, ...] | str = (),
+        keep_attention: Sequence[int] | str = (),
         preset: str = "default",
-        **mixer_options,
+        **mixer_options: Any,
     ) -> "LinMUConfig":
         """
         Builds the configuration of the student of a Qwen2.5-VL or NVILA teacher.
 
         Args:
             teacher_config (`Qwen2_5_VLConfig` or `NVILAConfig`): The teacher's configuration.
-            keep_attention (`tuple[int, ...]` or `"all"`, *optional*): Layers that keep full attention.
+            keep_attention (`Sequence[int]` or `"all"`, *optional*): Layers that keep full attention.
             preset (`str`, *optional*, defaults to `"default"`): `"paper"` or `"default"`, see `PRESETS`.
             mixer_options: M-MATE fields of [`LinMUTextConfig`], over the preset.
 

@@ -1,6 +1,8 @@
 """The decoder: layers that name their mixer, over hidden states, rotary embeddings and the token layout."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -25,9 +27,10 @@ from .layout.near import NearStep
 from .layout.packing import lengths_to_bounds, positions_within
 from .layout.prompt import Prompt, text_prompt
 from .layout.token_layout import TextStep, TokenLayout
-from .mixers import MIXERS, padding_mask, recurrent_layers
+from .mixers import MIXERS, AttentionMask, padding_mask, recurrent_layers
 from .mixers import attention as varlen
 from .mixers.flex_ma import FP32_PARAMETERS
+from .mixers.projection import Rope
 from .remote_code import InstalledCode
 
 
@@ -71,7 +74,10 @@ class LinMUDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = Qwen2_5_VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen2_5_VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def mix(self, mixer_input, rope, layout=None, attention=None, past_key_values=None):
+    def mix(
+        self, mixer_input: torch.Tensor, rope: Rope, layout: TextStep | TokenLayout | None = None,
+        attention: dict[str, Any] | None = None, past_key_values: Cache | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """
         Returns the mixer's output `[b, t, d]` for a normed input. Recurrent mixers read the `layout`, full attention
         takes the mask and the bounds of packed sequences in `attention` as keyword arguments.
@@ -79,14 +85,19 @@ class LinMUDecoderLayer(GradientCheckpointingLayer):
         if self.recurrent:
             cache_layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
             return self.mixer(mixer_input, rope, layout, cache_layer)
+        assert attention is not None
         return self.mixer(mixer_input, position_embeddings=rope, **{CACHE: past_key_values}, **attention)[0]
 
-    def after_mixer(self, hidden_states, mixer_output):
+    def after_mixer(self, hidden_states: torch.Tensor, mixer_output: torch.Tensor) -> torch.Tensor:
         """Returns the layer's output `[b, t, d]`: both residual sums and the MLP."""
         hidden_states = hidden_states + mixer_output
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
-    def forward(self, hidden_states, rope=None, layout=None, attention=None, past_key_values=None, run=None):
+    def forward(
+        self, hidden_states: torch.Tensor, rope: Rope | None = None, layout: TextStep | TokenLayout | None = None,
+        attention: dict[str, Any] | None = None, past_key_values: Cache | None = None,
+        run: Callable[..., Any] | None = None,
+    ) -> Any:  # fmt: skip
         """
         Returns the layer's output, its mixer's input and its mixer's output, each `[b, t, d]`.
 
@@ -96,9 +107,13 @@ class LinMUDecoderLayer(GradientCheckpointingLayer):
         """
         if run is not None:
             return run(self, hidden_states)
+        assert rope is not None
         mixer_input = self.input_layernorm(hidden_states)
         mixer_output = self.mix(mixer_input, rope, layout, attention, past_key_values)
         return self.after_mixer(hidden_states, mixer_output), mixer_input, mixer_output
+
+
+Model = TypeVar("Model", bound="LinMUPreTrainedModel")
 
 
 class LinMUPreTrainedModel(InstalledCode, PreTrainedModel):
@@ -117,16 +132,16 @@ class LinMUPreTrainedModel(InstalledCode, PreTrainedModel):
     _supports_attention_backend = True
     _is_stateful = True
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.model_tags = ["linmu"]  # on the model's page after push_to_hub
 
     @classmethod
-    def from_pretrained(cls, *args, use_safetensors=True, **kwargs):
+    def from_pretrained(cls: type[Model], *args: Any, use_safetensors: bool | None = True, **kwargs: Any) -> Model:
         """Loads as Transformers does, but reads pickled weights only where `use_safetensors=False` asks for them."""
         return super().from_pretrained(*args, use_safetensors=use_safetensors, **kwargs)
 
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if hasattr(module, "reset_new_parameters"):
             module.reset_new_parameters()
@@ -155,15 +170,15 @@ class LinMUTextModel(LinMUPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        vision_layout=None,
-        use_cache=None,
-        output_mixer_states=False,
-        cu_seq_lens_q=None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: AttentionMask = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_layout: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_mixer_states: bool = False,
+        cu_seq_lens_q: torch.Tensor | None = None,
         prompt: Prompt | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LinMUModelOutput:
@@ -214,12 +229,17 @@ class LinMUTextModel(LinMUPreTrainedModel):
             **{CACHE: cache},
         )
 
-    def open_cache(self, cache, use_cache: bool | None = None, lengths=None) -> Cache | None:
+    def open_cache(
+        self, cache: Cache | None, use_cache: bool | None = None, lengths: list[int] | None = None
+    ) -> Cache | None:
         """Returns the cache to read and write, which packed sequences of these `lengths` have none of."""
         checkpoints = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         return open_cache(cache, self.config, use_cache if lengths is None else False, checkpoints)
 
-    def run_mixers(self, mixer_inputs, attention_mask=None, position_ids=None, vision_layout=None):
+    def run_mixers(
+        self, mixer_inputs: Sequence[torch.Tensor], attention_mask: AttentionMask = None,
+        position_ids: torch.Tensor | None = None, vision_layout: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
         """
         Feeds every M-MATE layer with a given input, as if the layers before it were perfect.
 
@@ -235,15 +255,17 @@ class LinMUTextModel(LinMUPreTrainedModel):
             for layer, mixer_input in zip(self.layers, mixer_inputs, strict=True)
         )
 
-    def rope(self, embeds, position_ids):
+    def rope(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns cos and sin, `[b, t, p]` each, at positions `[b, t]`, `[3, b, t]` or `[4, b, t]`."""
         if position_ids.ndim == 2:
             position_ids = position_ids[None].expand(3, -1, -1)
         return self.rotary_emb(embeds, position_ids[-3:])
 
     def prepare(
-        self, embeds, attention_mask, position_ids, vision_layout, past_key_values=None, packed=None, layer_types=None
-    ):
+        self, embeds: torch.Tensor, attention_mask: AttentionMask, position_ids: torch.Tensor,
+        vision_layout: torch.Tensor | None, past_key_values: Cache | None = None, packed: list[int] | None = None,
+        layer_types: Sequence[str] | None = None,
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], TextStep | TokenLayout | None, dict[str, Any] | None]:  # fmt: skip
         """
         Returns rotary embeddings, and what M-MATE layers and those with full attention need: once per forward pass.
 
@@ -285,7 +307,10 @@ class LinMUTextModel(LinMUPreTrainedModel):
         return rope, layout, attention
 
 
-def attention_arguments(config, embeds, causal_mask, text_positions, past_key_values=None, packed=None) -> dict:
+def attention_arguments(
+    config: LinMUTextConfig, embeds: torch.Tensor, causal_mask: torch.Tensor | None,
+    text_positions: torch.Tensor | None, past_key_values: Cache | None = None, packed: list[int] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """
     Returns the keyword arguments of full attention: its mask, and where the sequences of a packed row begin.
 

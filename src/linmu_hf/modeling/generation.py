@@ -2,18 +2,22 @@
 
 import bisect
 import functools
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from transformers import (
+    Cache,
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
+    GenerationConfig,
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     NoRepeatNGramLogitsProcessor,
+    PreTrainedConfig,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
 )
@@ -32,7 +36,9 @@ MEDIA_KEYS = (
 )  # fmt: skip
 
 
-def chunk_sizes(vision_layout, length: int, chunk_size: int, reverse_scope: str = "span") -> list[int]:
+def chunk_sizes(
+    vision_layout: torch.Tensor | None, length: int, chunk_size: int, reverse_scope: str = "span"
+) -> list[int]:
     """
     Returns the sizes of the chunks of a prefill: at most `chunk_size` tokens each, cut between images and videos. A
     span longer than that is read in one chunk.
@@ -81,7 +87,7 @@ class WideScores(LogitsProcessor):
     def __init__(self, processor: LogitsProcessor, width: int):
         self.processor, self.width = processor, width
 
-    def __call__(self, input_ids, scores):
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         known = scores.shape[-1]
         wide = nn.functional.pad(scores, (0, max(0, self.width - known)), value=-torch.inf)
         return self.processor(input_ids, wide)[:, :known]
@@ -99,12 +105,14 @@ class VisionLayoutGeneration(MediaGeneration):
 
     @takes_aliases
     @functools.wraps(GenerationMixin.generate)
-    def generate(self, *args, **kwargs):
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         if CACHE != "past_key_values" and "past_key_values" in kwargs:
             kwargs[CACHE] = kwargs.pop("past_key_values")
         return super().generate(*args, **kwargs)
 
-    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+    def _prepare_position_ids_for_generation(
+        self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]
+    ) -> torch.Tensor:
         input_ids = model_kwargs.get("input_ids", inputs_tensor)
         if "inputs_embeds" not in model_kwargs:
             check_prompt(self.model, input_ids, model_kwargs.get("attention_mask"), model_kwargs.get(CACHE))
@@ -135,7 +143,7 @@ class VisionLayoutGeneration(MediaGeneration):
         text_positions = text_positions.expand(len(input_ids), -1)[:, -positions.shape[-1] :]
         return torch.cat([text_positions[None], positions])
 
-    def _get_logits_processor(self, *args, **kwargs):
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         processors = super()._get_logits_processor(*args, **kwargs)
         width = 1 + max(self.model.placeholders.values())
         if width <= self.model.n_embeddings:
@@ -145,8 +153,9 @@ class VisionLayoutGeneration(MediaGeneration):
         )
 
     def prepare_inputs_for_generation(
-        self, input_ids, is_first_iteration=False, inputs_embeds=None, vision_layout=None, **kwargs
-    ):
+        self, input_ids: torch.Tensor, is_first_iteration: bool = False, inputs_embeds: torch.Tensor | None = None,
+        vision_layout: torch.Tensor | None = None, **kwargs: Any,
+    ) -> dict[str, Any]:  # fmt: skip
         inputs = super().prepare_inputs_for_generation(
             input_ids, is_first_iteration=is_first_iteration, inputs_embeds=inputs_embeds, **kwargs
         )
@@ -165,8 +174,9 @@ class VisionLayoutGeneration(MediaGeneration):
     @staticmethod
     @takes_aliases
     def create_masks_for_generate(
-        config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
-    ) -> dict[str, torch.Tensor | None]:
+        config: PreTrainedConfig, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None, position_ids: torch.Tensor | None = None, **kwargs: Any,
+    ) -> dict[str, torch.Tensor | None]:  # fmt: skip
         """
         Returns the mask of each layer type: causal for attention, and for M-MATE the padding among the new tokens.
         """
@@ -186,7 +196,10 @@ class VisionLayoutGeneration(MediaGeneration):
         recurrent = {config.layer_types[index] for index in recurrent_layers(config.layer_types)}
         return masks | dict.fromkeys(recurrent, attention_mask)
 
-    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
+    def _prefill(
+        self, input_ids: torch.Tensor | None, generation_config: GenerationConfig, model_kwargs: dict[str, Any],
+        is_first_iteration: bool = True,
+    ) -> LinMUCausalLMOutput:  # fmt: skip
         """Transformers' own cuts the prompt every `prefill_chunk_size` tokens; here images and videos stay whole."""
         chunk_size = generation_config.prefill_chunk_size
         if chunk_size is None:
@@ -218,22 +231,22 @@ class VisionLayoutGeneration(MediaGeneration):
     @torch.no_grad()
     def prefill(
         self,
-        input_ids=None,
-        attention_mask=None,
-        past_key_values=None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
         *,
         chunk_size: int = 8192,
-        inputs_embeds=None,
-        position_ids=None,
-        vision_layout=None,
-        pixel_values=None,
-        pixel_values_videos=None,
-        image_grid_thw=None,
-        video_grid_thw=None,
-        second_per_grid_ts=None,
-        mm_token_type_ids=None,
-        mm_encoder_outputs=None,
-    ):
+        inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        vision_layout: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+        second_per_grid_ts: torch.Tensor | Sequence[float] | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+    ) -> LinMUCausalLMOutput:
         """
         Reads a prompt of any length in chunks, so that the memory of activations is that of one chunk. Chunks end
         between images and videos; a longer one is read whole (`max_span_frames` of the configuration bounds a video).
@@ -265,7 +278,7 @@ class VisionLayoutGeneration(MediaGeneration):
             start += size
         return LinMUCausalLMOutput(logits=self.lm_head(outputs.last_hidden_state[:, -1:]), **{CACHE: prompt.cache})
 
-    def init_continuous_batching(self, *args, **kwargs):
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(
             "continuous batching pages keys and values; a recurrent state has none. Use generate with a padded batch"
         )

@@ -1,12 +1,13 @@
 """LinMU: a vision side, as its teacher has it, and the decoder in which every layer names its mixer."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Cache, GenerationMixin
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .checks import check_head_inputs, check_media, check_types, mark_checked
 from .compat import CACHE, takes_aliases
@@ -15,6 +16,7 @@ from .decoder import LinMUCausalLMOutput, LinMUModelOutput, LinMUPreTrainedModel
 from .generation import VisionLayoutGeneration
 from .layout.media import KINDS, Medium, read_media
 from .layout.prompt import Prompt
+from .mixers import AttentionMask
 from .vision_side import VISION_SIDES, VisionSide, text_positions
 
 
@@ -32,10 +34,10 @@ class LinMUModel(LinMUPreTrainedModel):
         self.language_model = LinMUTextModel._from_config(config.text_config)
         self.post_init()
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         return self.language_model.embed_tokens
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.embed_tokens = value
 
     @property
@@ -59,7 +61,7 @@ class LinMUModel(LinMUPreTrainedModel):
         """Returns the placeholder of an image and of a video; it may be outside the vocabulary."""
         return {"image": self.config.image_token_id, "video": self.config.video_token_id}
 
-    def embeddable(self, ids, instead: int = 0):
+    def embeddable(self, ids: torch.Tensor, instead: int = 0) -> torch.Tensor:
         """
         Returns ids `[b, t]` with another id for placeholders outside the vocabulary, which vision features replace.
         """
@@ -68,17 +70,21 @@ class LinMUModel(LinMUPreTrainedModel):
                 ids = ids.masked_fill(ids == token, instead)
         return ids
 
-    def embed(self, input_ids):
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Returns the embeddings `[b, t, d]` of ids `[b, t]`."""
         return self.get_input_embeddings()(self.embeddable(input_ids))
 
-    def get_image_features(self, pixel_values, image_grid_thw=None, **kwargs):
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None, **kwargs: Any
+    ) -> ModelOutput:
         return self.vision.features("image", pixel_values, image_grid_thw, **kwargs)
 
-    def get_video_features(self, pixel_values_videos, video_grid_thw=None, **kwargs):
+    def get_video_features(
+        self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor | None = None, **kwargs: Any
+    ) -> ModelOutput:
         return self.vision.features("video", pixel_values_videos, video_grid_thw, **kwargs)
 
-    def token_types(self, input_ids):
+    def token_types(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Returns 0 for text, 1 for image and 2 for video placeholders, like the processor's `mm_token_type_ids`."""
         types = torch.zeros_like(input_ids)
         for kind, token in self.placeholders.items():
@@ -89,14 +95,14 @@ class LinMUModel(LinMUPreTrainedModel):
     @torch.no_grad()
     def get_positions(
         self,
-        input_ids,
-        attention_mask=None,
-        image_grid_thw=None,
-        video_grid_thw=None,
-        second_per_grid_ts=None,
-        mm_token_type_ids=None,
-        **kwargs,
-    ):
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+        second_per_grid_ts: torch.Tensor | Sequence[float] | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Returns where every token is, in rotary positions and in its image or video.
 
@@ -138,21 +144,21 @@ class LinMUModel(LinMUPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        pixel_values=None,
-        pixel_values_videos=None,
-        image_grid_thw=None,
-        video_grid_thw=None,
-        second_per_grid_ts=None,
-        mm_token_type_ids=None,
-        mm_encoder_outputs=None,
-        vision_layout=None,
-        use_cache=None,
-        cu_seq_lens_q=None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: AttentionMask = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+        second_per_grid_ts: torch.Tensor | Sequence[float] | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        vision_layout: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LinMUModelOutput:
         """
@@ -168,7 +174,9 @@ class LinMUModel(LinMUPreTrainedModel):
         embeds = self.embed_prompt(prompt, self.encode_media(media))
         return self.language_model(inputs_embeds=embeds, prompt=prompt, return_dict=True, **kwargs)
 
-    def placeholder_ids(self, inputs_embeds, mm_token_type_ids, has_media):
+    def placeholder_ids(
+        self, inputs_embeds: torch.Tensor, mm_token_type_ids: torch.Tensor | None, has_media: bool
+    ) -> torch.Tensor:
         """Returns ids `[b, t]` that are right at the placeholders, known by their types or embeddings; 0 elsewhere."""
         ids = inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.long)
         if mm_token_type_ids is None and not has_media:
@@ -181,7 +189,7 @@ class LinMUModel(LinMUPreTrainedModel):
             ids = ids.masked_fill(places, token)
         return ids
 
-    def embed_placeholder(self, token: int, device):
+    def embed_placeholder(self, token: int, device: torch.device) -> torch.Tensor:
         """
         Returns the embedding `[d]` of a placeholder.
 
@@ -207,7 +215,9 @@ class LinMUModel(LinMUPreTrainedModel):
                 features[kind] = torch.cat(tuple(output.pooler_output))
         return features
 
-    def embed_prompt(self, prompt: Prompt, features: dict[str, torch.Tensor], start: int = 0, end: int | None = None):
+    def embed_prompt(
+        self, prompt: Prompt, features: dict[str, torch.Tensor], start: int = 0, end: int | None = None
+    ) -> torch.Tensor:
         """
         Returns the embeddings `[b, end - start, d]` of some tokens of a prompt (by default all), each placeholder with
         the feature of its image or video in its place.
@@ -251,16 +261,20 @@ class LinMUForConditionalGeneration(VisionLayoutGeneration, LinMUPreTrainedModel
     def argument_names(self) -> dict[str, str]:
         return self.model.argument_names
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.set_input_embeddings(value)
 
-    def get_image_features(self, pixel_values, image_grid_thw=None, **kwargs):
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None, **kwargs: Any
+    ) -> ModelOutput:
         return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
 
-    def get_video_features(self, pixel_values_videos, video_grid_thw=None, **kwargs):
+    def get_video_features(
+        self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor | None = None, **kwargs: Any
+    ) -> ModelOutput:
         return self.model.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
 
     @takes_aliases

@@ -45,7 +45,7 @@ class InstalledCode:
     """A mixin for what Transformers saves: it copies no module files of this package into saved folders."""
 
     @classmethod
-    def register_for_auto_class(cls, *args, **kwargs):
+    def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
         """Does nothing for the classes of linmu_hf, which every saved folder names already."""
         if cls.__module__.split(".")[0] != __name__.split(".")[0]:
             super().register_for_auto_class(*args, **kwargs)  # type: ignore[misc]
@@ -56,7 +56,9 @@ class RemoteCode(InstalledCode):
 
     remote_classes: ClassVar[dict[str, str]]  # Auto class -> class of linmu_hf
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str] | None:
         """Saves as Transformers does, with `auto_map` in the saved file and the remote-code file beside it."""
         add_remote_code(self, save_directory)
         files = super().save_pretrained(save_directory)  # type: ignore[misc]

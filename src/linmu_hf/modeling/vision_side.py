@@ -1,11 +1,14 @@
 """What the model asks of its vision side: one set of methods, whichever tower and projector do the work."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers.utils import ModelOutput
 
 from .checks import check_values, expect
+from .configuration_linmu import LinMUConfig
 from .layout.media import KINDS, PIXELS
 from .layout.token_layout import span_layout
 
@@ -23,10 +26,10 @@ class VisionSide:
     all_cells: ClassVar[bool] = True  # whether every placeholder is a cell of a grid
     argument_names: ClassVar[dict[str, str]] = {}  # how the family's processor calls an argument, and its name here
 
-    def __init__(self, config, visual: nn.Module):
+    def __init__(self, config: LinMUConfig, visual: nn.Module):
         self.config, self.visual = config, visual
 
-    def features(self, kind: str, pixels, grids, **kwargs):
+    def features(self, kind: str, pixels: torch.Tensor, grids: torch.Tensor | None, **kwargs: Any) -> ModelOutput:
         """
         Encodes the images or videos of a batch.
 
@@ -42,7 +45,7 @@ class VisionSide:
         """
         raise NotImplementedError
 
-    def runs(self, kind: str, grids) -> list[list[int]]:
+    def runs(self, kind: str, grids: torch.Tensor) -> list[list[int]]:
         """
         Returns the lengths of the runs of placeholders for each row of the grids `[media, 3]`.
 
@@ -51,7 +54,7 @@ class VisionSide:
         """
         raise NotImplementedError
 
-    def coordinates(self, kind: str, grids) -> list[torch.Tensor]:
+    def coordinates(self, kind: str, grids: torch.Tensor) -> list[torch.Tensor]:
         """
         Returns for every row of the grids the (T, H, W) coordinate of each of its tokens, `[n, 3]`: -1 for one that
         takes a feature but is not a cell of the grid, such as a learned line break; it is scanned as text is.
@@ -62,11 +65,11 @@ class VisionSide:
         """Returns the grids of media of so many tokens, frames, rows and columns, `[media, 3]`."""
         return sizes
 
-    def pixels(self, kind: str, grids) -> tuple[tuple[int, ...], str]:
+    def pixels(self, kind: str, grids: torch.Tensor) -> tuple[tuple[int, ...], str]:
         """Returns the shape of the pixels that belong to these grids, and what its axes are."""
         raise NotImplementedError
 
-    def check_pixels(self, kind: str, pixels, grids) -> None:
+    def check_pixels(self, kind: str, pixels: torch.Tensor, grids: torch.Tensor | None) -> None:
         """Raises a `ValueError` or `TypeError` if grids are not valid, or pixels do not fit them."""
         name = PIXELS[kind]
         if grids is None:
@@ -76,11 +79,14 @@ class VisionSide:
         expect(name, pixels, shape, f"{axes}, as {kind}_grid_thw says", True)
         check_values(name, pixels)
 
-    def positions(self, input_ids, types, attention_mask, grids: dict, second_per_grid_ts=None) -> torch.Tensor:
+    def positions(
+        self, input_ids: torch.Tensor, types: torch.Tensor, attention_mask: torch.Tensor | None,
+        grids: dict[str, torch.Tensor | None], second_per_grid_ts: torch.Tensor | Sequence[float] | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """Returns rotary positions `[3, b, t]` of a prompt with images or videos; no row is padding alone."""
         raise NotImplementedError
 
-    def layout(self, types, grids: dict) -> torch.Tensor:
+    def layout(self, types: torch.Tensor, grids: dict[str, torch.Tensor | None]) -> torch.Tensor:
         """
         Returns span and coordinate of every token.
 
@@ -98,13 +104,13 @@ class VisionSide:
 VISION_SIDES: dict[str, type[VisionSide]] = {}  # by model type of the vision configuration; linmu_hf.families fills it
 
 
-def grid_coordinates(frames: int, height: int, width: int, device=None) -> torch.Tensor:
+def grid_coordinates(frames: int, height: int, width: int, device: torch.device | None = None) -> torch.Tensor:
     """Returns (T, H, W) of every cell of a grid, frame by frame and row by row, `[n, 3]`."""
     axes = (torch.arange(size, device=device) for size in (frames, height, width))
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
 
 
-def text_positions(tokens, attention_mask=None) -> torch.Tensor:
+def text_positions(tokens: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
     """Returns the number of each token `[b, t]` among the real ones of its row, three times: `[3, b, t]`."""
     if attention_mask is None:
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)

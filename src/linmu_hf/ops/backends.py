@@ -5,7 +5,7 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -53,7 +53,7 @@ _named = read_environment()
 
 
 @contextmanager
-def use_kernels(**kernels: str):
+def use_kernels(**kernels: str) -> Iterator[None]:
     """
     Names the kernels of operations within a `with` block, in every thread; operations left out stay as they are.
 
@@ -157,7 +157,9 @@ def _interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def why_unavailable(package: str, x: torch.Tensor, dtypes=DTYPES, instead: str = "chunked") -> str | None:
+def why_unavailable(
+    package: str, x: torch.Tensor, dtypes: Sequence[torch.dtype] = DTYPES, instead: str = "chunked"
+) -> str | None:
     """
     Returns why the kernels of `package`, which take `dtypes`, cannot take a tensor like `x`, with the remedy (one of
     them: the kernels `instead`); `None` if they can.

@@ -199,11 +199,19 @@ def decode_triton(
     return y, new_tail
 
 
-def _decode_outputs(c, tail, states, featured):
+def _decode_outputs(
+    c: torch.Tensor, tail: torch.Tensor, states: torch.Tensor, featured: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     n, h, rows, _ = states.shape
     return c.new_empty(n, h, rows - featured), torch.empty_like(tail, memory_format=torch.contiguous_format)
 
 
 @decode_triton.register_fake
-def _(x, b, c, tail, taps, cos, sin, b_directions, c_directions, dt, dt_bias, A_log, D, real, states, scale):
+def _(
+    x: torch.Tensor, b: torch.Tensor, c: torch.Tensor, tail: torch.Tensor, taps: torch.Tensor,
+    cos: torch.Tensor | None, sin: torch.Tensor | None,
+    b_directions: torch.Tensor | None, c_directions: torch.Tensor | None,
+    dt: torch.Tensor, dt_bias: torch.Tensor, A_log: torch.Tensor, D: torch.Tensor, real: torch.Tensor | None,
+    states: torch.Tensor, scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     return _decode_outputs(c, tail, states, b_directions is not None)

@@ -7,7 +7,8 @@ before is used, or the default. The default alone is used where results have to 
 capture too, and would keep for long scans what a short one chose.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,11 +18,11 @@ import triton
 ENOUGH_CHUNKS = 32
 
 
-def launch(kernel, grid, *args, **options) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     kernel[grid](*args, **options)
 
 
-def on_device_of(x: torch.Tensor):
+def on_device_of(x: torch.Tensor) -> torch.cuda.device:
     """Returns a context in which kernels run on x's GPU, if it is on one."""
     return torch.cuda.device(x.device if x.is_cuda else -1)
 
@@ -49,7 +50,7 @@ CONFIGS = {
 _found: dict[tuple, Config] = {}
 
 
-def configurations(kernel, p: int, k: int, dtype: torch.dtype) -> list[Config]:
+def configurations(kernel: Any, p: int, k: int, dtype: torch.dtype) -> list[Config]:
     """Returns those of a kernel for heads of p channels and states of k, without tiles that are larger than either."""
     configs = CONFIGS[kernel.fn.__name__]
     if dtype == torch.float32:  # products are not on tensor cores, and operands take twice the room
@@ -62,7 +63,9 @@ def tile(size: int, limit: int) -> int:
     return max(16, min(limit, triton.next_power_of_2(size)))
 
 
-def choose(configs: list[Config], key: tuple, chunks: int, device: torch.device, run) -> Config:
+def choose(
+    configs: list[Config], key: tuple, chunks: int, device: torch.device, run: Callable[[Config], None]
+) -> Config:
     """
     Returns the fastest of `configs` where that is known or may be found now, else the first.
 

@@ -1,7 +1,8 @@
 """Packed sequences, and the arguments of a scan over them: the types that every operation shares."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,7 +33,9 @@ class Segments:
     slots: torch.Tensor | None
 
     @classmethod
-    def build(cls, lengths, device=None, chunk_size: int | None = None) -> "Segments":
+    def build(
+        cls, lengths: Sequence[int], device: torch.device | None = None, chunk_size: int | None = None
+    ) -> "Segments":
         """Cuts segments of the given `lengths` into chunks; by default of a size that wastes little padding."""
         lengths = tuple(lengths)
         if chunk_size is None:
@@ -56,7 +59,7 @@ class Segments:
         in_order = longest_first == list(range(len(chunks)))
         return cls(lengths, chunk_size, steps, None if in_order else rank, slots)
 
-    def to(self, device, **kwargs) -> "Segments":
+    def to(self, device: torch.device | str | int, **kwargs: Any) -> "Segments":
         """Returns the same with its tensors on another device; further arguments as for `torch.Tensor.to`."""
         rank, slots = (t if t is None else t.to(device, **kwargs) for t in (self.rank, self.slots))
         return replace(self, rank=rank, slots=slots)
@@ -65,7 +68,7 @@ class Segments:
         return len(self.lengths)
 
 
-def _padded(lengths, size: int) -> int:
+def _padded(lengths: Sequence[int], size: int) -> int:
     return sum(-(-length // size) * size for length in lengths)
 
 

@@ -114,11 +114,13 @@ def embed(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Prompt
     return inner.embed_prompt(prompt, inner.encode_media(media)), prompt
 
 
-def _device(text) -> torch.device:
+def _device(text: nn.Module) -> torch.device:
     return text.embed_tokens.weight.device
 
 
-def _prepare(text, layers: Sequence[int], hidden: Tensor, prompt: Prompt):
+def _prepare(
+    text: nn.Module, layers: Sequence[int], hidden: Tensor, prompt: Prompt
+) -> tuple[Tensor, tuple[Tensor, Tensor], Any, dict[str, Any] | None]:
     """Hidden states where and as a decoder takes them, and the rotary tables, layout and attention of some layers."""
     hidden = hidden.to(_device(text), text.embed_tokens.weight.dtype)
     kinds = [text.config.layer_types[layer] for layer in layers]
@@ -126,7 +128,7 @@ def _prepare(text, layers: Sequence[int], hidden: Tensor, prompt: Prompt):
     return hidden, *text.prepare(hidden, *where, layer_types=kinds)
 
 
-def _run(text, rows: Rows) -> Tensor:
+def _run(text: nn.Module, rows: Rows) -> Tensor:
     """Last hidden states `[b, t, d]` of a batch, after the final norm, on the CPU."""
     layers = range(len(text.layers))
     hidden, rope, layout, attention = _prepare(text, layers, rows.start, rows.prompt)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import GenerationConfig, Qwen2Config, Qwen2TokenizerFast, SiglipVisionConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config, Qwen2TokenizerFast, SiglipVisionConfig
 
 from ...safetensors_io import StoredTensor, read_checkpoint, read_config
 from ..family import TOKENIZER_FILES, Checkpoint
@@ -256,7 +256,7 @@ def _read_tokenizer(folders: list[Path]) -> Qwen2TokenizerFast:
     raise FileNotFoundError(f"{folders[0]} holds no tokenizer (tokenizer.json, or vocab.json and merges.txt): copy it")
 
 
-def _generation_config(text_config: Qwen2Config, tokenizer) -> GenerationConfig:
+def _generation_config(text_config: Qwen2Config, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     """Greedy, as in NVILA, and never one of the tokens that were added without being trained."""
     stated = text_config.eos_token_id
     stops = [tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])]

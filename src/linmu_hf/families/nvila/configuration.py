@@ -57,7 +57,7 @@ class NVILAVisionConfig(PreTrainedConfig):
     pool_sizes: list | tuple = ((1, 1, 1),)
     out_hidden_size: int = 3584
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.tower_config, PreTrainedConfig):
             self.tower_config = SiglipVisionConfig(**(self.tower_config or {}))
         self.tower_config.vision_use_head = False
@@ -78,7 +78,7 @@ class NVILAVisionConfig(PreTrainedConfig):
         """Returns fields with defaults; naming the sub-configuration keeps its unset fields out of `config.json`."""
         return {**super().default_config_fields(), "tower_config": {}}
 
-    def _check_tower(self):
+    def _check_tower(self) -> None:
         edge, patch = self.tower_config.image_size, self.tower_config.patch_size
         if not isinstance(edge, int) or not isinstance(patch, int) or edge % patch:
             raise ValueError(f"tower_config: image_size={edge} must be one number, a multiple of patch_size={patch}")
@@ -91,7 +91,7 @@ class NVILAVisionConfig(PreTrainedConfig):
                 f"one from {-layers - 1} to {layers}"
             )
 
-    def _check_images(self):
+    def _check_images(self) -> None:
         edge = self.tower_config.image_size
         if self.image_aspect_ratio not in IMAGE_MODES:
             raise ValueError(f"image_aspect_ratio={self.image_aspect_ratio!r}; choose one of {list(IMAGE_MODES)}")
@@ -117,7 +117,7 @@ class NVILAVisionConfig(PreTrainedConfig):
                 f"s2_scales={scales}; raise it"
             )
 
-    def _check_videos(self):
+    def _check_videos(self) -> None:
         if self.video_encoder not in VIDEO_ENCODERS:
             raise ValueError(f"video_encoder={self.video_encoder!r}; choose one of {list(VIDEO_ENCODERS)}")
         if self.video_encoder == "basic" and self.pool_sizes != [[1, 1, 1]]:
@@ -190,7 +190,7 @@ class NVILAConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     num_video_frames: int = 8
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.text_config, PreTrainedConfig):
             self.text_config = Qwen2Config(**(self.text_config or {}))
         if not isinstance(self.vision_config, PreTrainedConfig):

@@ -71,7 +71,7 @@ class NVILAImageProcessor(RemoteCode, PilBackend):
     valid_kwargs = NVILAImageProcessorKwargs
     model_input_names = ["pixel_values", "image_grid_thw"]
 
-    def preprocess(self, images: Any, **kwargs) -> BatchFeature:
+    def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:
         """Preprocesses one image, a list of images, or a list with a list of images per sample."""
         if isinstance(images, (list, tuple)) and any(isinstance(sample, (list, tuple)) for sample in images):
             counts = [len(sample) if isinstance(sample, (list, tuple)) else 1 for sample in images]
@@ -83,15 +83,15 @@ class NVILAImageProcessor(RemoteCode, PilBackend):
             alone = None
         return super().preprocess(images, alone, **kwargs)
 
-    def process_image(self, image: Any, input_data_format: Any = None, **kwargs) -> Image.Image:
+    def process_image(self, image: Any, input_data_format: Any = None, **kwargs: Any) -> Image.Image:
         """Returns one image of any kind as an RGB picture of PIL."""
         return as_rgb(image, input_data_format)
 
-    def settings(self, **kwargs) -> dict[str, Any]:
+    def settings(self, **kwargs: Any) -> dict[str, Any]:
         """Returns what each option is: as passed, or else as the processor has it."""
         return {name: kwargs.get(name, getattr(self, name, None)) for name in self.valid_kwargs.__annotations__}
 
-    def plan(self, width: int, height: int, *, alone: bool = True, **kwargs) -> tuple[list[Mosaic], list[int]]:
+    def plan(self, width: int, height: int, *, alone: bool = True, **kwargs: Any) -> tuple[list[Mosaic], list[int]]:
         """
         Returns into which mosaics (columns, rows) of tiles an image is cut, and the grid of its tokens.
 
@@ -115,7 +115,7 @@ class NVILAImageProcessor(RemoteCode, PilBackend):
         columns, rows = mosaics[-1] if tiling == "dynamic_s2" else mosaics[0]
         return mosaics, [1, rows * tile_tokens, columns * tile_tokens]
 
-    def _preprocess(self, images: list[Image.Image], alone: list[bool] | None = None, **kwargs) -> BatchFeature:
+    def _preprocess(self, images: list[Image.Image], alone: list[bool] | None = None, **kwargs: Any) -> BatchFeature:
         tiles, grids = [], []
         for i, image in enumerate(images):
             mosaics, grid = self.plan(*image.size, alone=alone is None or alone[i], **kwargs)
@@ -145,7 +145,7 @@ def to_pixels(
     do_normalize: bool,
     image_mean: Any,
     image_std: Any,
-    **kwargs,
+    **kwargs: Any,
 ) -> np.ndarray:
     """Turns RGB tiles of one size into float32 pixels of shape [tiles, 3, size, size], rescaled and normalized."""
     width, height = tiles[0].size

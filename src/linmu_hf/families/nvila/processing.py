@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-from transformers import BatchEncoding, BatchFeature
+from transformers import BatchEncoding, BatchFeature, PreTrainedTokenizerBase
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
@@ -81,7 +81,10 @@ class NVILAProcessor(RemoteCode, ProcessorMixin):
 
     remote_classes: ClassVar[dict[str, str]] = {"AutoProcessor": "NVILAProcessor"}
 
-    def __init__(self, image_processor=None, tokenizer=None, video_processor=None, chat_template=None):
+    def __init__(
+        self, image_processor: NVILAImageProcessor | None = None, tokenizer: PreTrainedTokenizerBase | None = None,
+        video_processor: NVILAVideoProcessor | None = None, chat_template: str | None = None,
+    ):  # fmt: skip
         self.image_token, self.video_token = IMAGE_TOKEN, VIDEO_TOKEN
         self.image_token_id = _single_id(tokenizer, IMAGE_TOKEN)
         self.video_token_id = _single_id(tokenizer, VIDEO_TOKEN)
@@ -89,7 +92,7 @@ class NVILAProcessor(RemoteCode, ProcessorMixin):
         name_remote_classes(self)  # loading a processor drops these names
         super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template)
 
-    def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs) -> BatchFeature:
+    def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> BatchFeature:
         """
         Prepares texts, images and videos for the model.
 
@@ -146,7 +149,9 @@ class NVILAProcessor(RemoteCode, ProcessorMixin):
         """Returns the names of all tensors that the model takes."""
         return [*super().model_input_names, "mm_token_type_ids"]
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str] | None:
         """Saves as Transformers does, with `auto_map` for the processor and its parts, and the remote-code file."""
         add_remote_code(self.image_processor, save_directory)
         add_remote_code(self.video_processor, save_directory)
@@ -163,14 +168,19 @@ class NVILAProcessor(RemoteCode, ProcessorMixin):
         return NVILAVideoProcessor
 
     @classmethod
-    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs) -> list[Any]:
+    def _get_arguments_from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        processor_dict: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> list[Any]:
         return [
             NVILAImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
             cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs),
             NVILAVideoProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
         ]
 
-    def _tokenize(self, texts: list[str], tiled: bool, **options) -> BatchEncoding:
+    def _tokenize(self, texts: list[str], tiled: bool, **options: Any) -> BatchEncoding:
         """
         The texts as ids. After every tile of an only image NVILA's text has a line break: the last one goes through
         the tokenizer with what follows, and at the end of a message it is stripped.
@@ -197,7 +207,7 @@ class NVILAProcessor(RemoteCode, ProcessorMixin):
         remaining = iter(flat)
         return [list(itertools.islice(remaining, count)) for count in counts if count]
 
-    def _image_runs(self, grids: np.ndarray, samples: list[list[Any]], **options) -> list[list[Run]]:
+    def _image_runs(self, grids: np.ndarray, samples: list[list[Any]], **options: Any) -> list[list[Run]]:
         settings = self.image_processor.settings(**options)
         alone = [len(sample) == 1 for sample in samples for _ in sample]
         return [
@@ -205,7 +215,7 @@ class NVILAProcessor(RemoteCode, ProcessorMixin):
             for grid, single in zip(grids.tolist(), alone)
         ]
 
-    def _video_runs(self, grids: np.ndarray, **options) -> list[list[Run]]:
+    def _video_runs(self, grids: np.ndarray, **options: Any) -> list[list[Run]]:
         pools = len(options.get("pool_sizes", self.video_processor.pool_sizes))
         return [video_runs(video) for video in grids.reshape(-1, pools, 3).tolist()]
 
@@ -247,7 +257,7 @@ class NVILAProcessor(RemoteCode, ProcessorMixin):
         max_length: int | None = None,
         return_attention_mask: bool | None = None,
         return_mm_token_type_ids: bool = True,
-        **kwargs,
+        **kwargs: Any,
     ) -> dict[str, list[list[Any]]]:
         """Truncates and pads the expanded rows, and says which of their tokens are placeholders."""
         if truncation and truncation != "do_not_truncate":
@@ -290,7 +300,7 @@ class NVILAProcessor(RemoteCode, ProcessorMixin):
         self,
         image_sizes: Sequence[Sequence[int]] | None = None,
         video_sizes: Sequence[Sequence[int]] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> MultiModalData:
         """
         How many placeholders media of these sizes become, the images each alone in its text.

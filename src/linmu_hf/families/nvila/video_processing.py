@@ -61,20 +61,20 @@ class NVILAVideoProcessor(RemoteCode, BaseVideoProcessor):
     # Frames on disk are read with PIL: Transformers' own video processors read them with torchvision.
     fetch_images = BaseImageProcessor.fetch_images
 
-    def process_image(self, image: Any, input_data_format: Any = None, **kwargs) -> torch.Tensor:
+    def process_image(self, image: Any, input_data_format: Any = None, **kwargs: Any) -> torch.Tensor:
         """Returns one frame of any kind as a tensor [3, h, w]."""
         return torch.from_numpy(np.array(as_rgb(image, input_data_format))).permute(2, 0, 1)
 
-    def sample_frames(self, metadata: Any, num_frames: int | None = None, **kwargs) -> np.ndarray:
+    def sample_frames(self, metadata: Any, num_frames: int | None = None, **kwargs: Any) -> np.ndarray:
         """Returns the indices of the frames to keep: `num_frames` evenly from the first to the last."""
         count = num_frames or self.num_frames
         return np.round(np.linspace(0, metadata.total_num_frames - 1, count)).astype(int)
 
-    def settings(self, **kwargs) -> dict[str, Any]:
+    def settings(self, **kwargs: Any) -> dict[str, Any]:
         """Returns what each option is: as passed, or else as the processor has it."""
         return {name: kwargs.get(name, getattr(self, name, None)) for name in self.valid_kwargs.__annotations__}
 
-    def _preprocess(self, videos: list[Any], **kwargs) -> BatchFeature:
+    def _preprocess(self, videos: list[Any], **kwargs: Any) -> BatchFeature:
         grids = [
             grid for video in videos for grid in pooled_grids(len(video), kwargs["tile_tokens"], kwargs["pool_sizes"])
         ]

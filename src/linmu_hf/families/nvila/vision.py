@@ -4,7 +4,9 @@ Grids count tokens. A tile is `s` patches and `g` tokens wide and high; a separa
 every frame and tile of an image or video, so that their placeholders come in runs.
 """
 
+from collections.abc import Sequence
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +30,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.k = k
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         n, h, w, c = x.shape
         k = self.k
         x = nn.functional.pad(x, (0, 0, 0, -w % k, 0, -h % k))
@@ -50,7 +52,7 @@ class NVILAProjector(nn.Module):
             Downsample(k), nn.LayerNorm(k * k * c), *narrowing, nn.Linear(width, d), nn.GELU(), nn.Linear(d, d)
         )
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layers(x)
 
 
@@ -75,10 +77,12 @@ class NVILAVisionModel(InstalledCode, PreTrainedModel):
         self.mm_projector = NVILAProjector(config)
         self.post_init()
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         return self.vision_tower.get_input_embeddings()
 
-    def forward(self, pixel_values, grid_thw, kind: str = "image") -> BaseModelOutputWithPooling:
+    def forward(
+        self, pixel_values: torch.Tensor, grid_thw: torch.Tensor, kind: str = "image"
+    ) -> BaseModelOutputWithPooling:
         """
         Encodes images or videos: the tower over their tiles, then the projector.
 
@@ -97,7 +101,7 @@ class NVILAVisionModel(InstalledCode, PreTrainedModel):
             last_hidden_state=features, pooler_output=encode(features, grid_thw.tolist())
         )
 
-    def tile_features(self, tiles):
+    def tile_features(self, tiles: torch.Tensor) -> torch.Tensor:
         """Returns the patches of tiles `[n, 3, S, S]` after the layers of the tower that count, `[n, s, s, c]`."""
         tower, features = self.vision_tower, []
         for chunk in tiles.split(TILES_AT_ONCE):
@@ -107,7 +111,7 @@ class NVILAVisionModel(InstalledCode, PreTrainedModel):
             features.append(hidden_states)
         return torch.cat(features).unflatten(1, (self.config.tile_patches,) * 2)
 
-    def image_tokens(self, features, grids) -> tuple[torch.Tensor, ...]:
+    def image_tokens(self, features: torch.Tensor, grids: list[list[int]]) -> tuple[torch.Tensor, ...]:
         """Returns tokens `[n, d]` of every image from the patches of its tiles `[tiles, s, s, c]`."""
         config = self.config
         blocks = [(height // config.tile_tokens, width // config.tile_tokens) for _, height, width in grids]
@@ -120,7 +124,7 @@ class NVILAVisionModel(InstalledCode, PreTrainedModel):
         images = tokens.split([rows * columns for rows, columns in blocks])
         return tuple(merge_tiles(own, *size).flatten(0, 1) for own, size in zip(images, blocks))
 
-    def video_tokens(self, features, grids) -> tuple[torch.Tensor, ...]:
+    def video_tokens(self, features: torch.Tensor, grids: list[list[int]]) -> tuple[torch.Tensor, ...]:
         """Returns tokens `[n, d]` of every video and pooling from the patches of its frames `[frames, s, s, c]`."""
         config, pools = self.config, self.config.pool_sizes
         frames = self.mm_projector(features.repeat(1, 1, 1, config.n_scales))
@@ -129,17 +133,17 @@ class NVILAVisionModel(InstalledCode, PreTrainedModel):
         return tuple(pool(video, sizes).flatten(0, 2) for video in videos for sizes in pools)
 
 
-def merge_tiles(tiles, rows: int, columns: int):
+def merge_tiles(tiles: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """Joins row-major tiles `[rows * columns, h, w, c]` as one map `[rows * h, columns * w, c]`."""
     return tiles.unflatten(0, (rows, columns)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
-def split_tiles(image, rows: int, columns: int):
+def split_tiles(image: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """Undoes [`merge_tiles`]."""
     return image.unflatten(1, (columns, -1)).unflatten(0, (rows, -1)).transpose(1, 2).flatten(0, 1)
 
 
-def resize_area(image, size: tuple[int, int]):
+def resize_area(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Returns a map `[h, w, c]` in another size, every cell the mean of the cells that it covers; in fp32 at least."""
     if image.shape[:2] == size:
         return image
@@ -148,7 +152,7 @@ def resize_area(image, size: tuple[int, int]):
     return resized[0].permute(1, 2, 0).to(image.dtype)
 
 
-def join_scales(config: NVILAVisionConfig, tiles, rows: int, columns: int):
+def join_scales(config: NVILAVisionConfig, tiles: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """
     Returns tiles of all scales `[tiles, s, s, c]` as those of the last, `[rows * columns, s, s, scales * c]`: every
     scale is resized to the last, and all are joined on channels, small to large. An image of one tile is every scale.
@@ -162,7 +166,7 @@ def join_scales(config: NVILAVisionConfig, tiles, rows: int, columns: int):
     return split_tiles(torch.cat([*maps, last], dim=-1), rows, columns)
 
 
-def pool(x, sizes):
+def pool(x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     """Returns the means over groups of frames, rows and columns of `[t, h, w, d]`."""
     for axis, size in enumerate(sizes):
         x = x.unflatten(axis, (-1, size)).mean(axis + 1)
@@ -190,12 +194,14 @@ class NVILAVision(VisionSide):
     tower_class = NVILAVisionModel
 
     @can_return_tuple
-    def features(self, kind, pixels, grids, **kwargs):
+    def features(
+        self, kind: str, pixels: torch.Tensor, grids: torch.Tensor | None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
         if not torch.compiler.is_compiling():
             self.check_pixels(kind, pixels, grids)
         return self.visual(pixels, grids, kind)
 
-    def runs(self, kind, grids):
+    def runs(self, kind: str, grids: torch.Tensor) -> list[list[int]]:
         self._check_grids(kind, grids)
         tile = self.config.vision_config.tile_tokens**2
         return [
@@ -205,7 +211,7 @@ class NVILAVision(VisionSide):
             for frames, height, width in grids.tolist()
         ]
 
-    def coordinates(self, kind, grids):
+    def coordinates(self, kind: str, grids: torch.Tensor) -> list[torch.Tensor]:
         g = self.config.vision_config.tile_tokens
         media = []
         for frames, height, width in grids.tolist():
@@ -218,7 +224,10 @@ class NVILAVision(VisionSide):
             media.append(cells)
         return media
 
-    def positions(self, input_ids, types, attention_mask, grids, second_per_grid_ts=None):
+    def positions(
+        self, input_ids: torch.Tensor, types: torch.Tensor, attention_mask: torch.Tensor | None,
+        grids: dict[str, torch.Tensor | None], second_per_grid_ts: torch.Tensor | Sequence[float] | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         return text_positions(input_ids, attention_mask)
 
     @property
@@ -227,10 +236,10 @@ class NVILAVision(VisionSide):
         return self.config.vision_config.image_aspect_ratio == "dynamic"
 
     def _tiles(self, height: int, width: int) -> int:
-        g = self.config.vision_config.tile_tokens
-        return tiles_of(self.config.vision_config, height // g, width // g)
+        vision: Any = self.config.vision_config
+        return tiles_of(vision, height // vision.tile_tokens, width // vision.tile_tokens)
 
-    def _check_grids(self, kind, grids):
+    def _check_grids(self, kind: str, grids: torch.Tensor) -> None:
         name, vision = f"{kind}_grid_thw", self.config.vision_config
         g, pools = vision.tile_tokens, vision.pool_sizes
         expect(name, grids, (None, 3), "[media, 3]")
@@ -265,7 +274,7 @@ class NVILAVision(VisionSide):
                     "processor returned"
                 )
 
-    def pixels(self, kind, grids):
+    def pixels(self, kind: str, grids: torch.Tensor) -> tuple[tuple[int, ...], str]:
         vision, rows = self.config.vision_config, grids.tolist()
         edge, channels = vision.tower_config.image_size, vision.tower_config.num_channels
         if kind == "image":

@@ -30,8 +30,10 @@ class Medium(NamedTuple):
 
 
 def read_media(
-    pixel_values=None, pixel_values_videos=None, image_grid_thw=None, video_grid_thw=None, mm_encoder_outputs=None
-) -> dict[str, Medium]:
+    pixel_values: torch.Tensor | None = None, pixel_values_videos: torch.Tensor | None = None,
+    image_grid_thw: torch.Tensor | None = None, video_grid_thw: torch.Tensor | None = None,
+    mm_encoder_outputs: dict[str, Any] | None = None,
+) -> dict[str, Medium]:  # fmt: skip
     """Returns images and videos by their names; arguments as [`LinMUModel`] takes them."""
     encoded = mm_encoder_outputs or {}
     return {

@@ -9,11 +9,13 @@ tokens are scanned at their own place, sinks never.
 """
 
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ...ops.attention.banded import Blocks
+from ..cache import MMateCacheLayer
+from ..configuration_linmu import LinMUTextConfig
 
 
 # Vision tokens of a block; blocks of text have as many as the window.
@@ -52,15 +54,17 @@ class NearText:
     slots: torch.Tensor
     counts: torch.Tensor
 
-    def to(self, device, **kwargs) -> "NearText":
+    def to(self, device: torch.device | str | int, **kwargs: Any) -> "NearText":
         """Returns the same on another device; further arguments as for `torch.Tensor.to`."""
         values = (getattr(self, field.name) for field in fields(self))
         return NearText(*(value if value is None else value.to(device, **kwargs) for value in values))
 
     @classmethod
     def build(
-        cls, config, batch: int, real, sequence, lengths, rows, is_vision=None, scan_vision=None, span=None, past=None
-    ):  # fmt: skip
+        cls, config: LinMUTextConfig, batch: int, real: torch.Tensor, sequence: torch.Tensor, lengths: list[int],
+        rows: torch.Tensor | None, is_vision: torch.Tensor | None = None, scan_vision: torch.Tensor | None = None,
+        span: torch.Tensor | None = None, past: torch.Tensor | None = None,
+    ) -> "NearText":  # fmt: skip
         """
         Builds the layout of the new text tokens.
 
@@ -134,26 +138,29 @@ class _Ranks:
     total: torch.Tensor
 
     @classmethod
-    def count(cls, config, of, before, cached: int) -> "_Ranks":
+    def count(cls, config: LinMUTextConfig, of: torch.Tensor, before: torch.Tensor, cached: int) -> "_Ranks":
         new = torch.zeros_like(before).index_add(0, of, torch.ones_like(of))
         first = new.cumsum(0) - new
         rank = torch.arange(len(of), device=of.device) - first[of] + before[of]
         return cls(config.text_window, config.sink_tokens, cached, of, rank, first, before, before + new)
 
-    def slot(self, rank):
+    def slot(self, rank: torch.Tensor) -> torch.Tensor:
         """Slot of a token in its sequence's part of the cache."""
         return torch.where(rank < self.sinks, rank, self.sinks + (rank - self.sinks) % self.window)
 
-    def new(self, of, rank):
+    def new(self, of: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
         """Number of a token among the new text tokens, if it is one of them."""
         return self.first[of] + rank - self.before[of]
 
-    def key(self, of, rank):
+    def key(self, of: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
         """Place of a text token among [cached slots, new text tokens]."""
         held = of * (self.sinks + self.window) + self.slot(rank)
         return torch.where(rank >= self.before[of], self.cached + self.new(of, rank), held)
 
-    def blocks(self, of, n: int, queries, query_ranks, ranks, end) -> Blocks:
+    def blocks(
+        self, of: torch.Tensor, n: int, queries: torch.Tensor, query_ranks: torch.Tensor, ranks: torch.Tensor,
+        end: torch.Tensor,
+    ) -> Blocks:  # fmt: skip
         """
         Blocks of n queries; their keys are the sinks and the tokens of those `ranks` that exist and come before `end`.
         """
@@ -181,7 +188,9 @@ def _text_blocks(ranks: _Ranks, starts: list[int], ends: list[int]) -> Blocks:
     return ranks.blocks(of, len(ranks.of), queries, inside, keys, ranks.total[of])
 
 
-def _vision_blocks(ranks: _Ranks, is_vision, sequence, scan_vision, span) -> Blocks:
+def _vision_blocks(
+    ranks: _Ranks, is_vision: torch.Tensor, sequence: torch.Tensor, scan_vision: torch.Tensor, span: torch.Tensor
+) -> Blocks:
     """Blocks of a span's vision tokens, which meet the sinks and the text in the window before their span."""
     device = span.device
     # text tokens before each packed place, of its own sequence
@@ -201,7 +210,7 @@ def _vision_blocks(ranks: _Ranks, is_vision, sequence, scan_vision, span) -> Blo
     return ranks.blocks(of_span[of_block], len(span), queries, (end - 1)[:, None].expand_as(queries), keys, end)
 
 
-def _scan_order(ranks: _Ranks, places, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _scan_order(ranks: _Ranks, places: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`source` and `live`: at a text token's place the token that leaves the window for it, if it is not a sink."""
     leaving, of = ranks.rank - ranks.window, ranks.of
     new = places[ranks.new(of, leaving).clamp(0, max(len(places) - 1, 0))]
@@ -243,7 +252,10 @@ class NearStep(NamedTuple):
     counts: torch.Tensor
 
     @classmethod
-    def build(cls, config, batch: int, device, past=None, mask=None) -> "NearStep":
+    def build(
+        cls, config: LinMUTextConfig, batch: int, device: torch.device, past: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> "NearStep":  # fmt: skip
         """
         Builds the layout of a step; arguments as for [`NearText`], and `mask` `[b]`, 0 at rows that have no token.
         """
@@ -258,7 +270,7 @@ class NearStep(NamedTuple):
         counts = torch.stack([rank + new, vision], dim=1)
         return cls(slot, leaves, filled, (vision > 0) | (rank >= w + s), real, counts)
 
-    def exchange(self, cache_layer, **values) -> list[torch.Tensor]:
+    def exchange(self, cache_layer: MMateCacheLayer, **values: torch.Tensor) -> list[torch.Tensor]:
         """Puts `values` of the token `[b, ...]` into its slot; returns those of the one that leaves, or zeros."""
         held = cache_layer.exchange(self.slot, self.real, self.filled.shape[1], **values)
         return [old * self.leaves.view(-1, *[1] * (old.ndim - 1)) for old in held]

@@ -3,9 +3,13 @@
 from itertools import pairwise
 
 import torch
+from transformers import Cache
 
 
-def packed_lengths(tokens, attention_mask, position_ids, past_key_values, cu_seq_lens=None) -> list[int] | None:
+def packed_lengths(
+    tokens: torch.Tensor, attention_mask: torch.Tensor | dict | None, position_ids: torch.Tensor | None,
+    past_key_values: Cache | None, cu_seq_lens: torch.Tensor | None = None,
+) -> list[int] | None:  # fmt: skip
     """
     Returns the lengths of the sequences of a packed batch, `None` if the batch is not packed.
 
@@ -41,7 +45,7 @@ def packed_lengths(tokens, attention_mask, position_ids, past_key_values, cu_seq
     return [end - start for start, end in pairwise(bounds)] if len(bounds) > 2 else None
 
 
-def positions_within(lengths: list[int], device) -> torch.Tensor:
+def positions_within(lengths: list[int], device: torch.device) -> torch.Tensor:
     """Returns 0, 1, ... in every sequence: text positions of a packed row, `[1, t]`."""
     return torch.cat([torch.arange(length, device=device) for length in lengths])[None]
 
@@ -53,6 +57,6 @@ def unpack(row: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, torch.T
     return rows, (torch.arange(rows.shape[1], device=row.device) < counts[:, None]).long()
 
 
-def lengths_to_bounds(lengths: list[int], device) -> torch.Tensor:
+def lengths_to_bounds(lengths: list[int], device: torch.device) -> torch.Tensor:
     """Returns `cu_seq_lens` of the lengths, `[m + 1]`."""
     return torch.tensor([0, *lengths], device=device).cumsum(0)

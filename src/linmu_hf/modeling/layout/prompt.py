@@ -1,15 +1,16 @@
 """The prompt: what a forward pass is given, read once where it enters the model and handed on as one value."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Cache
 
 from .. import checks
 from ..cache import next_positions, note_rope_deltas
-from ..mixers import padding_mask
+from ..mixers import AttentionMask, padding_mask
 from .media import GRIDS, PIXELS, Medium, read_media
 from .packing import packed_lengths, positions_within, unpack
 
@@ -43,9 +44,12 @@ class Prompt:
 
     @classmethod
     def read(
-        cls, model, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None,
-        media: dict[str, Medium] | None = None, second_per_grid_ts=None, mm_token_type_ids=None, vision_layout=None,
-        use_cache: bool | None = None, cu_seqlens=None,
+        cls, model: nn.Module, input_ids: torch.Tensor | None = None, attention_mask: AttentionMask = None,
+        position_ids: torch.Tensor | None = None, cache: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None, media: dict[str, Medium] | None = None,
+        second_per_grid_ts: torch.Tensor | Sequence[float] | None = None,
+        mm_token_type_ids: torch.Tensor | None = None, vision_layout: torch.Tensor | None = None,
+        use_cache: bool | None = None, cu_seqlens: torch.Tensor | None = None,
     ) -> "Prompt":  # fmt: skip
         """
         Checks the arguments of a forward pass and finds out where their tokens are.
@@ -89,7 +93,7 @@ class Prompt:
         return cls(ids, inputs_embeds, attention_mask, position_ids, vision_layout, lengths, cache, past)
 
     @classmethod
-    def read_batch(cls, model, inputs: Mapping[str, Any]) -> tuple["Prompt", dict[str, Medium]]:
+    def read_batch(cls, model: nn.Module, inputs: Mapping[str, Any]) -> tuple["Prompt", dict[str, Medium]]:
         """Reads whole sequences as a processor returns them, without a cache; returns their media, too."""
         media = read_media(*(inputs.get(name) for name in (*PIXELS.values(), *GRIDS.values())))
         prompt = cls.read(
@@ -127,7 +131,10 @@ class Prompt:
         )
 
 
-def new_positions(model, input_ids, attention_mask, cache, lengths=None, mm_token_type_ids=None, **grids):
+def new_positions(
+    model: nn.Module, input_ids: torch.Tensor, attention_mask: AttentionMask, cache: Cache | None,
+    lengths: list[int] | None = None, mm_token_type_ids: torch.Tensor | None = None, **grids: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """
     Returns `get_positions` of the new tokens of a batch, after what the cache has seen; sequences that share a row, of
     these `lengths`, give `[3, 1, t]` and `[1, t, 4]`.
@@ -147,7 +154,10 @@ def new_positions(model, input_ids, attention_mask, cache, lengths=None, mm_toke
     return positions, layout
 
 
-def text_prompt(decoder, tokens, attention_mask, position_ids, cache, vision_layout, use_cache, cu_seqlens) -> Prompt:
+def text_prompt(
+    decoder: nn.Module, tokens: torch.Tensor, attention_mask: AttentionMask, position_ids: torch.Tensor | None,
+    cache: Cache | None, vision_layout: torch.Tensor | None, use_cache: bool | None, cu_seqlens: torch.Tensor | None,
+) -> Prompt:  # fmt: skip
     """
     Returns the prompt of a text model that is called by itself; without positions tokens are counted.
 

@@ -6,12 +6,14 @@ per-token coordinates and handed to every layer.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ...ops.segments import Segments
+from ..configuration_linmu import LinMUTextConfig
 from .near import NearStep, NearText
 
 
@@ -48,7 +50,7 @@ class Windows:
     slots: torch.Tensor
     offsets: torch.Tensor
 
-    def to(self, device, **kwargs) -> "Windows":
+    def to(self, device: torch.device | str | int, **kwargs: Any) -> "Windows":
         """Returns the same on another device; further arguments as for `torch.Tensor.to`."""
         return Windows(*(_moved(getattr(self, field.name), device, kwargs) for field in fields(self)))
 
@@ -87,7 +89,7 @@ class TokenLayout:
     windows: dict[bool, Windows] | None = None
     near: NearText | None = None
 
-    def to(self, device, **kwargs) -> "TokenLayout":
+    def to(self, device: torch.device | str | int, **kwargs: Any) -> "TokenLayout":
         """
         Returns the same on another device, for models whose layers are on several; further arguments as for
         `torch.Tensor.to`.
@@ -100,8 +102,10 @@ class TokenLayout:
 
     @classmethod
     def build(
-        cls, config, batch: int, length: int, device, attention_mask=None, vision_layout=None, packed=None, past=None
-    ) -> "TokenLayout":
+        cls, config: LinMUTextConfig, batch: int, length: int, device: torch.device,
+        attention_mask: torch.Tensor | None = None, vision_layout: torch.Tensor | None = None,
+        packed: Sequence[int] | None = None, past: torch.Tensor | None = None,
+    ) -> "TokenLayout":  # fmt: skip
         """
         Builds the layout of the new tokens of a batch.
 
@@ -172,7 +176,9 @@ class TokenLayout:
         )  # fmt: skip
 
 
-def span_layout(types, media: dict[int, list[torch.Tensor]], max_span_frames: int | None = None) -> torch.Tensor:
+def span_layout(
+    types: torch.Tensor, media: dict[int, list[torch.Tensor]], max_span_frames: int | None = None
+) -> torch.Tensor:
     """
     Returns the span and (T, H, W) coordinate of every token.
 
@@ -204,7 +210,7 @@ def span_layout(types, media: dict[int, list[torch.Tensor]], max_span_frames: in
     return layout
 
 
-def _moved(value, device, kwargs):
+def _moved(value: Any, device: torch.device | str | int, kwargs: dict[str, Any]) -> Any:
     """Returns a part of a layout on another device."""
     if isinstance(value, dict):
         return {key: _moved(item, device, kwargs) for key, item in value.items()}
@@ -221,7 +227,7 @@ def _sort_key(columns: list[torch.Tensor]) -> torch.Tensor:
     return key
 
 
-def _relabel(sequence, span):
+def _relabel(sequence: torch.Tensor, span: torch.Tensor) -> torch.Tensor:
     """Returns consecutive labels 0, 1, ... of the distinct (sequence, span) pairs, in sequence order."""
     # torch.unique would wait for the device to say how many there are
     key, order = _sort_key([sequence, span]).sort()
@@ -229,14 +235,14 @@ def _relabel(sequence, span):
     return torch.empty_like(rank).scatter_(0, order, rank)
 
 
-def _extents(grid, cells):
+def _extents(grid: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
     """Returns the size (T, H, W) of the grid of every token, shape [v, 3]."""
     extent = torch.zeros_like(cells)  # at most as many grids as tokens
     extent = extent.scatter_reduce(0, grid[:, None].expand(-1, 3), cells + 1, "amax")
     return extent[grid]
 
 
-def _split_uneven(span, cells):
+def _split_uneven(span: torch.Tensor, cells: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The grids that windows partition, and every token's cell in its own: the spans, but a span whose frames differ in
     size, such as an image and its thumbnail, is one grid for each.
@@ -249,7 +255,9 @@ def _split_uneven(span, cells):
     return grid, torch.cat([torch.where(uneven, 0, cells[:, 0])[:, None], cells[:, 1:]], dim=1)
 
 
-def _windows(config, grid, position, extent, shift: bool) -> Windows:
+def _windows(
+    config: LinMUTextConfig, grid: torch.Tensor, position: torch.Tensor, extent: torch.Tensor, shift: bool
+) -> Windows:
     """Partition of every grid into windows of `window_size` (`image_window_size` for those of one frame)."""
     device = grid.device
     video = torch.tensor(config.window_size, device=device)

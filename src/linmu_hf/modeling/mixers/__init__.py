@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TY
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention
 
 from ..cache import MMateCacheLayer
-from ..configuration_linmu import LAYER_TYPES
+from ..configuration_linmu import LAYER_TYPES, LinMUTextConfig
 from .m_mate import MMate
 
 
@@ -40,6 +41,9 @@ class Mixer:
 
 MIXERS: dict[str, Mixer] = {}
 
+# One for all layers, or one for each layer type.
+AttentionMask: TypeAlias = torch.Tensor | dict[str, torch.Tensor | None] | None
+
 
 def register_mixer(layer_type: str, mixer: Mixer) -> None:
     """Lets `layer_types` of a configuration name the mixer, and Transformers' caches hold its state."""
@@ -54,24 +58,26 @@ def recurrent_layers(layer_types: Iterable[str]) -> list[int]:
     return [index for index, layer_type in enumerate(layer_types) if MIXERS[layer_type].recurrent]
 
 
-def state_bytes(config, itemsize: int = 2) -> int:
+def state_bytes(config: LinMUTextConfig, itemsize: int = 2) -> int:
     """
     Returns the bytes that recurrent layers keep of a sequence, however long it is: their states and steps of time in
     float32, the rest in the model's type of `itemsize` bytes.
     """
-    shapes = [MIXERS[config.layer_types[index]].state_shapes(config) for index in recurrent_layers(config.layer_types)]
+    shapes = [
+        MIXERS[config.layer_types[index]].state_shapes(config) for index in recurrent_layers(config.layer_types or ())
+    ]
     kept = ((name, math.prod(shape)) for layer in shapes for name, shape in layer.items())
     return sum(count * (4 if name in ("state", "dt") else itemsize) for name, count in kept)
 
 
-def padding_mask(attention_mask) -> torch.Tensor | None:
+def padding_mask(attention_mask: AttentionMask) -> torch.Tensor | None:
     """Returns the mask that recurrent layers read, out of one mask for all or one for each layer type."""
     if isinstance(attention_mask, dict):
         return next((mask for layer_type, mask in attention_mask.items() if MIXERS[layer_type].recurrent), None)
     return attention_mask
 
 
-def _attention_flops(config, past: int) -> int:
+def _attention_flops(config: LinMUTextConfig, past: int) -> int:
     h, g, p, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
     return 4 * d * (h + g) * p + 4 * h * p * past
 

@@ -4,8 +4,10 @@ any lengths, which needs neither the flash-attn package nor a mask of t x t. Eve
 """
 
 from itertools import pairwise
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -18,9 +20,10 @@ BY_SEQUENCE = "sdpa_by_sequence"  # packed rows without a mask of t x t, on any 
 
 
 def varlen_attention_forward(
-    module, query, key, value, attention_mask, dropout=0.0, scaling=None, cu_seq_lens_q=None, max_length_q=None,
-    **kwargs,
-):  # fmt: skip
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None, max_length_q: int | None = None, **kwargs: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
     """
     Attends by Transformers' contract: query `[b, h, t, p]`, key and value `[b, g, t, p]`.
 
@@ -41,13 +44,16 @@ def varlen_attention_forward(
         reason = f"attention_dropout={dropout}: it has no dropout, set that to 0 or use 'sdpa'"
     if reason:
         raise ValueError(f"attn_implementation={NAME!r} cannot read a packed row: {reason}")
-    return varlen_attention(q, k, v, cu_seq_lens_q, int(max_length_q), NAME, causal=True, scale=scaling)[None], None
+    assert max_length_q is not None
+    y: torch.Tensor = varlen_attention(q, k, v, cu_seq_lens_q, int(max_length_q), NAME, causal=True, scale=scaling)
+    return y[None], None
 
 
 def by_sequence_forward(
-    module, query, key, value, attention_mask, dropout=0.0, scaling=None, cu_seq_lens_q=None, max_length_q=None,
-    **kwargs,
-):  # fmt: skip
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None, max_length_q: int | None = None, **kwargs: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
     """
     Attends as `varlen_attention_forward` where its kernel can, else by `"sdpa"` one sequence of a packed row after the
     other. Arguments and result are the same.

@@ -10,19 +10,25 @@ gate                  g_t                       forward against reverse (Eq. 3)
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import softplus
 from transformers import initialization as init
 
 from ...ops.conv.causal_conv import causal_conv
-from ...ops.segments import Scan
+from ...ops.segments import Scan, Segments
 from ...ops.ssd.scan import ssd, ssd_pair, ssd_step, use_triton_kernels
-from .projection import joint_linear, rotate
+from ..cache import MMateCacheLayer
+from ..configuration_linmu import LinMUTextConfig
+from ..layout.near import NearStep
+from ..layout.token_layout import TokenLayout
+from .projection import Rope, joint_linear, rotate
 
 
-def softmax_features(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def softmax_features(x: Tensor, weight: Tensor) -> Tensor:
     """
     Returns positive features (LoLCATs): softmax of z and of -z, with z = x W per head.
 
@@ -38,7 +44,7 @@ def softmax_features(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return z.unflatten(-1, (2, -1)).softmax(-1).flatten(-2).transpose(0, 1)
 
 
-def initial_feature_weight(p: int, k: int) -> torch.Tensor:
+def initial_feature_weight(p: int, k: int) -> Tensor:
     """Returns the start of W [p, k]: the coordinates themselves, then fixed random rotations of them."""
     generator = torch.Generator().manual_seed(0)
     blocks = [torch.eye(p, dtype=torch.float32, device="cpu")]
@@ -52,7 +58,7 @@ def initial_feature_weight(p: int, k: int) -> torch.Tensor:
 LARGEST_BIAS = 3.0
 
 
-def feature_scale(bias: torch.Tensor, rotated: bool) -> torch.Tensor:
+def feature_scale(bias: Tensor, rotated: bool) -> Tensor:
     """
     Returns the temperature of each channel: 1 up to `LARGEST_BIAS`, so that ordinary channels stay as they are.
 
@@ -74,23 +80,24 @@ class ZeroLinear(nn.Linear):
     first.
     """
 
-    def __init__(self, *args, start: float = 0.0, **kwargs):
+    def __init__(self, *args: Any, start: float = 0.0, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.start = start
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         # a model in half precision may keep these small weights in float32
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
-    def reset_new_parameters(self):
+    def reset_new_parameters(self) -> None:
         init.zeros_(self.weight)
         if self.bias is not None:
             init.constant_(self.bias, self.start)
 
 
-def state_shape(config) -> tuple[int, int, int]:
+def state_shape(config: LinMUTextConfig) -> tuple[int, int, int]:
     """Returns the shape of the scan's state per sequence; the normaliser has a row of its own."""
     h, p = config.num_attention_heads, config.head_dim
+    assert p is not None
     return (h, p + 1, config.state_size) if config.bc_feature_map == "softmax" else (h, p, p)
 
 
@@ -102,10 +109,11 @@ class ScanDirection(nn.Module):
         config (`LinMUTextConfig`): Sizes and options.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: LinMUTextConfig):
         super().__init__()
         self.config = config
         h, g, p, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
+        assert p is not None
         self.heads, self.groups, self.head_dim = h, g, p
         self.normalized = config.bc_feature_map == "softmax"
         self.c_proj = nn.Linear(d, h * p)
@@ -122,12 +130,12 @@ class ScanDirection(nn.Module):
             # taps over x, B and C together, oldest token first, as in Mamba2
             self.conv_weight = nn.Parameter(torch.empty(config.conv_kernel, (h + 2 * g) * p))
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """`.to`, `.half`, `.cuda` and their like move `FP32_PARAMETERS` but never cast them below float32."""
         parameters = [self.get_parameter(name) for name in FP32_PARAMETERS]
         precise = [*parameters, *(parameter.grad for parameter in parameters if parameter.grad is not None)]
 
-        def apply(tensor):
+        def apply(tensor: Tensor) -> Tensor:
             result = fn(tensor)
             if result.dtype.itemsize < 4 and any(tensor is one for one in precise):
                 return tensor.to(result.device, torch.float32)  # not back up from the rounded values
@@ -138,7 +146,7 @@ class ScanDirection(nn.Module):
                 child._apply(fn)
         return super()._apply(apply, recurse=False)
 
-    def reset_new_parameters(self):
+    def reset_new_parameters(self) -> None:
         """Sets the parameters that no teacher has: a convolution that does nothing, decays, step sizes, no skip."""
         rate, step = self._initial_timescales()
         init.copy_(self.A_log, rate.log())
@@ -157,7 +165,11 @@ class ScanDirection(nn.Module):
             identity[-1] = 1.0
             init.copy_(self.conv_weight, identity)
 
-    def forward(self, u, x, rope, segments, *, bc=None, tail=None, states=None, keep=None, exchange=None):
+    def forward(
+        self, u: Tensor, x: Tensor, rope: Rope, segments: Segments | None, *, bc: Tensor | None = None,
+        tail: Tensor | None = None, states: Tensor | None = None, keep: Tensor | None = None,
+        exchange: Callable[..., list[Tensor]] | None = None,
+    ) -> tuple[Scan, Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
         """
         Returns the arguments of the scan (Eq. 1 or 2), its skip D and the tail of its convolution.
 
@@ -200,7 +212,10 @@ class ScanDirection(nn.Module):
             x, B = x * keep[..., None], B * keep[..., None]  # without B, text does not reach the normaliser either
         return Scan(x, dt, A, B, C, segments, states), self.D.clone(), tail
 
-    def _step(self, u, x, rope, tail, states, keep, exchange):
+    def _step(
+        self, u: Tensor, x: Tensor, rope: Rope, tail: Tensor | None, states: Tensor | None, keep: Tensor | None,
+        exchange: Callable[..., list[Tensor]] | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
         """One token per row, without a shape that depends on the values: y, tail and states."""
         b, taps = len(u), self.config.conv_kernel
         tokens = x, self.b_proj(u), self.c_proj(u)
@@ -232,7 +247,7 @@ class ScanDirection(nn.Module):
             new_states = torch.where(real[..., None], new_states, states)
         return add_skip(y, own, self.D), tail, new_states
 
-    def _initial_timescales(self):
+    def _initial_timescales(self) -> tuple[Tensor, Tensor]:
         """Decay rates -A and step sizes of the heads."""
         position = torch.linspace(0, 1, self.heads, dtype=self.A_log.dtype)
         if self.config.timescale_init == "mamba2":
@@ -242,7 +257,9 @@ class ScanDirection(nn.Module):
         half_life = shortest * (longest / shortest) ** position
         return torch.ones_like(position), math.log(2) / half_life
 
-    def scan_inputs(self, u, x, bc, rope):
+    def scan_inputs(
+        self, u: Tensor, x: Tensor, bc: Tensor, rope: Rope
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Returns x, dt, A, B, C as [`ssd`] takes them, from convolved x [n, g p] and B, C [n, (g + h) p]."""
         x, bc = (t.unflatten(-1, (-1, self.head_dim)) for t in (x, bc))
         if self.config.scan_rope:
@@ -257,7 +274,7 @@ class ScanDirection(nn.Module):
         return x, dt, -self.A_log.to(dtype).exp(), B, C
 
 
-def add_skip(y, x, skip):
+def add_skip(y: Tensor, x: Tensor, skip: Tensor) -> Tensor:
     """Adds the skip [h] times x [n, g, p] to y [n, h, p]."""
     g = x.shape[1]
     return torch.addcmul(y.unflatten(1, (g, -1)), skip.to(y.dtype).view(g, -1, 1), x[:, :, None]).flatten(1, 2)
@@ -266,7 +283,7 @@ def add_skip(y, x, skip):
 class FlexMA(nn.Module):
     """Forward scan over all tokens, reverse scan over vision tokens, and the gate between them."""
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config: LinMUTextConfig, layer_idx: int):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
         h, g, p, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
@@ -277,7 +294,9 @@ class FlexMA(nn.Module):
         self.gate_proj = ZeroLinear(d, h if config.gate == "head" else h * p)
         self.o_proj = nn.Linear(h * p, d, bias=False)
 
-    def forward(self, u, rope, layout, cache_layer=None):
+    def forward(
+        self, u: Tensor, rope: Rope, layout: TokenLayout, cache_layer: MMateCacheLayer | None = None
+    ) -> Tensor:
         """
         Returns the branch before its output projection `[n, h * p]`, in scan order.
 
@@ -310,7 +329,7 @@ class FlexMA(nn.Module):
             y.index_copy_(0, vision, torch.lerp(y_reverse, y.index_select(0, vision), gate))
         return y.flatten(1)
 
-    def _delayed(self, scan, layout, cache_layer):
+    def _delayed(self, scan: Scan, layout: TokenLayout, cache_layer: MMateCacheLayer | None) -> Scan:
         """The scan that reads a text token when it has left the window of exact attention."""
         near, new = layout.near, {"x": scan.x, "B": scan.B, "dt": scan.dt}
         before = [None] * len(new)
@@ -327,28 +346,35 @@ class FlexMA(nn.Module):
             new[name] = tokens.index_select(0, near.source) * live
         return scan._replace(**new)
 
-    def _forward_scan(self, u, rope, layout, tail=None, states=None):
+    def _forward_scan(
+        self, u: Tensor, rope: Rope, layout: TokenLayout, tail: Tensor | None = None, states: Tensor | None = None
+    ) -> tuple[Tensor, Scan, Tensor, Tensor | None]:
         """x before its convolution, and scan, skip and tail of all tokens."""
         direction = self.forward_scan
         projected = joint_linear(u, self.x_proj, direction.b_proj, direction.c_proj)
         x, bc = projected.tensor_split([self.x_width], dim=-1)
         return x, *direction(u, x, rope, layout.segments, bc=bc, tail=tail, states=states)
 
-    def _reverse_scan(self, u, x, rope, layout):
+    def _reverse_scan(
+        self, u: Tensor, x: Tensor, rope: Rope, layout: TokenLayout
+    ) -> tuple[Scan, Tensor, Tensor | None]:
         """Scan, skip and tail in reversed token order: the mask M_V leaves vision tokens only."""
         keep = None
+        assert layout.reverse is not None
         if self.config.reverse_scope == "sequence":
             keep = x.new_zeros(len(layout.reverse), 1).index_fill(0, layout.reverse_slots, 1)
         u, x, *rope = (tokens.index_select(0, layout.reverse) for tokens in (u, x, *rope))
         return self.reverse_scan(u, x, rope, layout.reverse_segments, keep=keep)
 
-    def _gate(self, u, vision):
+    def _gate(self, u: Tensor, vision: Tensor) -> Tensor:
         """g before its sigmoid at the vision tokens; selecting them after a narrow projection copies less."""
         if self.config.gate == "head":
             return self.gate_proj(u).index_select(0, vision)
         return self.gate_proj(u.index_select(0, vision))
 
-    def step(self, u, rope, mask, cache_layer, near=None):
+    def step(
+        self, u: Tensor, rope: Rope, mask: Tensor | None, cache_layer: MMateCacheLayer, near: NearStep | None = None
+    ) -> Tensor:
         """
         Returns the branch before its output projection `[b, h * p]` for one text token of every row of a batch.
 
@@ -367,7 +393,7 @@ class FlexMA(nn.Module):
         cache_layer.store(tail, states, len(u))
         return y.to(u.dtype).flatten(1)
 
-    def smallest_normalizer(self, u, rope, layout) -> float:
+    def smallest_normalizer(self, u: Tensor, rope: Rope, layout: TokenLayout) -> float:
         """
         Returns the smallest sum of weights that the forward scan divides by; arguments as in `forward`.
 

@@ -7,11 +7,15 @@ last text tokens, and both see the first ones, the attention sinks; vision token
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...ops.attention.banded import banded_attention, join, masked_softmax
 from ...ops.attention.window import window_attention
-from .projection import joint_linear, rotate
+from ..cache import MMateCacheLayer
+from ..configuration_linmu import LinMUTextConfig
+from ..layout.near import NearStep
+from ..layout.token_layout import TokenLayout, Windows
+from .projection import Rope, joint_linear, rotate
 
 
 class LocalSwin(nn.Module):
@@ -19,9 +23,10 @@ class LocalSwin(nn.Module):
     The Local-Swin branch. With the teacher's weights it is the teacher's attention restricted to what is near.
     """
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config: LinMUTextConfig, layer_idx: int):
         super().__init__()
         h, g, p, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
+        assert p is not None
         self.heads, self.groups, self.head_dim = h, g, p
         self.shift = config.shifts_windows(layer_idx)
         self.text_window, self.sinks = config.text_window, config.sink_tokens
@@ -30,7 +35,9 @@ class LocalSwin(nn.Module):
         self.v_proj = nn.Linear(d, g * p)
         self.o_proj = nn.Linear(h * p, d, bias=False)
 
-    def forward(self, tokens, rope, layout, cache_layer=None):
+    def forward(
+        self, tokens: Tensor, rope: Rope, layout: TokenLayout, cache_layer: MMateCacheLayer | None = None
+    ) -> Tensor:
         """
         Attends to what is near each token.
 
@@ -46,6 +53,7 @@ class LocalSwin(nn.Module):
         """
         windows = None if layout.vision is None else layout.windows[self.shift]
         if layout.near is None:
+            assert windows is not None
             # taken window by window, nothing has to be moved for the attention
             places = layout.vision.index_select(0, _in_windows(windows))
             q, k, v = self._project(tokens.index_select(0, places), tuple(t.index_select(0, places) for t in rope))
@@ -72,13 +80,15 @@ class LocalSwin(nn.Module):
             y = y.index_copy(0, layout.vision, self._vision(q, k, v, keys, values, layout, windows))
         return y
 
-    def _project(self, tokens, rope):
+    def _project(self, tokens: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [n, h, p], keys and values [n, g, p] of tokens [n, d]."""
         qkv = joint_linear(tokens, self.q_proj, self.k_proj, self.v_proj)
         qk, v = qkv.unflatten(-1, (-1, self.head_dim)).split([self.heads + self.groups, self.groups], dim=1)
         return *rotate(qk, rope).split([self.heads, self.groups], dim=1), v
 
-    def _vision(self, q, k, v, keys, values, layout, windows):
+    def _vision(
+        self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, layout: TokenLayout, windows: Windows
+    ) -> Tensor:
         """Vision tokens see their window, and of the text before their span as much as a text token would."""
         places = layout.vision.index_select(0, _in_windows(windows))
         qw, kw, vw = (t.index_select(0, places) for t in (q, k, v))
@@ -86,13 +96,14 @@ class LocalSwin(nn.Module):
             qw, kw, vw, [group.shape for group in windows.groups], windows.offsets, with_lse=True
         )
         y, lse = (t.index_select(0, windows.slots) for t in (y, lse))
+        assert layout.near is not None and layout.near.vision_blocks is not None
         context = banded_attention(
             q.index_select(0, layout.vision), keys, values, layout.near.vision_blocks, self.text_window, self.sinks,
             with_lse=True,
         )  # fmt: skip
         return join(y, lse, *context)[0]
 
-    def step(self, token, rope, cache_layer, near):
+    def step(self, token: Tensor, rope: Rope, cache_layer: MMateCacheLayer, near: NearStep) -> Tensor:
         """
         Returns the branch before its output projection `[b, h, p]`, for one text token of every row.
 
@@ -110,5 +121,5 @@ class LocalSwin(nn.Module):
         return masked_softmax(scores, near.filled[:, None, None], values)[0].flatten(1, 2)
 
 
-def _in_windows(windows):
+def _in_windows(windows: Windows) -> Tensor:
     return torch.cat([group.flatten() for group in windows.groups])

@@ -9,19 +9,22 @@ share      lambda_t     weight of the far branch, per head
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import initialization as init
 
-from ..layout.token_layout import TextStep
+from ..cache import MMateCacheLayer
+from ..configuration_linmu import LinMUTextConfig
+from ..layout.token_layout import TextStep, TokenLayout
 from .flex_ma import FlexMA, ScanDirection, ZeroLinear, state_shape
 from .local_swin import LocalSwin
+from .projection import Rope
 
 
 # lambda is 0.05 on text at the start: what is near is exact then, what is far has to be learned.
 TEXT_FUSION_START = -3.0
 
 
-def slot_count(config) -> int:
+def slot_count(config: LinMUTextConfig) -> int:
     """Returns how many text tokens of a sequence the cache keeps."""
     return config.sink_tokens + config.text_window
 
@@ -35,7 +38,7 @@ class MMate(nn.Module):
         layer_idx (`int`): Picks the scan order and whether windows are shifted.
     """
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config: LinMUTextConfig, layer_idx: int):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
         self.flex_ma = FlexMA(config, layer_idx)
@@ -48,7 +51,7 @@ class MMate(nn.Module):
             self.output_norm = nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     @staticmethod
-    def state_shapes(config) -> dict[str, tuple[int, ...]]:
+    def state_shapes(config: LinMUTextConfig) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of what the cache holds of a sequence: the scan's state, and the slots of text tokens."""
         shapes: dict[str, tuple[int, ...]] = {"state": state_shape(config)}
         if config.text_window:
@@ -58,12 +61,13 @@ class MMate(nn.Module):
                 config.head_dim,
                 slot_count(config),
             )
+            assert p is not None
             shapes |= dict.fromkeys(("keys", "values", "x"), (slots, g, p))
             shapes |= {"B": (slots, g, shapes["state"][-1]), "dt": (slots, h)}
         return shapes
 
     @staticmethod
-    def flops_per_token(config, past: int = 0) -> int:
+    def flops_per_token(config: LinMUTextConfig, past: int = 0) -> int:
         """Returns the multiplications and additions of the matrix products of a decode step, whatever the `past`."""
         h, g, p, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
         features = 2 * (h + g) * p * config.state_size if config.bc_feature_map == "softmax" else 0
@@ -71,7 +75,7 @@ class MMate(nn.Module):
         near = 2 * d * (2 * (h + g) * p + h) + 4 * h * p * slot_count(config)
         return far + near if config.text_window else far
 
-    def reset_new_parameters(self):
+    def reset_new_parameters(self) -> None:
         """Sets every parameter that does not come from the teacher (Eq. 4 and 5), in place and deterministically."""
         for module in self.modules():
             if isinstance(module, (ScanDirection, ZeroLinear)):
@@ -79,7 +83,9 @@ class MMate(nn.Module):
         for name, parameter in self.output_norm.named_parameters():
             init.constant_(parameter, 1.0 if name == "weight" else 0.0)
 
-    def branches(self, hidden_states, rope, layout, cache_layer=None):
+    def branches(
+        self, hidden_states: Tensor, rope: Rope, layout: TokenLayout, cache_layer: MMateCacheLayer | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """
         Returns what the output projections of both branches read: the branches, weighted by lambda and 1 - lambda.
 
@@ -98,7 +104,9 @@ class MMate(nn.Module):
             return flex.flatten(1), None
         return (flex * share).flatten(1), (near * (1 - share)).flatten(1)
 
-    def parts(self, hidden_states, rope, layout, cache_layer=None):
+    def parts(
+        self, hidden_states: Tensor, rope: Rope, layout: TokenLayout, cache_layer: MMateCacheLayer | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """
         Returns Flex-MA and Local-Swin `[b * t, h, p]` and lambda `[b * t, h or 1, 1]`; `None` twice if no token has
         the second branch. Arguments as in `branches`.
@@ -123,22 +131,26 @@ class MMate(nn.Module):
             share = share.index_copy(0, layout.vision, vision.to(flex.dtype))
         return flex, near, share[..., None]
 
-    def _text_share(self, tokens, scanned):
+    def _text_share(self, tokens: Tensor, scanned: Tensor) -> Tensor:
         """lambda of text tokens [n, h], which is 0 before anything is scanned."""
         return torch.sigmoid(self.text_fusion_proj(tokens)) * scanned[:, None]
 
-    def smallest_normalizer(self, hidden_states, rope, layout) -> float:
+    def smallest_normalizer(self, hidden_states: Tensor, rope: Rope, layout: TokenLayout) -> float:
         """Returns [`FlexMA.smallest_normalizer`] of the same tokens; arguments as in `branches`."""
         order = layout.orders[self.config.scan_order(self.layer_idx)]
         u, *in_order = (tensor.flatten(0, 1).index_select(0, order) for tensor in (hidden_states, *rope))
         return self.flex_ma.smallest_normalizer(u, in_order, layout)
 
-    def forward(self, hidden_states, rope, layout, cache_layer=None):
+    def forward(
+        self, hidden_states: Tensor, rope: Rope, layout: TokenLayout | TextStep,
+        cache_layer: MMateCacheLayer | None = None,
+    ) -> Tensor:  # fmt: skip
         """
         Returns the block output `[b, t, d]`; arguments as in `branches`, or a [`TextStep`] for the layout. Rows of
         padding hold no meaningful values.
         """
         if isinstance(layout, TextStep):
+            assert cache_layer is not None
             token, rope = hidden_states[:, 0], tuple(t[:, 0] for t in rope)
             flex, near = self.flex_ma.step(token, rope, layout.mask, cache_layer, layout.near), None
             if layout.near is not None:

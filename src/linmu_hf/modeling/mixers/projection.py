@@ -1,5 +1,8 @@
 """What both branches do with a token before it meets others: joint linear maps, rotary embedding."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.functional import linear
@@ -7,6 +10,8 @@ from torch.nn.functional import linear
 
 # Below this many tokens, laying the weights side by side costs more than one matrix product in place of several saves.
 JOINT_FROM = 256
+
+Rope = Sequence[torch.Tensor]  # cos and sin
 
 
 def joint_linear(tokens: torch.Tensor, *maps: nn.Module) -> torch.Tensor:
@@ -35,13 +40,13 @@ class JointLinear(torch.autograd.Function):
     """The product; keeps the weights for the backward pass as they are and not the copy of them side by side."""
 
     @staticmethod
-    def forward(ctx, tokens, *parameters):
+    def forward(ctx: Any, tokens: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
         weights, biases = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
         ctx.save_for_backward(tokens, *weights)
         return linear(tokens, torch.cat(weights), torch.cat(biases))
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         tokens, *weights = ctx.saved_tensors
         widths, needed = [len(weight) for weight in weights], ctx.needs_input_grad
         grad_tokens = grad @ torch.cat(weights) if needed[0] else None
@@ -59,7 +64,7 @@ def _is_plain(module: nn.Module) -> bool:
     return not any(hooks) and "forward" not in module.__dict__
 
 
-def rotate(tokens: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def rotate(tokens: torch.Tensor, rope: Rope) -> torch.Tensor:
     """
     Applies the rotary embedding in Qwen2.5-VL's form, which pairs channel i with i + p / 2.
 

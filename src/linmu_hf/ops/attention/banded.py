@@ -8,9 +8,10 @@ lse         log of the sum of exp(scores): what a result weighs when it is joine
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 
@@ -31,13 +32,13 @@ class Blocks(NamedTuple):
         slots (`torch.LongTensor` of shape `[n]`): Place of each query when the blocks are laid end to end.
     """
 
-    queries: torch.Tensor
-    query_ranks: torch.Tensor
-    keys: torch.Tensor
-    key_ranks: torch.Tensor
-    slots: torch.Tensor
+    queries: Tensor
+    query_ranks: Tensor
+    keys: Tensor
+    key_ranks: Tensor
+    slots: Tensor
 
-    def to(self, device, **kwargs) -> "Blocks":
+    def to(self, device: torch.device | str | int, **kwargs: Any) -> "Blocks":
         """Returns the same on another device; further arguments as for `torch.Tensor.to`."""
         return Blocks(*(tensor.to(device, **kwargs) for tensor in self))
 
@@ -48,7 +49,9 @@ class Blocks(NamedTuple):
         )
 
 
-def banded_attention(q, k, v, blocks: Blocks, window: int, sinks: int, with_lse: bool = False):
+def banded_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, window: int, sinks: int, with_lse: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     """
     Computes the attention of every query to the keys of its block that its window or the sinks hold.
 
@@ -77,14 +80,14 @@ def banded_attention(q, k, v, blocks: Blocks, window: int, sinks: int, with_lse:
     return y.to(q.dtype), lse
 
 
-def _seen(blocks, window, sinks):
+def _seen(blocks: Blocks, window: int, sinks: int) -> Tensor:
     """Which key of a block a query sees, [m, a, c]; what fills a block up sees all."""
     behind = blocks.query_ranks[:, :, None] - blocks.key_ranks[:, None]
     seen = (behind >= 0) & ((behind < window) | (blocks.key_ranks < sinks)[:, None]) & (blocks.keys >= 0)[:, None]
     return seen | (blocks.queries < 0)[:, :, None]
 
 
-def _attend(q, k, v, blocks, window, sinks):
+def _attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, window: int, sinks: int) -> Tensor:
     """Some of the blocks: output [m, a, h, p]."""
     q, k, v = (
         t[places.clamp_min(0)].transpose(1, 2) for t, places in zip((q, k, v), (blocks[0], blocks[2], blocks[2]))
@@ -95,7 +98,9 @@ def _attend(q, k, v, blocks, window, sinks):
     return scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
 
 
-def _attend_with_lse(q, k, v, blocks, window, sinks):
+def _attend_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, window: int, sinks: int
+) -> tuple[Tensor, Tensor]:
     """The same, and lse [m, a, h]."""
     h, g, p = q.shape[1], k.shape[1], q.shape[2]
     m, a = blocks.queries.shape
@@ -106,7 +111,7 @@ def _attend_with_lse(q, k, v, blocks, window, sinks):
     return y.permute(0, 3, 1, 2, 4).flatten(2, 3), lse.permute(0, 3, 1, 2).flatten(2, 3)
 
 
-def masked_softmax(scores, seen, v):
+def masked_softmax(scores: Tensor, seen: Tensor | None, v: Tensor) -> tuple[Tensor, Tensor]:
     """
     Returns the softmax of scores `[..., a, c]` where `seen` (everywhere if it is `None`), times v `[..., c, p]`, and
     its lse `[..., a]` in fp32; zeros and -inf in rows without any.
@@ -123,7 +128,7 @@ def masked_softmax(scores, seen, v):
     return y, lse if seen is None else lse.masked_fill(total == 0, -math.inf)
 
 
-def join(first, first_lse, second, second_lse):
+def join(first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor) -> tuple[Tensor, Tensor]:
     """
     Joins two attentions of the same queries to different keys into that to all of them.
 

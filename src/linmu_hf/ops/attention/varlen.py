@@ -16,9 +16,9 @@ LARGEST_HEAD = 256
 
 
 def varlen_attention(
-    q, k, v, cu_seqlens, longest: int, backend: str, causal: bool = False, scale: float | None = None,
-    with_lse: bool = False,
-):  # fmt: skip
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, longest: int, backend: str,
+    causal: bool = False, scale: float | None = None, with_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """
     Computes the attention of every token to the tokens of its own sequence.
 

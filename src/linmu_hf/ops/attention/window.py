@@ -1,8 +1,10 @@
 """Softmax attention inside windows: short sequences in one call where a kernel takes them, else a batch per size."""
 
 import math
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..backends import choose, multiplies_in_bfloat16
@@ -15,7 +17,9 @@ from .varlen import PACKAGES, varlen_attention, why_unfit
 SCORES = 2**20
 
 
-def window_attention(q, k, v, sizes, cu_seqlens, with_lse: bool = False):
+def window_attention(
+    q: Tensor, k: Tensor, v: Tensor, sizes: Sequence[tuple[int, int]], cu_seqlens: Tensor, with_lse: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     """
     Computes the attention of every token to the tokens of its own window (Sec. 3.1.2).
 
@@ -38,7 +42,7 @@ def window_attention(q, k, v, sizes, cu_seqlens, with_lse: bool = False):
     return by_size(q, k, v, sizes, with_lse)
 
 
-def choose_window_backend(q: torch.Tensor) -> str:
+def choose_window_backend(q: Tensor) -> str:
     """
     Returns what attends inside windows for queries such as q: what [`~linmu_hf.ops.backends.use_kernels`] names, else
     the first usable of `PACKAGES` on a GPU in half precision, else `"sdpa"`.
@@ -49,21 +53,23 @@ def choose_window_backend(q: torch.Tensor) -> str:
     return choose("window", q, "auto", why_unfit, failed_self_check, tuple(PACKAGES), "sdpa")
 
 
-def by_size(q, k, v, sizes, with_lse: bool = False):
+def by_size(
+    q: Tensor, k: Tensor, v: Tensor, sizes: Sequence[tuple[int, int]], with_lse: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     """Does the same by PyTorch's own operations, windows of one size as a batch."""
     lengths = [windows * size for windows, size in sizes]
     parts = zip(*(t.split(lengths) for t in (q, k, v)), strict=True)
     if with_lse:
-        outputs, sums = zip(*(_attend_with_lse(*part, *size) for part, size in zip(parts, sizes, strict=True)))
+        outputs, sums = zip(*(_attend_with_lse(q, k, v, *size) for (q, k, v), size in zip(parts, sizes, strict=True)))
         return torch.cat(outputs), torch.cat(sums)
-    return torch.cat([_attend(*part, *size) for part, size in zip(parts, sizes, strict=True)])
+    return torch.cat([_attend(q, k, v, *size) for (q, k, v), size in zip(parts, sizes, strict=True)])
 
 
-def _learns(*tensors) -> bool:
+def _learns(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def _attend(q, k, v, windows: int, size: int):
+def _attend(q: Tensor, k: Tensor, v: Tensor, windows: int, size: int) -> Tensor:
     """Windows of one size, [windows * size, h, d]."""
     if not _learns(q, k, v) and multiplies_in_bfloat16(q):
         return _attend_with_lse(q, k, v, windows, size)[0]
@@ -76,7 +82,7 @@ def _attend(q, k, v, windows: int, size: int):
     return scaled_dot_product_attention(q, k, v, enable_gqa=grouped).transpose(1, 2).flatten(0, 1)
 
 
-def _attend_with_lse(q, k, v, windows: int, size: int):
+def _attend_with_lse(q: Tensor, k: Tensor, v: Tensor, windows: int, size: int) -> tuple[Tensor, Tensor]:
     """
     The same as two products, with lse. PyTorch's attention gives none, and multiplies in float32 on CPUs without AMX,
     where these products run in bfloat16 at twice the speed.

@@ -1,13 +1,18 @@
 """The short convolution in front of a scan (Mamba2), over packed sequences."""
 
+from typing import Any
+
 import torch
 from torch.nn.functional import conv2d
 
 from ..backends import multiplies_in_bfloat16
+from ..segments import Segments
 from ..ssd.scan import use_triton_kernels
 
 
-def causal_conv(xbc, weight, segments, tail=None):
+def causal_conv(
+    xbc: torch.Tensor, weight: torch.Tensor, segments: Segments, tail: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Computes the depthwise causal convolution of packed sequences, on a GPU by our Triton kernel.
 
@@ -43,7 +48,7 @@ def causal_conv(xbc, weight, segments, tail=None):
     return y.index_select(0, places - halo), padded[heads + lengths[:, None]]
 
 
-def _has_fast_depthwise(x) -> bool:
+def _has_fast_depthwise(x: torch.Tensor) -> bool:
     """Whether oneDNN convolves such an x in one pass; PyTorch's own depthwise convolution is slower than the taps."""
     single = x.dtype == torch.float32 and x.device.type == "cpu" and _has_onednn()
     return single or multiplies_in_bfloat16(x)
@@ -58,7 +63,7 @@ class Taps(torch.autograd.Function):
     """The convolution, tap by tap or by oneDNN; spares autograd a tensor of zeros for each tap."""
 
     @staticmethod
-    def forward(ctx, x, weight):
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         n = len(x) - len(weight) + 1
         if _has_fast_depthwise(x):
@@ -70,7 +75,7 @@ class Taps(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x, weight = ctx.saved_tensors
         n = len(grad)
         grad_x = torch.zeros_like(x)

@@ -1,12 +1,15 @@
 """Depthwise causal convolution of packed sequences on a GPU."""
 
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from ..launch import launch, on_device_of
+from ..segments import Segments
 
 
 BLOCK = 64
@@ -79,7 +82,7 @@ def conv_grad_kernel(
 
 
 @lru_cache(maxsize=16)
-def _tables(lengths: tuple[int, ...], device: torch.device):
+def _tables(lengths: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, ...]:
     """Blocks [i, 5]: first token, tokens, segment, its first and end token; the segments' first tokens and lengths."""
     blocks, firsts, first = [], [], 0
     for segment, length in enumerate(lengths):
@@ -90,7 +93,7 @@ def _tables(lengths: tuple[int, ...], device: torch.device):
     return tuple(torch.tensor(rows).to(device) for rows in (blocks, firsts, lengths))
 
 
-def _options(x, weight, tail):
+def _options(x: torch.Tensor, weight: torch.Tensor, tail: torch.Tensor | None) -> dict[str, Any]:
     return {
         "W": weight.shape[0], "L": BLOCK, "BC": max(16, min(64, triton.next_power_of_2(x.shape[1]))),
         "HAS_TAIL": tail is not None, "num_warps": 4,
@@ -111,7 +114,7 @@ def conv_forward(x: torch.Tensor, weight: torch.Tensor, tail: torch.Tensor | Non
 
 
 @conv_forward.register_fake
-def _(x, weight, tail, lengths):
+def _(x: torch.Tensor, weight: torch.Tensor, tail: torch.Tensor | None, lengths: list[int]) -> torch.Tensor:
     return x.new_empty(x.shape)
 
 
@@ -135,22 +138,24 @@ def conv_backward(
 
 
 @conv_backward.register_fake
-def _(dy, x, weight, tail, lengths):
+def _(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, tail: torch.Tensor | None, lengths: list[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return x.new_empty(x.shape), torch.empty_like(weight), x.new_empty(0) if tail is None else torch.empty_like(tail)
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, weight, tail, ctx.lengths = inputs
     ctx.save_for_backward(x, weight, tail)
 
 
-def _backward(ctx, dy):
+def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, weight, tail = ctx.saved_tensors
     dx, dweight, dtail = conv_backward(dy, x, weight, tail, ctx.lengths)
     return dx, dweight, None if tail is None else dtail, None
 
 
-def _tail_grad(dy, weight, tail, lengths):
+def _tail_grad(dy: torch.Tensor, weight: torch.Tensor, tail: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     """Token i of a tail is at i - (w - 1) before its sequence and reaches the outputs i - j through tap j."""
     dtail = torch.zeros_like(tail)
     for i in range(tail.shape[1]):
@@ -160,7 +165,7 @@ def _tail_grad(dy, weight, tail, lengths):
     return dtail
 
 
-def _places(lengths, offset: int, device):
+def _places(lengths: Sequence[int], offset: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of the tokens `offset` into every sequence, and whether there are such, [m] and [m, 1]."""
     _, first, length = _tables(tuple(lengths), device)
     mask = length > offset
@@ -171,7 +176,9 @@ def _places(lengths, offset: int, device):
 conv_forward.register_autograd(_backward, setup_context=_save)
 
 
-def causal_conv_triton(x, weight, segments, tail=None):
+def causal_conv_triton(
+    x: torch.Tensor, weight: torch.Tensor, segments: Segments, tail: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Computes the depthwise causal convolution of packed sequences.
 

@@ -8,7 +8,7 @@ a command:
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -62,27 +62,27 @@ def _compare(kernels: str, device: torch.device) -> str | None:
     return None if worst < bound else f"{name} are wrong on {device} (relative error {worst:.2g})"
 
 
-def _leaves(device, dtype, *shapes) -> list[torch.Tensor]:
+def _leaves(device: torch.device, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.rand(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
 
 
-def _results(loss, outputs, leaves) -> list[torch.Tensor]:
+def _results(loss: torch.Tensor, outputs: Iterable[torch.Tensor], leaves: list[torch.Tensor]) -> list[torch.Tensor]:
     return [one.detach().cpu().float() for one in (*outputs, *torch.autograd.grad(loss, leaves))]
 
 
-def _pair_by(form):
+def _pair_by(form: Callable) -> Callable:
     """Two scans, normalised, by a form that takes one."""
     return lambda *scans: [normalize(form, normalized=True, **scan._asdict()) for scan in scans]
 
 
-def _triton_pair(first, second):
+def _triton_pair(first: Scan, second: Scan) -> tuple:
     from ..ssd.triton import ssd_triton_pair
 
     return ssd_triton_pair(first, second, normalized=True)
 
 
-def _scans(device, pair) -> Iterator[list[torch.Tensor]]:
+def _scans(device: torch.device, pair: Callable) -> Iterator[list[torch.Tensor]]:
     """Both directions of a block, by the recurrence and by kernels."""
     lengths, (g, h, p, k) = (1, 150), (2, 4, 16, 32)
     n = sum(lengths)
@@ -96,13 +96,13 @@ def _scans(device, pair) -> Iterator[list[torch.Tensor]]:
         yield _results(y.square().sum() + reverse.square().sum() + states.sum(), (y, states, reverse), leaves)
 
 
-def _by_window(q, k, v, lengths):
+def _by_window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     windows = zip(*(t.transpose(0, 1).split(lengths, dim=1) for t in (q, k, v)))
     y = [scaled_dot_product_attention(q[None], k[None], v[None], enable_gqa=True) for q, k, v in windows]
     return torch.cat(y, dim=2)[0].transpose(0, 1)
 
 
-def _windows(device, backend: str) -> Iterator[list[torch.Tensor]]:
+def _windows(device: torch.device, backend: str) -> Iterator[list[torch.Tensor]]:
     """Attention inside windows of several sizes, by PyTorch in float32 and by a kernel in bfloat16."""
     lengths, (h, g, d) = (3, 3, 70), (4, 2, 64)
     cu_seqlens = torch.tensor((0, *lengths), device=device).cumsum(0, dtype=torch.int32)
@@ -110,7 +110,7 @@ def _windows(device, backend: str) -> Iterator[list[torch.Tensor]]:
     tried = partial(varlen_attention, cu_seqlens=cu_seqlens, longest=70, backend=backend), device, torch.bfloat16
     for form, where, dtype in (exact, tried):
         leaves = _leaves(where, dtype, *((sum(lengths), heads, d) for heads in (h, g, g)))
-        y = form(*(4 * leaf - 2 for leaf in leaves))
+        y: torch.Tensor = form(*(4 * leaf - 2 for leaf in leaves))
         yield _results(y.float().square().sum(), [y], leaves)
 
 

@@ -6,16 +6,22 @@ repeated and segments of one length go together as a batch. They count offsets i
 so a scan that is too long for that is refused.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from ..backends import import_kernels
+from ..segments import Segments
 
 
 CHUNK = 128
 LAST_OFFSET = 2**31 - 1
 
 
-def ssd_mamba_ssm(x, dt, A, B, C, segments, initial_states=None):
+def ssd_mamba_ssm(
+    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, segments: Segments,
+    initial_states: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """
     Runs the scan by the kernels of mamba-ssm; arguments and results as in [`~linmu_hf.ops.ssd.scan.ssd`], without
     `normalized`.
@@ -50,7 +56,7 @@ def ssd_mamba_ssm(x, dt, A, B, C, segments, initial_states=None):
     return y, torch.cat(finals)[torch.cat(order).argsort(), :: h // s].float()
 
 
-def check_offsets(lengths, h: int, p: int, k: int) -> None:
+def check_offsets(lengths: Sequence[int], h: int, p: int, k: int) -> None:
     """Raises a `ValueError` unless 32 bits count the inputs, states [h, p, k] and products of all chunks."""
     chunks = sum(-(-length // CHUNK) for length in lengths)
     most = LAST_OFFSET // (h * max(p * k, CHUNK * CHUNK, CHUNK * p, CHUNK * k))

@@ -14,12 +14,15 @@ each superchunk are kept; it computes the rest again.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backends import multiplies_in_bfloat16
+from ..segments import Segments
 
 
 # Bytes between the inputs and y of one piece: about the second-level cache of one core.
@@ -31,12 +34,17 @@ SUPERCHUNK = 4096
 # Smallest normaliser that is divided by.
 SMALLEST = torch.finfo(torch.float32).tiny ** 0.5
 
+Piece = list[slice]  # of each step the segments whose states it changes
 
-def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def ssd_recurrence(x, dt, A, B, C, segments, initial_states=None):
+def ssd_recurrence(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, segments: Segments,
+    initial_states: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Scans token by token, as Eq. 1 is written."""
     dtype = _compute_dtype(x)
     (n, g, p), s, k = x.shape, dt.shape[-1], B.shape[-1]
@@ -58,9 +66,10 @@ def ssd_recurrence(x, dt, A, B, C, segments, initial_states=None):
 
 
 def ssd_chunked(
-    x, dt, A, B, C, segments, initial_states=None, superchunk: int = SUPERCHUNK, piece: int | None = None,
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, segments: Segments,
+    initial_states: Tensor | None = None, superchunk: int = SUPERCHUNK, piece: int | None = None,
     divided: bool = False,
-):  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """
     Computes the chunked form as batched matrix products. PyTorch's deterministic mode has no cumulative sum on CUDA
     and refuses it there.
@@ -99,7 +108,11 @@ def ssd_chunked(
     return y.to(out_dtype), finals if rank is None else finals.index_select(0, rank)
 
 
-def normalize(form, x, dt, A, B, C, segments, initial_states, normalized: bool):
+def normalize(
+    form: Callable[..., tuple[Tensor, Tensor]],
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, segments: Segments,
+    initial_states: Tensor | None, normalized: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Runs a form of the scan that knows no `normalized`."""
     if not normalized:
         return form(x, dt, A, B, C, segments, initial_states)
@@ -112,11 +125,11 @@ def normalize(form, x, dt, A, B, C, segments, initial_states, normalized: bool):
     return y if divided else divide(y).to(x.dtype), states
 
 
-def divide(y):
+def divide(y: Tensor) -> Tensor:
     return y[..., :-1] / y[..., -1:].clamp_min(SMALLEST)
 
 
-def _to_chunks(tensor, segments):
+def _to_chunks(tensor: Tensor, segments: Segments) -> Tensor:
     """[n, ...] -> [c, chunk_size, ...], segments padded with zeros to whole chunks (dt = 0 leaves states alone)."""
     if segments.slots is not None:
         padding = sum(segments.steps) * segments.chunk_size - len(tensor)
@@ -128,14 +141,14 @@ def _to_chunks(tensor, segments):
     return tensor.reshape(-1, segments.chunk_size, *tensor.shape[1:])
 
 
-def _pieces(steps, most: int) -> list[list[slice]]:
+def _pieces(steps: Sequence[int], most: int) -> list[Piece]:
     """
     Pieces of at most `most` chunks in their order, each a list of steps: the segments whose states a step changes.
 
     >>> _pieces((3, 1, 1), 2)
     [[slice(0, 2)], [slice(2, 3)], [slice(0, 1), slice(0, 1)]]
     """
-    pieces: list[list[slice]] = []
+    pieces: list[Piece] = []
     room = 0
     for count in steps:
         first = 0
@@ -149,9 +162,9 @@ def _pieces(steps, most: int) -> list[list[slice]]:
     return pieces
 
 
-def _superchunks(pieces, most: int) -> list[list[list[slice]]]:
+def _superchunks(pieces: list[Piece], most: int) -> list[list[Piece]]:
     """The pieces in groups of at most `most` chunks, or of one piece."""
-    groups: list[list[list[slice]]] = []
+    groups: list[list[Piece]] = []
     room = 0
     for piece in pieces:
         if _count(piece) > room:
@@ -162,11 +175,11 @@ def _superchunks(pieces, most: int) -> list[list[list[slice]]]:
     return groups
 
 
-def _count(piece) -> int:
+def _count(piece: Piece) -> int:
     return sum(step.stop - step.start for step in piece)
 
 
-def _touched(superchunk) -> slice:
+def _touched(superchunk: list[Piece]) -> slice:
     """The segments whose states a superchunk changes."""
     steps = [step for piece in superchunk for step in piece]
     return slice(min(step.start for step in steps), max(step.stop for step in steps))
@@ -183,14 +196,14 @@ class _Decays(NamedTuple):
         dt (`torch.Tensor`): Step sizes.
     """
 
-    a: torch.Tensor
-    written: torch.Tensor
-    start: torch.Tensor
-    end: torch.Tensor
-    dt: torch.Tensor
+    a: Tensor
+    written: Tensor
+    start: Tensor
+    end: Tensor
+    dt: Tensor
 
     @classmethod
-    def build(cls, dt, A) -> "_Decays":
+    def build(cls, dt: Tensor, A: Tensor) -> "_Decays":
         dt = dt.transpose(1, 2).contiguous()
         a = torch.cumsum(dt * (A * math.log2(math.e))[:, None], dim=-1)
         return cls(a, a - dt.log2(), a.exp2(), (a[..., -1:] - a).exp2_(), dt)
@@ -199,24 +212,24 @@ class _Decays(NamedTuple):
         return _Decays(*(tensor[chunks] for tensor in self))
 
 
-def _between(a, written):
+def _between(a: Tensor, written: Tensor) -> Tensor:
     """2^(a_l - written_r), [c, s, 1, l, r], zero for r > l, where it could be of any size."""
     return (a[:, :, None, :, None] - written[:, :, None, None, :]).exp2_().tril_()
 
 
-def _weighted(x, weights, groups: int):
+def _weighted(x: Tensor, weights: Tensor, groups: int) -> Tensor:
     """x [c g, l, p] times [c, s, l] -> [c g, l, r p]"""
     size = weights.shape[-1]
     weights = weights.view(groups, -1, size).transpose(1, 2).contiguous()
     return (x[:, :, None] * weights[..., None]).view(groups, size, -1)
 
 
-def _by_head(tensor, groups: int):
+def _by_head(tensor: Tensor, groups: int) -> Tensor:
     """[c, l, heads, d] -> [c g, (heads / g) l, d]"""
     return tensor.transpose(1, 2).reshape(groups, -1, tensor.shape[-1])
 
 
-def _pass_states(x, decays, B, states, piece):
+def _pass_states(x: Tensor, decays: _Decays, B: Tensor, states: Tensor, piece: Piece) -> Tensor:
     """Steps 2 and 3 for a piece: the states before its chunks, [c, s, p, k]; `states` go on."""
     count, groups = _count(piece), len(x)
     weights = (decays.end * decays.dt).to(x.dtype)
@@ -231,7 +244,10 @@ def _pass_states(x, decays, B, states, piece):
     return before
 
 
-def _scan(x, dt, B, C, A, initial, m, superchunks, divided: bool = False, entries: list | None = None):
+def _scan(
+    x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, initial: Tensor | None, m: int,
+    superchunks: list[list[Piece]], divided: bool = False, entries: list[Tensor | None] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """
     Chunks [c, l, ...] in the order of `Segments` -> y [c, l, h, p] and final states [m, s, p, k].
 
@@ -275,8 +291,11 @@ class _Scan(torch.autograd.Function):
     """`_scan` with a backward pass."""
 
     @staticmethod
-    def forward(ctx, x, dt, B, C, A, initial, m, superchunks):
-        entries: list[torch.Tensor | None] = []
+    def forward(
+        ctx: Any, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor, initial: Tensor | None, m: int,
+        superchunks: list[list[Piece]],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        entries: list[Tensor | None] = []
         learns = any(ctx.needs_input_grad)
         y, states = _scan(x, dt, B, C, A, initial, m, superchunks, entries=entries if learns else None)
         ctx.save_for_backward(x, dt, B, C, A, *entries)
@@ -285,7 +304,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y, grad_states):
+    def backward(ctx: Any, grad_y: Tensor, grad_states: Tensor) -> tuple[Tensor | None, ...]:
         x, dt, B, C, A, *entries = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
             d_states = grad_states.clone()  # carried from the last chunks to the first
@@ -312,7 +331,9 @@ class _Scan(torch.autograd.Function):
         return dx, ddt.transpose(1, 2), dB, dC, dA, None if ctx.from_zero else d_states, None, None
 
 
-def _backward_piece(x, decays, B, C, d_out, before, d_states, piece):
+def _backward_piece(
+    x: Tensor, decays: _Decays, B: Tensor, C: Tensor, d_out: Tensor, before: Tensor, d_states: Tensor, piece: Piece
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """
     Gradients of one piece: of x, dt [c, s, l], B, C and the log decays dt A [c, s, l]; `d_states` goes on.
 

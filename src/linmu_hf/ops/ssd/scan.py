@@ -30,8 +30,9 @@ PLAIN = {"chunked": ssd_chunked, "recurrence": ssd_recurrence}
 
 
 def ssd(
-    x, dt, A, B, C, segments: Segments, *, initial_states=None, normalized: bool = False, backend: str = "auto"
-):  # fmt: skip
+    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, segments: Segments, *,
+    initial_states: torch.Tensor | None = None, normalized: bool = False, backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """
     Runs the selective scan over packed segments, Eq. 1 of the paper; shapes in the table at the top of this file.
 
@@ -62,7 +63,9 @@ def ssd(
         return normalize(form, x, dt, A, B, C, segments, initial_states, normalized)
 
 
-def ssd_pair(first: Scan, second: Scan, *, normalized: bool = False, final_states: bool = True, backend: str = "auto"):
+def ssd_pair(
+    first: Scan, second: Scan, *, normalized: bool = False, final_states: bool = True, backend: str = "auto"
+) -> tuple[tuple[torch.Tensor, torch.Tensor | None], ...]:
     """
     Runs two scans of the same heads and sizes, as the two directions of a block are.
 
@@ -85,7 +88,7 @@ def ssd_pair(first: Scan, second: Scan, *, normalized: bool = False, final_state
     return tuple(results)
 
 
-def choose_backend(x, backend: str = "auto") -> str:
+def choose_backend(x: torch.Tensor, backend: str = "auto") -> str:
     """
     Returns the backend that [`ssd`] uses for such an `x`.
 
@@ -99,12 +102,15 @@ def _why_unfit(backend: str, x: torch.Tensor) -> str | None:
     return None if backend in PLAIN else why_unavailable(backend, x)
 
 
-def use_triton_kernels(x) -> bool:
+def use_triton_kernels(x: torch.Tensor) -> bool:
     """Returns whether the steps around a scan run in our kernels too: on a GPU, where the scan does."""
     return x.is_cuda and choose_backend(x) == "triton"
 
 
-def ssd_step(x, dt, A, B, C, states, *, normalized: bool = False):
+def ssd_step(
+    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, states: torch.Tensor, *,
+    normalized: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """
     Scans one token per sequence: x [b, g, p], dt [b, s], A [s], B [b, g, k], C [b, h, k], states [b, s, p, k].
 

@@ -6,16 +6,17 @@ states, whatever the length; a state enters each window from the one before, and
 of a window again from there. Only x, B, C, dt, y, the entering states and the normalisers are kept for it.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
 from .. import launch as tuning
 from ..launch import launch, on_device_of
-from ..segments import Scan
+from ..segments import Scan, Segments
 from .plain import SMALLEST
 from .triton_backward import (
     b_grad_kernel,
@@ -31,6 +32,9 @@ from .triton_forward import chunk_states_kernel, output_kernel, pass_states_kern
 CHUNK = 64
 # Bytes of the states of a window of chunks; the backward pass holds two such windows.
 WINDOW_BYTES = 2**29
+
+Tensors = Sequence[torch.Tensor]  # one of each scan
+Window = tuple[int, int, int, int]  # first and last chunk, first and last piece
 
 
 class LaunchPlan(NamedTuple):
@@ -80,13 +84,15 @@ class ChunkTable:
 
     chunks: torch.Tensor
     pieces: torch.Tensor
-    windows: tuple[tuple[int, int, int, int], ...]
+    windows: tuple[Window, ...]
     entries: int
     second: int
 
 
 @lru_cache(maxsize=64)
-def _cut(plan: LaunchPlan, window: int):
+def _cut(
+    plan: LaunchPlan, window: int
+) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int, int]], tuple[Window, ...], int, int]:
     """Rows of the tables of a [`ChunkTable`] (chunks, pieces, windows), number of entering states, second scan."""
     chunks: list[tuple[int, int, int]] = []
     pieces: list[tuple[int, int, int, int]] = []
@@ -145,7 +151,7 @@ def _precision() -> str:
 class _Launches:
     """Sizes and arguments that the launches of one or two scans share."""
 
-    def __init__(self, x, dt, A, B, C, plan: LaunchPlan):
+    def __init__(self, x: Tensors, dt: Tensors, A: Tensors, B: Tensors, C: Tensors, plan: LaunchPlan):
         (_, g, p), s, (_, h, k) = x[0].shape, dt[0].shape[-1], C[0].shape
         self.h, self.s, self.g, self.r, self.q, self.p, self.k = h, s, g, s // g, h // s, p, k
         self.size = (p + plan.normalized) * k
@@ -161,13 +167,13 @@ class _Launches:
         }  # fmt: skip
         self.dtype, self.device = x[0].dtype, x[0].device
 
-    def __call__(self, kernel, grid, *args):
+    def __call__(self, kernel: Any, grid: Callable[..., tuple[int, ...]], *args: Any) -> None:
         """Launches a kernel of tiles; `grid(tiles of p, tiles of k)` gives its programs."""
 
-        def shape(config):
+        def shape(config: tuning.Config) -> tuple[int, ...]:
             return grid(triton.cdiv(self.p, config.BP), triton.cdiv(self.k, config.BK))
 
-        def run(config):
+        def run(config: tuning.Config) -> None:
             launch(kernel, shape(config), *args, **self.options, **config._asdict())
 
         configs = tuning.configurations(kernel, self.p, self.k, self.dtype)
@@ -183,12 +189,12 @@ class _Launches:
         )
         run(tuning.choose(configs, key, shape(configs[0])[0], self.device, run))
 
-    def window_buffers(self, like):
+    def window_buffers(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         chunks = max(stop - start for start, stop, _, _ in self.table.windows)
         states = like.new_empty(chunks, self.s, self.size, dtype=self.states_dtype)
         return states, like.new_empty(chunks, self.s, dtype=torch.float32)
 
-    def chunk_states(self, window, states, decays):
+    def chunk_states(self, window: Window, states: torch.Tensor, decays: torch.Tensor) -> None:
         start, stop, _, _ = window
         self(
             chunk_states_kernel, lambda tiles_p, tiles_k: (stop - start, self.s, tiles_p * tiles_k),
@@ -196,7 +202,10 @@ class _Launches:
             self.s, self.r, self.p, self.k,
         )  # fmt: skip
 
-    def pass_states(self, window, states, decays, entries, finals, reverse=False, keep=True):
+    def pass_states(
+        self, window: Window, states: torch.Tensor, decays: torch.Tensor, entries: torch.Tensor,
+        finals: torch.Tensor | None, reverse: bool = False, keep: bool = True,
+    ) -> None:  # fmt: skip
         _, _, first, last = window
         launch(
             pass_states_kernel, (last - first, self.s, triton.cdiv(self.size, 512)),
@@ -240,12 +249,15 @@ def ssd_forward(
     return outputs
 
 
-def _plan(lengths, counts, starts, ends, normalized, half_states) -> LaunchPlan:
+def _plan(
+    lengths: Sequence[int], counts: Sequence[int], starts: Sequence[bool], ends: Sequence[bool],
+    normalized: bool, half_states: bool,
+) -> LaunchPlan:  # fmt: skip
     lengths = tuple(int(length) for length in lengths)
     return LaunchPlan(lengths, tuple(counts), tuple(starts), tuple(ends), normalized, half_states)
 
 
-def _outputs(x, dt, B, C, plan: LaunchPlan) -> list[torch.Tensor]:
+def _outputs(x: Tensors, dt: Tensors, B: Tensors, C: Tensors, plan: LaunchPlan) -> list[torch.Tensor]:
     p, h, s, k = x[0].shape[2], C[0].shape[1], dt[0].shape[1], B[0].shape[2]
     state = (s, p + plan.normalized, k)
     entries = _cut(plan, _window(s * (p + plan.normalized) * k, plan))[3]
@@ -254,13 +266,17 @@ def _outputs(x, dt, B, C, plan: LaunchPlan) -> list[torch.Tensor]:
     return [*y, *states, *(one.new_empty(len(one) if plan.normalized else 0, h, dtype=torch.float32) for one in x)]
 
 
-def _split(outputs, scans: int):
+def _split(
+    outputs: Tensors, scans: int
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
     """y of the scans, final states, entering states, normalisers of the scans."""
     return tuple(outputs[:scans]), outputs[scans], outputs[scans + 1], tuple(outputs[scans + 2 :])
 
 
 @ssd_forward.register_fake
-def _(x, dt, A, B, C, initial_states, *plan):
+def _(
+    x: Tensors, dt: Tensors, A: Tensors, B: Tensors, C: Tensors, initial_states: Tensors, *plan: Any
+) -> list[torch.Tensor]:
     return _outputs(x, dt, B, C, _plan(*plan))
 
 
@@ -325,8 +341,8 @@ def ssd_backward(
     return grads
 
 
-def _gradients(x, dt, A, B, C, plan: LaunchPlan) -> list[torch.Tensor]:
-    def new(t):
+def _gradients(x: Tensors, dt: Tensors, A: Tensors, B: Tensors, C: Tensors, plan: LaunchPlan) -> list[torch.Tensor]:
+    def new(t: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(t, memory_format=torch.contiguous_format)
 
     tokens = [[new(t) for t in tensors] for tensors in (x, dt, B, C)]
@@ -336,11 +352,14 @@ def _gradients(x, dt, A, B, C, plan: LaunchPlan) -> list[torch.Tensor]:
 
 
 @ssd_backward.register_fake
-def _(dy, dfinals, x, dt, A, B, C, y, entries, sums, *plan):
+def _(
+    dy: Tensors, dfinals: torch.Tensor | None, x: Tensors, dt: Tensors, A: Tensors, B: Tensors, C: Tensors,
+    y: Tensors, entries: torch.Tensor, sums: Tensors, *plan: Any,
+) -> list[torch.Tensor]:  # fmt: skip
     return _gradients(x, dt, A, B, C, _plan(*plan))
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
     *tensors, initial_states = inputs[:6]
     ctx.plan = inputs[6:]
     y, _, entries, sums = _split(output, len(tensors[0]))
@@ -351,7 +370,7 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grads):
+def _backward(ctx: Any, grads: list[torch.Tensor | None]) -> tuple[Any, ...]:
     saved = iter(ctx.saved_tensors)
     *inputs, y, (entries,), sums = ([next(saved) for _ in range(size)] for size in ctx.sizes)
     scans = len(y)
@@ -366,7 +385,10 @@ def _backward(ctx, grads):
 ssd_forward.register_autograd(_backward, setup_context=_save)
 
 
-def ssd_triton(x, dt, A, B, C, segments, initial_states=None, *, normalized=False):
+def ssd_triton(
+    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, segments: Segments,
+    initial_states: torch.Tensor | None = None, *, normalized: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """
     Runs the scan by our kernels; arguments and results as in [`~linmu_hf.ops.ssd.scan.ssd`]. x, B and C are read in
     place (only their last dimension has to be contiguous), and multiplied in x's dtype with sums in fp32.
@@ -378,7 +400,9 @@ def ssd_triton(x, dt, A, B, C, segments, initial_states=None, *, normalized=Fals
     return y, finals
 
 
-def ssd_triton_pair(first: Scan, second: Scan, normalized: bool = False, final_states: bool = True):
+def ssd_triton_pair(
+    first: Scan, second: Scan, normalized: bool = False, final_states: bool = True
+) -> tuple[tuple[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, None]]:
     """
     Runs two scans with the same head sizes in one launch of each kernel, such as the two directions of a layer. They
     may differ in tokens and segments, and share tensors.
@@ -397,12 +421,12 @@ def ssd_triton_pair(first: Scan, second: Scan, normalized: bool = False, final_s
     return (y[0], finals if final_states else None), (y[1], None)
 
 
-def _scan(scans: list[Scan], ends: tuple[bool, ...], normalized: bool):
+def _scan(scans: list[Scan], ends: tuple[bool, ...], normalized: bool) -> tuple[list[torch.Tensor], torch.Tensor]:
     """y of each scan, and the final states that are wanted."""
     for scan in scans:
         _check(*scan, normalized)
 
-    def each(name, dtype):
+    def each(name: str, dtype: torch.dtype) -> "list[torch.Tensor]":
         tensors = (getattr(scan, name).to(dtype) for scan in scans)
         return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
@@ -419,7 +443,10 @@ def _scan(scans: list[Scan], ends: tuple[bool, ...], normalized: bool):
     return outputs[: len(scans)], outputs[len(scans)]
 
 
-def _check(x, dt, A, B, C, segments, initial_states, normalized):
+def _check(
+    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, segments: Segments,
+    initial_states: torch.Tensor | None, normalized: bool,
+) -> None:  # fmt: skip
     (n, g, p), s, h, k = x.shape, dt.shape[-1], C.shape[1], C.shape[2]
     if s % g or h % s:
         raise ValueError(f"{h} query heads, {s} state heads, {g} key/value heads: each must be a multiple of the next")

@@ -56,11 +56,17 @@ def step_forward(
 
 
 @step_forward.register_fake
-def _(x, dt, A, B, C, states, normalized):
+def _(
+    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, states: torch.Tensor,
+    normalized: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     return x.new_empty(len(x), C.shape[1], x.shape[2]), torch.empty_like(states)
 
 
-def ssd_step_triton(x, dt, A, B, C, states, *, normalized: bool = False):
+def ssd_step_triton(
+    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, states: torch.Tensor, *,
+    normalized: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """
     Runs a step by our kernel; arguments and results as in [`~linmu_hf.ops.ssd.scan.ssd_step`], without gradients.
 
