@@ -87,7 +87,7 @@ def by_hand(student, teacher, samples):
         position_ids, vision_layout = student.model.get_positions(inputs["input_ids"], None, **grids(inputs))
         known = teacher(**inputs, output_mixer_states=True, output_attentions=True)
         own = student(**inputs, output_mixer_states=True)
-        fed = student.model.language_model.run_mixers(known.mixer_inputs, None, position_ids, vision_layout)
+        fed = student.model.language_model.run_mixers(known.mixer_inputs, position_ids, None, vision_layout)
         layout, _ = layout_of(student, inputs)
         types, t = student.model.token_types(inputs["input_ids"])[0].tolist(), len(sample)
         for index, layer in enumerate(found["layers"]):

@@ -237,14 +237,15 @@ class LinMUTextModel(LinMUPreTrainedModel):
         return open_cache(cache, self.config, use_cache if lengths is None else False, checkpoints)
 
     def run_mixers(
-        self, mixer_inputs: Sequence[torch.Tensor], attention_mask: AttentionMask = None,
-        position_ids: torch.Tensor | None = None, vision_layout: torch.Tensor | None = None,
+        self, mixer_inputs: Sequence[torch.Tensor], position_ids: torch.Tensor, attention_mask: AttentionMask = None,
+        vision_layout: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
         """
         Feeds every M-MATE layer with a given input, as if the layers before it were perfect.
 
         Args:
             mixer_inputs (`tuple[torch.Tensor]`): For every layer `[b, t, d]`, for example the teacher's.
+            position_ids, attention_mask, vision_layout: As in `forward`.
 
         Returns:
             `tuple[torch.Tensor | None]`: Mixer outputs `[b, t, d]`; `None` for layers with full attention.
