@@ -66,7 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--length", type=int, help="their tokens")
     parser.add_argument("--questions", type=int, help="of the recall, for each distance")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="default", help="choices inside M-MATE")
-    parser.add_argument("--keep_attention", "--keep-attention", metavar="LAYERS", help='layers such as 3,11, or "all"')
+    parser.add_argument(
+        "--keep_attention", "--keep-attention", metavar="LAYERS", help='layers such as 3,11, "all", or "auto:K"'
+    )
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help=f"M-MATE option: {', '.join(MIXER_FIELDS)}"
     )

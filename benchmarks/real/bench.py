@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from linmu_hf.conversion.calibrate import calibrate
+from linmu_hf.conversion.choose_layers import choose_attention_layers, number_to_keep
 from linmu_hf.conversion.convert import convert
 from linmu_hf.conversion.teacher import load_processor, load_teacher
 from linmu_hf.files import whole_folder, write_text
@@ -25,6 +26,7 @@ from .train import train
 
 
 LOG = "training_log.jsonl"
+ROWS_TO_CHOOSE_ON = 6  # which layers keep their attention, with `auto:K`
 PACKAGES = ("linmu-hf", "torch", "transformers", "gguf")
 
 
@@ -63,15 +65,22 @@ class Bench:
 
     def convert(self) -> None:
         settings = self.settings
-        report = convert(
+        write = partial(
+            convert,
             str(self.base / "teacher"),
             str(self.output / "conversion"),
-            keep_attention=settings.keep_attention,
             preset=settings.preset,
             mixer_options=dict(settings.mixer_options),
             overwrite=True,
         )
-        print(report)
+        keep = settings.keep_attention
+        number = number_to_keep(keep, self.teacher.config.text_config.num_hidden_layers)
+        if number is not None:
+            write()
+            text = TextRows(self.base / "text", "train", self.tokenizer, settings.length)
+            rows = [{"input_ids": text.batch(i, 1)} for i in range(ROWS_TO_CHOOSE_ON)]
+            keep = choose_attention_layers(self.load("conversion"), self.teacher, rows, number)
+        print(write(keep_attention=keep))
 
     def take(self, step: Step) -> None:
         """Takes a step from the model of the one before, and leaves its own."""

@@ -311,7 +311,9 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "version", lambda name: "0")  # gguf is not part of the test environment
     steps = (Calibrate("calibration", batches=2, batch_size=1, length=32), replace(STEP, length=32))
     settings = Settings(steps=steps, rows=3, length=48, questions=1)
-    return lambda only=None: command.run(bench.Bench(tmp_path / "run", base, settings), only)
+    return lambda only=None, **changes: command.run(
+        bench.Bench(tmp_path / "run", base, replace(settings, **changes)), only
+    )
 
 
 def test_a_whole_run(run, tmp_path, monkeypatch, capsys):
@@ -352,6 +354,14 @@ def test_only_one_part(run, tmp_path, capsys):
     assert "conversion" in capsys.readouterr().out
     with pytest.raises(ValueError, match="the parts of this run"):
         run("end")
+
+
+def test_layers_that_keep_attention_are_chosen_on_text(run, tmp_path):
+    run("conversion", keep_attention="auto:1")
+    kinds = json.loads((tmp_path / "run" / "conversion" / "config.json").read_text())["text_config"]["layer_types"]
+    assert kinds.count("full_attention") == 1
+    with pytest.raises(ValueError, match="other settings"):
+        run("conversion", keep_attention="auto:2")
 
 
 def test_the_delta_rule_in_pieces_is_the_recurrence():
