@@ -1,11 +1,10 @@
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
+from forked import run_forked
 from PIL import Image
 
 from linmu_hf.commands import evaluate as cli
@@ -207,9 +206,8 @@ def test_answers_of_another_make_are_refused(command, tmp_path, capsys):
 
 def test_two_processes_give_the_table_of_one(command, tmp_path):
     assert run(*command("one")) == 0
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     words = command("two", "--output", tmp_path / "out", "--device", "cpu")
-    done = subprocess.run([*launcher, "-m", "linmu_hf.commands.evaluate", *words], capture_output=True, text=True)
+    done = run_forked(cli.main, words, processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("retention") == 1  # one of them prints
     assert len(list((tmp_path / "out" / "student").glob("answers-*.jsonl"))) == 2

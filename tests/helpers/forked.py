@@ -20,7 +20,7 @@ from typing import Any
 import linmu_hf
 
 
-LOADED = ["distil_worker", "fill_worker", "linmu_hf.distillation.runner"]
+LOADED = ["distil_worker", "fill_worker", "linmu_hf.commands.evaluate", "linmu_hf.distillation.runner"]
 ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # DeepSpeed asks for ninja
     "PYTHONPATH": f"{Path(linmu_hf.__file__).parents[1]}:{Path(__file__).parent}",
@@ -70,8 +70,7 @@ def _run(main: Callable[[], Any], words: Sequence[str], environment: dict[str, A
     os.environ.update({name: str(value) for name, value in (ENVIRONMENT | environment).items()})
     sys.argv[1:] = words
     try:
-        main()
-        status = 0
+        status = main() or 0
     except SystemExit as stopped:
         if isinstance(stopped.code, str):
             print(stopped.code, file=sys.stderr)
