@@ -26,7 +26,7 @@ from .train import train
 
 
 LOG = "training_log.jsonl"
-ROWS_TO_CHOOSE_ON = 6  # which layers keep their attention, with `auto:K`
+ROWS_TO_CHOOSE_ON = 2  # which layers keep their attention, with `auto:K`
 PACKAGES = ("linmu-hf", "torch", "transformers", "gguf")
 
 

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import random
-import sys
 import time
 
 import pytest
@@ -12,10 +11,10 @@ from synthetic import make_teacher
 
 from linmu_hf import LinMUForConditionalGeneration
 from linmu_hf import safetensors_io as checkpoint
+from linmu_hf.conversion import convert as convert_module
 from linmu_hf.conversion.convert import convert
 
 
-convert_module = sys.modules[convert.__module__]  # the package's `convert` is the function
 OPTIONS = {"max_shard_size": "200KB", "keep_attention": [2]}
 
 

@@ -1,7 +1,5 @@
 """NVILA through the conversion: every layout is the same teacher, and the student starts from its weights."""
 
-import sys
-
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -20,6 +18,7 @@ from transformers import (
 
 from linmu_hf import LinMUConfig, LinMUForConditionalGeneration
 from linmu_hf.commands.convert import main
+from linmu_hf.conversion import convert as convert_module
 from linmu_hf.conversion.convert import convert
 from linmu_hf.conversion.source import open_source
 from linmu_hf.conversion.teacher import load_processor, load_teacher
@@ -28,8 +27,6 @@ from linmu_hf.data import encode_prompts, encode_rows
 from linmu_hf.families.nvila.configuration import NVILAConfig, NVILAVisionConfig
 from linmu_hf.hub import check_folder
 
-
-convert_module = sys.modules[convert.__module__]  # the package's `convert` is the function
 
 IMAGE = {"messages": [ask("which digit?", images=1), say("7")], "images": [image(40, 70)]}
 IMAGES = {"messages": [ask("row?", images=2), say("three")], "images": [image(24, 40), image(50, 20, 1)]}
