@@ -112,6 +112,8 @@ class Settings:
 # What the scan reads and how it is joined: the little that a converted model has to learn first.
 STEERED = (r"_features$", r"fusion_proj", r"A_log|dt_bias")
 CALIBRATION = Calibrate("calibration", batches=7, batch_size=1, length=1024)
+# With so strong a pull the output projections stay the teacher's: what is in the window is exact as it is.
+SCAN_CALIBRATION = replace(CALIBRATION, batches=17, scan_steps=60, strength=1e9)
 FINAL = Train(
     "final",
     steps=60,
@@ -123,7 +125,7 @@ FINAL = Train(
     slow_lr_multiplier=1.0,
 )
 
-DEFAULT = Settings(steps=(CALIBRATION, FINAL), rows=12, length=1024, questions=64)
+DEFAULT = Settings(steps=(SCAN_CALIBRATION, FINAL), rows=12, length=1024, questions=64)
 QUICK = Settings(steps=(CALIBRATION, replace(FINAL, steps=4)), rows=3, length=1024, questions=16)
 
 
