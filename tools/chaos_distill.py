@@ -21,6 +21,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -31,6 +32,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 import linmu_hf.distillation.runner  # noqa: F401  (imported once, for all runs)
 from linmu_hf import LinMUConfig, LinMUForConditionalGeneration
@@ -41,6 +43,10 @@ from linmu_hf.testbed.processor import build_processor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 from distillation_fixtures import tiny_teacher_config
+
+
+# That of tqdm is a semaphore which all forks share: one that is killed while it writes would block all after it.
+tqdm.set_lock(threading.RLock())
 
 
 STAGES = ("align", "fed", "lora")
