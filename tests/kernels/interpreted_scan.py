@@ -14,8 +14,9 @@ from scans import HEADS, assert_same, make, run
 from linmu_hf.ops.backends import use_kernels
 from linmu_hf.ops.segments import Scan, Segments
 from linmu_hf.ops.ssd import triton as module
+from linmu_hf.ops.ssd.chunk_table import LaunchPlan, chunk_table
 from linmu_hf.ops.ssd.scan import ssd, ssd_pair
-from linmu_hf.ops.ssd.triton import LaunchPlan, chunk_table, ssd_triton, ssd_triton_pair
+from linmu_hf.ops.ssd.triton import ssd_triton, ssd_triton_pair
 
 
 if os.environ.get("TRITON_INTERPRET") != "1":
