@@ -10,7 +10,7 @@ edges). What cannot run is listed with the reason. Times are the best of several
 from functools import partial
 
 import torch
-from ops import SHAPES, contest, parser_of, write
+from ops import SHAPES, contest, measure_all, parser_of
 
 from linmu_hf.commands.bench import DTYPES
 from linmu_hf.evaluation.speed.models import prompt_layout, text_config
@@ -81,17 +81,8 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    rows = []
     print(f"{'tokens':>8} {'':30} {'':12} {'plain PyTorch / this':>20}")
-    for t in arguments.lengths:
-        results = measure(t, arguments)
-        for name, result in results.items():
-            shown = result.get("error")
-            if "seconds" in result:
-                shown = f"{1e3 * result['seconds']:9.2f} ms {result['plain_over_this']:20.2f}"
-            print(f"{t:8d} {name:30s} {shown}", flush=True)
-        rows.append({"tokens": t, "contestants": results})
-    write(arguments, rows)
+    measure_all(measure, "{plain_over_this:20.2f}".format_map, 30, arguments)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ the time that its least arithmetic, or reading its inputs and writing its output
 
 import argparse
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -168,6 +169,8 @@ def measure(t: int, arguments) -> dict[str, dict]:
             operations, moved = least_work(name, t, shape, common[0], arguments.backward)
             limit = max(operations / arguments.peaks["operations_per_s"], moved / arguments.peaks["bytes_per_s"])
             result |= {"roofline_s": limit, "of_roofline": limit / result["seconds"]}
+            if "seconds" in results["sdpa"]:
+                result["sdpa_over_this"] = results["sdpa"]["seconds"] / result["seconds"]
     return results
 
 
@@ -184,8 +187,24 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def write(arguments, rows) -> None:
-    """What was measured, with its setting, where `--json` says."""
+def measure_all(measure: Callable, ratios: Callable[[dict], str], width: int, arguments) -> None:
+    """
+    Measures every length, prints a line for each contestant, and writes all, with the setting, where `--json` says.
+
+    Args:
+        measure (`Callable`): Gives the results of one length, by contestant.
+        ratios (`Callable`): What is printed of a result behind its time.
+        width (`int`): Of the names.
+    """
+    rows = []
+    for t in arguments.lengths:
+        results = measure(t, arguments)
+        for name, result in results.items():
+            shown = result.get("error")
+            if "seconds" in result:
+                shown = f"{1e3 * result['seconds']:9.2f} ms {ratios(result)}"
+            print(f"{t:8d} {name:{width}s} {shown}", flush=True)
+        rows.append({"tokens": t, "contestants": results})
     if arguments.json:
         setting = {key: value for key, value in vars(arguments).items() if key != "json"}
         setting["heads"] = dict(zip(("h", "s", "g", "p", "k", "normalized"), SHAPES[arguments.shape], strict=True))
@@ -205,21 +224,10 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    rows, arguments.peaks = [], peaks(DTYPES[arguments.dtype], arguments.device)
+    arguments.peaks = peaks(DTYPES[arguments.dtype], arguments.device)
     print(f"{'tokens':>8} {'':20} {'':12} {'sdpa / this':>11} {'of roofline':>11}")
-    for t in arguments.lengths:
-        results = measure(t, arguments)
-        sdpa = results["sdpa"].get("seconds")
-        for name, result in results.items():
-            if sdpa and "seconds" in result:
-                result["sdpa_over_this"] = sdpa / result["seconds"]
-            shown = result.get("error")
-            if "seconds" in result:
-                ratios = f"{result.get('sdpa_over_this', 0):11.2f} {result['of_roofline']:11.1%}"
-                shown = f"{1e3 * result['seconds']:9.2f} ms {ratios}"
-            print(f"{t:8d} {name:20s} {shown}", flush=True)
-        rows.append({"tokens": t, "contestants": results})
-    write(arguments, rows)
+    ratios = "{sdpa_over_this:11.2f} {of_roofline:11.1%}".format_map
+    measure_all(measure, lambda result: ratios({"sdpa_over_this": 0} | result), 20, arguments)
 
 
 if __name__ == "__main__":
