@@ -42,7 +42,25 @@ class NVILAImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call
     tile_tokens: int
 
 
-class NVILAImageProcessor(RemoteCode, PilBackend):
+class Tiles(RemoteCode):
+    """A mixin for processors that make square tiles of pictures."""
+
+    valid_kwargs: Any
+    resample = PILImageResampling.BICUBIC
+    image_mean = IMAGENET_STANDARD_MEAN
+    image_std = IMAGENET_STANDARD_STD
+    size = {"height": 448, "width": 448}
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    tile_tokens = 16
+
+    def settings(self, **kwargs: Any) -> dict[str, Any]:
+        """Returns what each option is: as passed, or else as the processor has it."""
+        return {name: kwargs.get(name, getattr(self, name, None)) for name in self.valid_kwargs.__annotations__}
+
+
+class NVILAImageProcessor(Tiles, PilBackend):
     """
     An image processor that cuts images into tiles as NVILA does.
 
@@ -55,19 +73,11 @@ class NVILAImageProcessor(RemoteCode, PilBackend):
     """
 
     remote_classes: ClassVar[dict[str, str]] = {"AutoImageProcessor": "NVILAImageProcessor"}
-    resample = PILImageResampling.BICUBIC
-    image_mean = IMAGENET_STANDARD_MEAN
-    image_std = IMAGENET_STANDARD_STD
-    size = {"height": 448, "width": 448}
-    do_resize = True
-    do_rescale = True
-    do_normalize = True
     do_convert_rgb = True
     image_aspect_ratio = "dynamic_s2"
     s2_scales = [448, 896, 1344]
     min_tiles = 1
     max_tiles = 12
-    tile_tokens = 16
     valid_kwargs = NVILAImageProcessorKwargs
     model_input_names = ["pixel_values", "image_grid_thw"]
 
@@ -86,10 +96,6 @@ class NVILAImageProcessor(RemoteCode, PilBackend):
     def process_image(self, image: Any, input_data_format: Any = None, **kwargs: Any) -> Image.Image:
         """Returns one image of any kind as an RGB picture of PIL."""
         return as_rgb(image, input_data_format)
-
-    def settings(self, **kwargs: Any) -> dict[str, Any]:
-        """Returns what each option is: as passed, or else as the processor has it."""
-        return {name: kwargs.get(name, getattr(self, name, None)) for name in self.valid_kwargs.__annotations__}
 
     def plan(self, width: int, height: int, *, alone: bool = True, **kwargs: Any) -> tuple[list[Mosaic], list[int]]:
         """

@@ -6,17 +6,11 @@ import numpy as np
 import torch
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_utils import (
-    IMAGENET_STANDARD_MEAN,
-    IMAGENET_STANDARD_STD,
-    ChannelDimension,
-    PILImageResampling,
-)
+from transformers.image_utils import ChannelDimension
 from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
-from ...modeling.remote_code import RemoteCode
-from .image_processing import as_rgb, to_pixels
+from .image_processing import Tiles, as_rgb, to_pixels
 from .tiling import pooled_grids
 
 
@@ -32,7 +26,7 @@ class NVILAVideoProcessorKwargs(VideosKwargs, total=False):  # type: ignore[call
     tile_tokens: int
 
 
-class NVILAVideoProcessor(RemoteCode, BaseVideoProcessor):
+class NVILAVideoProcessor(Tiles, BaseVideoProcessor):
     """
     A video processor that samples frames evenly, the first and the last one included, and resizes each to one tile.
 
@@ -44,17 +38,9 @@ class NVILAVideoProcessor(RemoteCode, BaseVideoProcessor):
     """
 
     remote_classes: ClassVar[dict[str, str]] = {"AutoVideoProcessor": "NVILAVideoProcessor"}
-    resample = PILImageResampling.BICUBIC
-    image_mean = IMAGENET_STANDARD_MEAN
-    image_std = IMAGENET_STANDARD_STD
-    size = {"height": 448, "width": 448}
-    do_resize = True
-    do_rescale = True
-    do_normalize = True
     do_sample_frames = True
     num_frames = 8
     pool_sizes = [[1, 1, 1]]
-    tile_tokens = 16
     valid_kwargs = NVILAVideoProcessorKwargs
     model_input_names = ["pixel_values_videos", "video_grid_thw"]
 
@@ -69,10 +55,6 @@ class NVILAVideoProcessor(RemoteCode, BaseVideoProcessor):
         """Returns the indices of the frames to keep: `num_frames` evenly from the first to the last."""
         count = num_frames or self.num_frames
         return np.round(np.linspace(0, metadata.total_num_frames - 1, count)).astype(int)
-
-    def settings(self, **kwargs: Any) -> dict[str, Any]:
-        """Returns what each option is: as passed, or else as the processor has it."""
-        return {name: kwargs.get(name, getattr(self, name, None)) for name in self.valid_kwargs.__annotations__}
 
     def _preprocess(self, videos: list[Any], **kwargs: Any) -> BatchFeature:
         grids = [
