@@ -118,39 +118,37 @@ def hub_id(path: str | Path) -> str | None:
     return text
 
 
-def write_model_card(
-    folder: str | Path,
+def write_model_card(folder: str | Path, origin: Origin, **training: Any) -> None:
+    """
+    Writes `README.md` into the folder of a saved model.
+
+    Args:
+        folder (`str` or `Path`), origin (`Origin`), training: See [`render_model_card`].
+    """
+    text = render_model_card(Path(folder), origin, **training)
+    (Path(folder) / CARD).write_text(text, encoding="utf-8")
+
+
+def render_model_card(
+    folder: Path,
     origin: Origin,
     *,
     stages: "Sequence[Stage]" = (),
     rows: Iterable[dict[str, Any]] = (),
     dataset: str | None = None,
     machine: str | None = None,
-) -> None:
+) -> str:
     """
-    Writes `README.md` into the folder of a saved model.
+    Returns the text of a model's card.
 
     Args:
-        folder (`str` or `Path`): Holds `config.json` and the weights, and the curves if there are any.
+        folder (`Path`): Holds `config.json` and the weights, and the curves if there are any.
         origin (`Origin`): See [`find_origin`].
         stages (`Sequence[Stage]`, *optional*): The stages that the model has gone through.
         rows (`Iterable[dict]`, *optional*): The rows of `training_log.jsonl` of these stages.
         dataset (`str`, *optional*): What it was trained on; named only if it is on the Hub.
         machine (`str`, *optional*): What it was trained with, such as `8 x NVIDIA A100`.
     """
-    folder = Path(folder)
-    (folder / CARD).write_text(render_model_card(folder, origin, stages, rows, dataset, machine), encoding="utf-8")
-
-
-def render_model_card(
-    folder: Path,
-    origin: Origin,
-    stages: "Sequence[Stage]" = (),
-    rows: Iterable[dict[str, Any]] = (),
-    dataset: str | None = None,
-    machine: str | None = None,
-) -> str:
-    """Writes the text of a card, see [`write_model_card`]."""
     dataset = hub_id(dataset) if dataset else None
     config = LinMUConfig.from_pretrained(folder)
     is_linear = bool(recurrent_layers(config.text_config.layer_types))

@@ -64,24 +64,20 @@ QUICK = Schedule(
     recipe="quick",
     arguments=("--adam_beta2", "0.98", "--position_shift", "16"),
 )
-FULL = Schedule(
+FULL = replace(
+    QUICK,
     train_rows=12000,
     sizes="wide",
     test_rows_per_task=500,
     calibration_rows=128,
-    batch_size=16,
-    recipe="quick",
     stage_overrides=("stage-1.max_steps=600", "stage-2.max_steps=1800", "stage-3.max_steps=400"),
-    arguments=QUICK.arguments,
 )
 # NVILA resizes every image to one canvas, so each size of mosaic is a task of its own: ours knows the two of the test.
-NVILA_QUICK = Schedule(
-    train_rows=3000,
+NVILA_QUICK = replace(
+    QUICK,
     sizes="test",
-    test_rows_per_task=100,
-    calibration_rows=64,
-    batch_size=16,
     recipe="default",
+    arguments=(),
     stage_overrides=(
         "stage-1-align.learning_rate=2e-3",
         "stage-2.learning_rate=6e-4",

@@ -131,13 +131,18 @@ def build_student(config: Any, stage: Stage, dtype: torch.dtype) -> LinMUForCond
     """Builds a student without values as a stage trains it: adapters in place, and what trains in float32."""
     with torch.device("meta"):
         student = build_on_meta(config, dtype)
-        if stage.lora_r:
-            add_lora(student, stage.lora_r, stage.alpha())
+        prepare_student(student, stage)
+    return student
+
+
+def prepare_student(student: LinMUForConditionalGeneration, stage: Stage) -> None:
+    """Puts a stage's adapters in place, and what it trains into float32."""
+    if stage.lora_r:
+        add_lora(student, stage.lora_r, stage.alpha())
     set_trainable(student, stage)
     for parameter in student.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    return student
 
 
 def fill(model: Any) -> Any:
