@@ -1,7 +1,7 @@
 """The tiny models and batches on which Transformers' mixins are run."""
 
+import tiny
 import torch
-from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
 from linmu_hf import (
     LinMUConfig,
@@ -70,19 +70,7 @@ class VisionTextTester(TextTester):
     def get_config(self):
         return LinMUConfig(
             text_config=super().get_config(),
-            vision_config=Qwen2_5_VLVisionConfig(
-                depth=2,
-                hidden_size=32,
-                intermediate_size=24,
-                num_heads=2,
-                patch_size=2,
-                spatial_merge_size=2,
-                temporal_patch_size=2,
-                window_size=8,
-                fullatt_block_indexes=[0],
-                out_hidden_size=self.hidden_size,
-                tokens_per_second=2,
-            ),
+            vision_config=tiny.vision_config(depth=2, hidden_size=32, out_hidden_size=self.hidden_size),
             image_token_id=IMAGE,
             video_token_id=VIDEO,
             vision_start_token_id=START,

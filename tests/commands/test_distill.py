@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, Features, Image, List, Value
+from datasets import DatasetDict
+from distillation_fixtures import as_stored, save_pair
 
 from linmu_hf import LinMUConfig, LinMUForConditionalGeneration
 from linmu_hf.commands.distill import main
@@ -16,18 +17,8 @@ from linmu_hf.distillation.recipes import RECIPES, read_stages, recipe_file
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, rows, processor, make_student, make_teacher):
     root = tmp_path_factory.mktemp("cli")
-    for name, model in (("student", make_student()), ("teacher", make_teacher())):
-        model.save_pretrained(root / name)
-        processor.save_pretrained(root / name)
-    part = {"type": Value("string"), "text": Value("string")}
-    features = Features(
-        {
-            "messages": List({"role": Value("string"), "content": List(part)}),
-            "images": List(Image()),
-            "videos": List(List(Image())),
-        }
-    )
-    dataset = Dataset.from_list(rows, features=features)
+    save_pair(root, processor, make_student(), make_teacher())
+    dataset = as_stored(rows)
     DatasetDict({"train": dataset, "test": dataset.select(range(3))}).save_to_disk(root / "data")
     return root
 

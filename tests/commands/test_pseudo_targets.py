@@ -4,7 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from datasets import Dataset, DatasetDict, Features, Image, List, Value
+from datasets import DatasetDict
+from distillation_fixtures import as_stored, save_pair
 
 from linmu_hf.commands.distill import main as distill
 from linmu_hf.commands.pseudo_targets import main
@@ -14,13 +15,8 @@ from linmu_hf.distillation.targets.store import PseudoTargets
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, rows, processor, make_student, make_teacher):
     root = tmp_path_factory.mktemp("cli")
-    for name, model in (("student", make_student()), ("teacher", make_teacher())):
-        model.save_pretrained(root / name)
-        processor.save_pretrained(root / name)
-    part = {"type": Value("string"), "text": Value("string")}
-    message = {"role": Value("string"), "content": List(part)}
-    features = Features({"messages": List(message), "images": List(Image()), "videos": List(List(Image()))})
-    DatasetDict({"train": Dataset.from_list(rows, features=features)}).save_to_disk(root / "data")
+    save_pair(root, processor, make_student(), make_teacher())
+    DatasetDict({"train": as_stored(rows)}).save_to_disk(root / "data")
     return root
 
 

@@ -126,12 +126,16 @@ def test_killed_by_signal(case, tmp_path, monkeypatch):
     assert contents(output) == whole
 
 
-def test_finished_shards_are_not_written_again(case, tmp_path, monkeypatch):
-    teacher, _ = case
+def convert_until_killed(teacher, output, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         step = die_at(120)
         patch.setattr(convert_module, "_progress", lambda *args: Bar(step))
-        convert(str(teacher), str(tmp_path / "out"), **OPTIONS)
+        convert(str(teacher), str(output), **OPTIONS)
+
+
+def test_finished_shards_are_not_written_again(case, tmp_path, monkeypatch):
+    teacher, _ = case
+    convert_until_killed(teacher, tmp_path / "out", monkeypatch)
     done = {path.name for path in (tmp_path / "out.incomplete").glob("*.safetensors")}
     written = []
     real = convert_module.write_shard
@@ -148,10 +152,7 @@ def test_finished_shards_are_not_written_again(case, tmp_path, monkeypatch):
 
 def test_another_conversion_does_not_resume_it(case, tmp_path, monkeypatch):
     teacher, _ = case
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        step = die_at(120)
-        patch.setattr(convert_module, "_progress", lambda *args: Bar(step))
-        convert(str(teacher), str(tmp_path / "out"), **OPTIONS)
+    convert_until_killed(teacher, tmp_path / "out", monkeypatch)
     options = {**OPTIONS, "keep_attention": [1]}
     convert(str(teacher), str(tmp_path / "out"), **options)
     convert(str(teacher), str(tmp_path / "fresh"), **options)

@@ -65,6 +65,13 @@ def as_stored(rows):
     return Dataset.from_list(rows, features=features)
 
 
+def save_pair(folder, processor, student, teacher):
+    """Saves both models with their processor as `student` and `teacher`."""
+    for name, model in (("student", student), ("teacher", teacher)):
+        model.save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
+
+
 class Rows:
     """A stream that is nothing but an iterable."""
 

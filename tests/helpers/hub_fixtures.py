@@ -34,10 +34,13 @@ def hub(server, monkeypatch):
     return server
 
 
-@pytest.fixture(scope="session")
-def saved(tmp_path_factory):
-    """The testbed's student, saved as users save it."""
-    folder = tmp_path_factory.mktemp("hub") / "student"
+def save_student(folder):
+    """Saves the testbed's student as users save it."""
     LinMUForConditionalGeneration.from_pretrained(STUDENT).save_pretrained(folder)
     AutoProcessor.from_pretrained(STUDENT).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    return save_student(tmp_path_factory.mktemp("hub") / "student")

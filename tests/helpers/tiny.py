@@ -39,23 +39,29 @@ def text_config(**options) -> LinMUTextConfig:
     )
 
 
-def config(tie_word_embeddings=False, **options) -> LinMUConfig:
-    vision = Qwen2_5_VLVisionConfig(
-        depth=1,
-        hidden_size=16,
-        intermediate_size=24,
-        num_heads=2,
-        patch_size=2,
-        spatial_merge_size=2,
-        temporal_patch_size=2,
-        window_size=8,
-        fullatt_block_indexes=[0],
-        out_hidden_size=options.get("hidden_size", 32),
-        tokens_per_second=2,
+def vision_config(**options) -> Qwen2_5_VLVisionConfig:
+    return Qwen2_5_VLVisionConfig(
+        **{
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_heads": 2,
+            "patch_size": 2,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 8,
+            "fullatt_block_indexes": [0],
+            "out_hidden_size": 32,
+            "tokens_per_second": 2,
+            **options,
+        }
     )
+
+
+def config(tie_word_embeddings=False, **options) -> LinMUConfig:
     return LinMUConfig(
         text_config=text_config(**options),
-        vision_config=vision,
+        vision_config=vision_config(out_hidden_size=options.get("hidden_size", 32)),
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         vision_start_token_id=START,

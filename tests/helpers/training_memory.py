@@ -8,13 +8,11 @@ from transformers import Qwen2_5_VLConfig
 
 from linmu_hf import LinMUConfig, LinMUForConditionalGeneration
 from linmu_hf.distillation.costs.accounting import Account
-from linmu_hf.distillation.costs.tracing import with_layers
+from linmu_hf.distillation.costs.tracing import prepare_student, with_layers
 from linmu_hf.distillation.layerwise.layer_groups import freeze_others
 from linmu_hf.distillation.layerwise.offload import LayerOffload, always_there
-from linmu_hf.distillation.lora import add_lora
 from linmu_hf.distillation.losses import IGNORE_INDEX
 from linmu_hf.distillation.model import DistillationModel
-from linmu_hf.distillation.stages import set_trainable
 from linmu_hf.distillation.teacher import as_teacher
 from linmu_hf.modeling.compat import checkpoint_activations
 
@@ -84,12 +82,7 @@ def build(config, stage, shared, checkpoints, dtype=torch.float32):
     teacher = LinMUForConditionalGeneration(full).to(dtype).eval()
     student.load_state_dict(teacher.state_dict(), strict=False)
     teacher = as_teacher(student, teacher, shared)
-    if stage.lora_r:
-        add_lora(student, stage.lora_r, stage.alpha())
-    set_trainable(student, stage)
-    for parameter in student.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    prepare_student(student, stage)
     if checkpoints:
         checkpoint_activations(student)
     return DistillationModel(student, teacher, stage, checkpoints=checkpoints).train()

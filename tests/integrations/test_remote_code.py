@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import tiny
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from hub_fixtures import STUDENT, save_student
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 import linmu_hf
 from linmu_hf import LinMUConfig, LinMUForConditionalGeneration, LinMUModel, LinMUTextModel
 from linmu_hf.modeling.remote_code import REMOTE_CODE, REMOTE_CODE_FILE
 
 
-STUDENT = Path(linmu_hf.__file__).parent / "testbed" / "student"
 SOURCE = Path(linmu_hf.__file__).parents[1]
 BLOCK = """
 import sys
@@ -47,10 +47,7 @@ def error(function, *args, **kwargs):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A saved model with its processor."""
-    folder = tmp_path_factory.mktemp("remote") / "linmu-model"
-    LinMUForConditionalGeneration.from_pretrained(STUDENT).save_pretrained(folder)
-    AutoProcessor.from_pretrained(STUDENT).save_pretrained(folder)
-    return folder
+    return save_student(tmp_path_factory.mktemp("remote") / "linmu-model")
 
 
 def run(script, *arguments):

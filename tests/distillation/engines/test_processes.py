@@ -14,6 +14,7 @@ from pathlib import Path
 import distil_worker
 import pytest
 import torch
+from distillation_fixtures import save_pair
 from forked import ENVIRONMENT, run_forked
 from safetensors.torch import load_file
 
@@ -31,9 +32,7 @@ needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="nee
 def folder(tmp_path_factory, processor, rows, make_student, make_teacher):
     """Student, teacher, and rows of which one has text alone: a process may have nothing else in its batch."""
     folder = tmp_path_factory.mktemp("processes")
-    for name, model in (("student", make_student()), ("teacher", make_teacher())):
-        model.save_pretrained(folder / name)
-        processor.save_pretrained(folder / name)
+    save_pair(folder, processor, make_student(), make_teacher())
     text = {"messages": [{"role": "user", "content": "row 1?"}, {"role": "assistant", "content": "3"}]}
     torch.save([*rows, {**text, "images": [], "videos": []}], folder / "rows.pt")
     return folder

@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from distillation_fixtures import Rows
 from killing import Killed, kill_at
 from safetensors.torch import load_file
 
@@ -34,16 +35,6 @@ def run(rows, processor, make_student, make_teacher):
         return student
 
     return run
-
-
-class Rows:
-    """Rows without a length."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __iter__(self):
-        return iter(self.rows)
 
 
 def read_log(folder):
