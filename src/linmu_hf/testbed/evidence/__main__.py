@@ -34,7 +34,8 @@ from .page import PARTS, build_page
 FULL: dict[str, tuple[str, ...]] = {
     "fidelity": ("--limit", "20"),
     "beyond": (),
-    "referees": ("--seeds", "0", "1", "2"),
+    # the budget of docs/ablations.md: three seeds of 14 students are some hours of one core
+    "referees": (*("--seeds", "0", "1", "2", "--steps_factor", "0.1", "--train_rows", "1500", "--test_rows", "60"),),
 }
 QUICK: dict[str, tuple[str, ...]] = {
     "fidelity": ("--limit", "3"),
