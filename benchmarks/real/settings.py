@@ -43,6 +43,7 @@ class Train:
             first token of a row, whose states are a hundred times as large as all others.
         trains (`tuple[str, ...]`): regular expressions; a parameter trains if one is found in its name.
         weight_decay, max_grad_norm, slow_lr_multiplier (`float`): as in `DistillConfig`.
+        muon (`bool`): Muon for the matrices, as in `Stage`.
         checkpoint_steps (`int`): a run that is killed loses so many steps at most.
     """
 
@@ -59,6 +60,7 @@ class Train:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     slow_lr_multiplier: float = 0.2
+    muon: bool = False
     checkpoint_steps: int = 20
 
     def __post_init__(self):

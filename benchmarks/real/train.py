@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from linmu_hf.distillation.losses import next_token_targets, output_losses, squared_errors
+from linmu_hf.distillation.muon import Muon
 from linmu_hf.distillation.stages import Stage, parameter_groups, set_trainable
 from linmu_hf.files import whole_file
 from linmu_hf.modeling.mixers import recurrent_layers
@@ -41,9 +42,9 @@ def train(student, teacher, rows: TextRows, step: Train, checkpoint: Path) -> li
     stage = Stage(step.name, trains=step.trains, max_steps=step.steps, learning_rate=step.learning_rate, tok=1.0)
     names = set_trainable(student, stage)
     trained = {name: p for name, p in student.named_parameters() if name in set(names)}
-    groups = parameter_groups(student, step.learning_rate, step.weight_decay, step.slow_lr_multiplier)
+    groups = parameter_groups(student, step.learning_rate, step.weight_decay, step.slow_lr_multiplier, muon=step.muon)
     rates = [group["lr"] for group in groups]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    optimizer = (Muon if step.muon else torch.optim.AdamW)(groups, betas=(0.9, 0.95))
     settings = json.loads(json.dumps(asdict(step)))
     log: list[dict[str, Any]] = []
     if checkpoint.exists():

@@ -17,7 +17,7 @@ from synthetic import make_processor, make_teacher
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are not part of the package
 
 from benchmarks.real import __main__ as command
-from benchmarks.real import bench, far_memory, measure, recall, text
+from benchmarks.real import bench, far_memory, measure, recall, recipes, text
 from benchmarks.real.settings import DEFAULT, QUICK, Calibrate, Settings, Train, change_step, select_steps
 from benchmarks.real.train import losses, rate_factor, train
 
@@ -234,15 +234,17 @@ def test_a_killed_training_ends_where_it_would_have(tmp_path, monkeypatch):
         train(pair()[0], teacher, Rows(), replace(STEP, kl=0.5), tmp_path / "state")
 
 
-@pytest.mark.parametrize("fed", ["student", "teacher"])
-def test_training_lowers_the_loss(tmp_path, fed):
+@pytest.mark.parametrize(("fed", "muon"), [("student", False), ("teacher", False), ("student", True)])
+def test_training_lowers_the_loss(tmp_path, fed, muon):
     student, teacher = pair()
 
     class OneRow:
         def batch(self, first, count):
             return Rows().batch(0, count)
 
-    log = train(student, teacher, OneRow(), replace(STEP, steps=12, fed=fed, hidden=1.0), tmp_path / "state")
+    log = train(
+        student, teacher, OneRow(), replace(STEP, steps=12, fed=fed, hidden=1.0, muon=muon), tmp_path / "state"
+    )
     assert log[-1]["loss"] < 0.9 * log[0]["loss"]
     assert ("kl" in log[0]) == (fed == "student")
 
@@ -362,6 +364,34 @@ def test_layers_that_keep_attention_are_chosen_on_text(run, tmp_path):
     assert kinds.count("full_attention") == 1
     with pytest.raises(ValueError, match="other settings"):
         run("conversion", keep_attention="auto:2")
+
+
+def test_recipes_are_measured_once_each(run, tmp_path, monkeypatch, capsys):
+    run(mixer_options=(("text_window", 4),))
+    base = tmp_path / "base"
+    (tmp_path / "run" / "calibration").rename(base / "calibration")
+    monkeypatch.setattr(recipes, "LENGTH", 48)
+    names, seen = ["2 rows of 512 tokens", "half of it fed by the teacher"], []
+    monkeypatch.setattr(recipes, "RECIPES", {name: recipes.RECIPES[name] for name in names})
+    monkeypatch.setitem(recipes.RECIPES, names[0], [{"batch_size": 2, "length": 24}])
+    monkeypatch.setattr(recipes, "FINAL", replace(recipes.FINAL, length=48))
+
+    def watched(student, teacher, rows, step, checkpoint):
+        seen.append((step.fed, step.batch_size, step.length, step.steps))
+        return train(student, teacher, rows, step, checkpoint)
+
+    monkeypatch.setattr(recipes, "train", watched)
+    words = ["--base", str(base), "--output", str(tmp_path / "recipes.json"), "--tokens", "192", "--rows", "2"]
+    recipes.main([*words, "--seeds", "0", "--recipes", names[0]])
+    recipes.main([*words, "--seeds", "0"])
+    assert seen == [("student", 2, 24, 4), ("teacher", 1, 48, 2), ("student", 1, 48, 2)]
+    results = json.loads((tmp_path / "recipes.json").read_text())["results"]
+    assert [one["recipe"] for one in results] == ["start", *names] and len({one["kl"] for one in results}) == 3
+    table = capsys.readouterr().out.splitlines()[-3:]
+    assert [float(row.split("|")[2]) for row in table] == sorted(round(one["kl"], 4) for one in results)
+    with pytest.raises(SystemExit):
+        recipes.main([*words, "--rows", "3"])
+    assert "is of other --tokens or --rows" in capsys.readouterr().err
 
 
 def test_the_delta_rule_in_pieces_is_the_recurrence():
