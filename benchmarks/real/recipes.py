@@ -3,8 +3,8 @@ Which last step brings a real decoder back soonest: one value of it changed at a
 
     python -m benchmarks.real.recipes --base runs/real [--recipes "rate 1e-3" Muon] [--seeds 0 1] [--tokens 16384]
 
-Takes the teacher, the text and the calibrated student of `make real`, and trains a copy of that student by each recipe;
-a seed is other rows of text. KL, agreement and perplexity are those of held-out rows of 1,024 tokens. What is measured
+Takes the teacher, the text and the calibrated student of `make real`, and trains a copy of it by each recipe; a seed
+is other rows of text. KL, agreement and perplexity are those of held-out rows of 1,024 tokens. What is measured
 is kept in `--output`, and not done again.
 """
 
