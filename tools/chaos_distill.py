@@ -42,11 +42,7 @@ from linmu_hf.testbed.processor import build_processor
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
-from distillation_fixtures import tiny_teacher_config
-
-
-# That of tqdm is a semaphore which all forks share: one that is killed while it writes would block all after it.
-tqdm.set_lock(threading.RLock())
+from distillation_fixtures import save_pair, tiny_teacher_config
 
 
 STAGES = ("align", "fed", "lora")
@@ -77,9 +73,7 @@ def make_inputs(folder: Path) -> None:
     teacher = LinMUForConditionalGeneration(LinMUConfig.from_teacher(config, keep_attention="all"))
     student = LinMUForConditionalGeneration(LinMUConfig.from_teacher(config))
     student.load_state_dict(teacher.state_dict(), strict=False)
-    for name, model in (("teacher", teacher), ("student", student)):
-        model.save_pretrained(folder / name)
-        processor.save_pretrained(folder / name)
+    save_pair(folder, processor, student, teacher)
 
     pixels = np.random.default_rng(0)
     lines = []
@@ -262,6 +256,8 @@ def main() -> int:
     seed = random.SystemRandom().randrange(10**6) if arguments.seed is None else arguments.seed
     print(f"seed {seed}", flush=True)
     chance, began = random.Random(seed), time.monotonic()
+    # That of tqdm is a semaphore which all forks share: one that is killed while it writes would block all after it.
+    tqdm.set_lock(threading.RLock())
     folder = Path(tempfile.mkdtemp(prefix="chaos-")) if arguments.work is None else arguments.work
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
