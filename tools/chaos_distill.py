@@ -51,7 +51,6 @@ STAGES_YAML = """
 - {name: fed, trains: [flex], max_steps: 5, learning_rate: 1e-3, hid: 0.1, tok: 0.5}
 - {name: lora, trains: [flex, swin, lora], max_steps: 5, learning_rate: 1e-3, tok: 0.4, seq: 0.3, sup: 0.3, lora_r: 2}
 """
-LEFT_OVER = (".running", ".partial", ".old", ".part", ".lock")
 
 # What is on disk when a kill comes a little later.
 MOMENTS = {

@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
     """
     A parser of flags in snake_case, as Transformers and TRL write them, that says in one line what is wrong.
 
-    The spellings of the release before, in kebab-case or in `renamed`, are taken with a note; `--help` omits them.
+    Earlier spellings, in kebab-case or in `renamed`, are taken with a note; `--help` omits them.
     """
 
     renamed: Mapping[str, str] = {}
@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
         new = "--" + flag[2:].replace("-", "_")
         new = self.renamed.get(new, new)
         if new != flag:
-            note = f"{self.prog}: {flag} is written {new} now; the old spelling goes with the next release"
+            note = f"{self.prog}: {flag} is written {new} now; the old spelling will go"
             print(note, file=sys.stderr)
         return f"{new}{equals}{value}"
 

@@ -13,7 +13,7 @@ from ..conversion.choose_layers import AUTO
 from ..conversion.convert import check_output, convert
 from ..conversion.plan import FLOAT_DTYPES
 from ..conversion.teacher import load_processor
-from ..data import check_dataset, encode_rows, load_rows
+from ..data import check_dataset, choose_split, encode_rows, load_rows
 from ..files import check_report, write_text
 from ..hub import find_origin, prepare_repo, push_folder, write_model_card
 from ..modeling.configuration_linmu import MIXER_FIELDS, PRESETS, LinMUTextConfig
@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=_layers,
         default=(),
         metavar="LAYERS",
-        help='layers such as 3,11, "all", or "auto:K" for the K that are dearest to replace, which --calibrate finds',
+        help='layers such as 3,11, "all", or "auto:K" for the K whose replacement costs most, found by --calibrate',
     )
     parser.add_argument("--preset", choices=sorted(PRESETS), default="default", help="choices inside M-MATE")
     parser.add_argument("--max_shard_size", default="2GB", help="largest weight file (default: %(default)s)")
@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--calibrate_steps", type=int, default=0,
         help="of Adam in each layer, for what the scan reads and how it is joined (default: none)",
     )  # fmt: skip
-    parser.add_argument("--calibrate_split", default="train", help="of that dataset (default: %(default)s)")
+    parser.add_argument("--calibrate_split", help="of that dataset, by default train; a single file is read whole")
     parser.add_argument("--dry_run", action="store_true", help="check everything and report, write nothing")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="replace a model that is there")
     parser.add_argument("--json", metavar="FILE", help="write the report there too")
@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("M-MATE options", "over the preset; lists as 16,4,4; none for None")
     kinds = {field.name: field for field in fields(LinMUTextConfig)}
     for name in MIXER_FIELDS:
-        shown = f"default: {_shown(kinds[name].default)}"
+        shown = f"default: {_shown(PRESETS['default'].get(name, kinds[name].default))}"
         group.add_argument(f"--{name}", type=_reader(kinds[name]), default=argparse.SUPPRESS, help=shown)
     return parser
 
@@ -161,7 +161,8 @@ def load_batches(args: argparse.Namespace) -> list:
     """Loads the samples to calibrate on, encoded by the teacher's processor; the last batch is held out."""
     if args.calibrate_samples < 2:
         raise ValueError(f"--calibrate_samples {args.calibrate_samples} must be at least 2: some are held out")
-    dataset = load_rows(args.calibrate, args.calibrate_split)
+    split = choose_split(args.calibrate, args.calibrate_split, "train", "--calibrate_split")
+    dataset = load_rows(args.calibrate, split)
     rows = dataset.select(range(min(args.calibrate_samples, len(dataset))))
     processor = load_processor(args.teacher, revision=args.revision)
     check_dataset(rows, processor)

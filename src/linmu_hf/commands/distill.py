@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..conversion.source import read_processor, read_raw_config
 from ..conversion.teacher import check_tokenizers, load_processor
-from ..data import load_training_rows
+from ..data import choose_split, is_single_file, load_training_rows
 from ..evaluation.loading import check_model, library_versions
 from ..evaluation.speed.models import PRESETS, text_config, vision_config
 from ..files import check_report
@@ -39,13 +39,17 @@ class ScriptArguments:
     teacher: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of the teacher; short for --teacher_model_name_or_path."}
     )
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to learn from."})
+    dataset_train_split: str | None = field(
+        default=None, metadata={"help": "Split to learn from, by default `train`; a single file is read whole."}
+    )
     eval_dataset: str | None = field(
         default=None, metadata={"help": "Held-out rows, in any form of --dataset, measured every --eval_steps."}
     )
     dataset_eval_split: str | None = field(
         default=None,
-        metadata={"help": "Their split, by default `test`; without --eval_dataset it is one of --dataset."},
+        metadata={
+            "help": "Their split, by default `test`; without --eval_dataset it is one of --dataset, no single file."
+        },
     )
     streaming: bool = field(default=False, metadata={"help": "Whether rows are read as they are needed."})
     json: str | None = field(default=None, metadata={"help": "File that gets the run's last figures."})
@@ -87,12 +91,7 @@ def run(script: ScriptArguments, config) -> dict:
     check_output(config)
     stages = config.get_stages()
     check_layers_at_a_time(config, stages)
-    dataset = load_training_rows(
-        script.dataset, script.dataset_train_split, streaming=script.streaming, seed=config.seed
-    )
-    held_out = None
-    if script.eval_dataset or script.dataset_eval_split:
-        held_out = load_training_rows(script.eval_dataset or script.dataset, script.dataset_eval_split or "test")
+    dataset, held_out = _load_rows(script, config.seed)
     student = LinMUForConditionalGeneration.from_pretrained(script.model, dtype="auto" if config.bf16 else "float32")
     processor = read_processor(script.model)
     options = {"dtype": None if config.bf16 else "float32", **config.teacher_options()}
@@ -184,6 +183,22 @@ def estimate(script: ScriptArguments, config) -> str:
     )
 
 
+def _load_rows(script: ScriptArguments, seed: int) -> tuple[Any, Any]:
+    """Returns the rows to learn from, and those held out, or `None`."""
+    held_out, split = script.eval_dataset, script.dataset_eval_split
+    if split and not held_out and is_single_file(script.dataset):
+        raise ValueError(
+            f"--dataset_eval_split {split}: {script.dataset} is a single file, all of whose rows are learned from: "
+            "give the held-out rows as --eval_dataset"
+        )
+    learned = choose_split(script.dataset, script.dataset_train_split, "train", "--dataset_train_split")
+    dataset = load_training_rows(script.dataset, learned, streaming=script.streaming, seed=seed)
+    if not held_out and not split:
+        return dataset, None
+    held_out = held_out or script.dataset
+    return dataset, load_training_rows(held_out, choose_split(held_out, split, "test", "--dataset_eval_split"))
+
+
 def _read_config(name: str) -> LinMUConfig:
     """Returns the configuration of a student, or of the one that would be made of a teacher."""
     text = text_config(name)
@@ -235,6 +250,14 @@ def format_table(stages: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+# Arguments of the Trainer that mean something else here.
+HELP = {
+    "eval_steps": "Steps between measurements of held-out rows, by default `save_steps`.",
+    "load_best_model_at_end": "Whether every stage ends with the weights of its best evaluation; needs held-out rows.",
+    "push_to_hub": "Whether to upload the finished model, once all stages are done.",
+}
+
+
 def _parser(prints: bool) -> TypedParser:
     """Builds the parser, for printing alone or not; without the extra `train` this is where it is missed."""
     from ..distillation.arguments import refused_fields
@@ -246,6 +269,7 @@ def _parser(prints: bool) -> TypedParser:
     for action in parser._actions:
         if action.dest.removeprefix("no_") in hidden:
             action.help = argparse.SUPPRESS
+        action.help = HELP.get(action.dest, action.help)
         if prints:
             action.required = False
     return parser

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ..data import bad_rows, load_rows
+from ..data import bad_rows, choose_split, is_single_file, load_rows
 from ..evaluation.answers import AnswerStore, answer_and_keep, describe_model
 from ..evaluation.lmms.report import compare_benchmarks, format_benchmarks
 from ..evaluation.loading import check_device, check_model, library_versions, load_model, load_processor
@@ -32,7 +32,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", action="append", required=True, help="student, folder or Hub id; may be repeated")
     parser.add_argument("--teacher", help="teacher, folder or Hub id; without it accuracies alone")
     parser.add_argument("--dataset", help="folder, JSON Lines or Parquet file, or a Hub id")
-    parser.add_argument("--split", default="test")
+    parser.add_argument("--split", help="of the dataset, by default test; a single file is read whole")
     parser.add_argument(
         "--tasks", nargs="+", metavar="TASK",
         help="tasks of lmms-eval in place of a dataset, or paper, dense; rows is the dataset, read by lmms-eval",
@@ -89,6 +89,8 @@ def check_arguments(arguments: argparse.Namespace) -> dict[str, str]:
         raise ValueError("give --dataset, --tasks, or --tasks rows --dataset DATA to read it by lmms-eval")
     if arguments.tasks == ["rows"] and arguments.dataset is None:
         raise ValueError("--tasks rows needs --dataset")
+    if arguments.split and arguments.dataset is None:
+        raise ValueError(f"--split {arguments.split} has no effect without --dataset: leave it out")
     for name in ("max_new_tokens",) if arguments.tasks else ("include_path",):
         if getattr(arguments, name) is not None:
             raise ValueError(f"--{name} {getattr(arguments, name)} has no effect here: leave it out")
@@ -130,13 +132,14 @@ def run_benchmarks(arguments: argparse.Namespace) -> dict | None:
         processes = find_processes(arguments.device)
         if processes.is_main_process:
             processors = [load_processor(path) for path in models.values()]
-            dataset = load_rows(arguments.dataset, arguments.split)
+            split = choose_split(arguments.dataset, arguments.split, "test")
+            dataset = load_rows(arguments.dataset, split)
             bad = {i: str(error) for one in processors for i, error in bad_rows(dataset, one, decode=True)}
             for reason in bad.values():
                 print(f"linmu-eval: left out: {reason}", file=sys.stderr)
             if len(bad) == len(dataset):
                 raise ValueError("none of the rows can be used")
-            write_tasks(arguments.dataset, arguments.split, output / "rows", processors[0], arguments.limit, bad)
+            write_tasks(arguments.dataset, split, output / "rows", processors[0], arguments.limit, bad)
         processes.wait_for_everyone()
         benchmarks, left_out = benchmarks_of_rows(output / "rows"), list[str]()
     else:
@@ -163,7 +166,8 @@ def evaluate(arguments: argparse.Namespace) -> dict | None:
     processes = find_processes(arguments.device)
     if processes.num_processes > 1 and arguments.output is None:
         raise ValueError(f"{processes.num_processes} processes need --output, where their answers meet")
-    dataset = load_rows(arguments.dataset, arguments.split)
+    split = choose_split(arguments.dataset, arguments.split, "test")
+    dataset = load_rows(arguments.dataset, split)
     unusable = {i: str(error) for path in models.values() for i, error in bad_rows(dataset, load_processor(path))}
     tasks = name_tasks(dataset)
     numbers = first_of_every_task(tasks, arguments.limit or len(dataset), unusable)
@@ -204,7 +208,7 @@ def evaluate(arguments: argparse.Namespace) -> dict | None:
         report |= facts[name]
     return {
         "dataset": arguments.dataset,
-        "split": arguments.split,
+        "split": None if is_single_file(arguments.dataset) else split,
         "rows": len(rows),
         "unusable_rows": unusable,
         "models": reports,

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from ..conversion.source import read_raw_config
 from ..conversion.teacher import check_pair, check_tokenizers, load_teacher
-from ..data import encode_rows, load_rows
+from ..data import choose_split, encode_rows, load_rows
 from ..evaluation.fidelity.measure import Fidelity, check_teacher
 from ..evaluation.fidelity.plots import format_report, plot_report
 from ..evaluation.loading import check_device, check_model, library_versions, load_model, load_processor
@@ -28,7 +28,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--dataset", help="rows with images, videos or text, as of linmu-eval")
     what.add_argument("--text", type=Path, metavar="FILE", help="plain text instead, read in pieces")
-    parser.add_argument("--split", default="test")
+    parser.add_argument("--split", help="of the dataset, by default test; a single file is read whole")
     parser.add_argument(
         "--limit", type=int, default=20, help="at most this many rows of every task, or pieces of text"
     )
@@ -45,6 +45,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     check_device(arguments.device)
     if arguments.max_length and arguments.dataset:
         raise ValueError(f"--max_length {arguments.max_length} has no effect on rows: leave it out, or give --text")
+    if arguments.split and arguments.text:
+        raise ValueError(f"--split {arguments.split} has no effect on --text: leave it out")
     if arguments.text and not arguments.text.is_file():
         raise FileNotFoundError(f"--text {arguments.text} is not there: give a file of plain text")
     for path in (arguments.model, arguments.teacher):
@@ -82,7 +84,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         texts = read_text(processor, arguments.text, arguments.max_length or 1024, arguments.limit)
         total, batches = len(texts), iter(texts)
     else:
-        total, batches = read_rows(processor, arguments.dataset, arguments.split, arguments.limit)
+        split = choose_split(arguments.dataset, arguments.split, "test")
+        total, batches = read_rows(processor, arguments.dataset, split, arguments.limit)
     student, _ = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
     teacher = load_teacher(arguments.teacher, dtype=student.dtype, device=student.device)
     check_pair(student.config, teacher.config)

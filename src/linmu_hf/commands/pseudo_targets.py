@@ -11,7 +11,7 @@ from typing import Any
 
 from ..conversion.source import open_source, read_processor
 from ..conversion.teacher import check_tokenizers, load_processor, load_teacher
-from ..data import check_dataset, load_training_rows
+from ..data import check_dataset, choose_split, load_training_rows
 from ..evaluation.loading import check_device, check_model, library_versions
 from ..files import check_report
 from .common import DTYPES, Parser, check_positive, run_command, write_report
@@ -25,7 +25,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--processor", help="folder or Hub id, by default the teacher's; a student with other settings"
     )
     parser.add_argument("--dataset", required=True, help="as in linmu-distill")
-    parser.add_argument("--dataset_train_split", default="train")
+    parser.add_argument("--dataset_train_split", help="by default train; a single file is read whole")
     parser.add_argument("--streaming", action="store_true", help="read rows as they are needed")
     parser.add_argument("--seed", type=int, default=42, help="that of linmu-distill: it picks the rows of a mixture")
     parser.add_argument("--output_dir", required=True, type=Path, help="folder of the answers; begun ones go on")
@@ -69,9 +69,8 @@ def decode(arguments: argparse.Namespace) -> dict[str, Any]:
     share, device = find_share(arguments.shard), find_device(arguments.device)
     teacher_path, revision = arguments.teacher, arguments.teacher_model_revision
     check_model(teacher_path)
-    rows = load_training_rows(
-        arguments.dataset, arguments.dataset_train_split, streaming=arguments.streaming, seed=arguments.seed
-    )
+    split = choose_split(arguments.dataset, arguments.dataset_train_split, "train", "--dataset_train_split")
+    rows = load_training_rows(arguments.dataset, split, streaming=arguments.streaming, seed=arguments.seed)
     processor = load_processor(teacher_path, revision=revision)
     if arguments.processor:
         teachers = processor.tokenizer

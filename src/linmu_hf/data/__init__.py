@@ -2,7 +2,7 @@
 
 from .formats import Row, answer_text, read_row
 from .hashing import row_key
-from .loading import load_rows
+from .loading import choose_split, is_single_file, load_rows
 from .mixture import load_mixture, load_training_rows
 from .rows import bad_rows, check_dataset, encode_prompts, encode_rows
 
@@ -12,8 +12,10 @@ __all__ = [
     "answer_text",
     "bad_rows",
     "check_dataset",
+    "choose_split",
     "encode_prompts",
     "encode_rows",
+    "is_single_file",
     "load_mixture",
     "load_rows",
     "load_training_rows",

@@ -96,6 +96,24 @@ def load_rows(
     return _find_files(dataset, [str(place.absolute()) for place in folders])
 
 
+def choose_split(path: str, split: str | None, default: str, option: str = "--split") -> str:
+    """
+    Returns the split to read: `split`, or `default` where none is named.
+
+    Raises:
+        `ValueError`: One is named of a single file, which is read whole.
+    """
+    if split is not None and is_single_file(path):
+        raise ValueError(f"{option} {split} has no effect: {path} is a single file, which is read whole. Leave it out")
+    return split or default
+
+
+def is_single_file(path: str) -> bool:
+    """Returns whether a dataset is one file of rows, which has no splits."""
+    file = Path(path).expanduser()
+    return file.suffix in FILES and file.is_file()
+
+
 def _stream(kind: str, config_name: str | None, data_files: dict[str, str] | None):
     """Opens the splits of a dataset as streams, those of JSON files by our own reader."""
     import datasets

@@ -51,7 +51,8 @@ class DistillConfig(TrainingArguments):
             with all the steps of its stage, so that gradients and optimizer states of no more layers are held. One
             process and a shared teacher; `max_grad_norm` bounds the gradients of a group. Other stages run as without.
         recipe (`str`, *optional*, defaults to `"paper"`):
-            A list of stages that is shipped: `"paper"`, `"default"` (what was measured to be best) or `"quick"`.
+            A list of stages that is shipped: `"paper"`, `"default"` (AdamW, a long teacher-fed start) or `"quick"`
+            (Muon, that of the testbed).
         stages (`str` or `Sequence[Stage | Mapping]`, *optional*):
             A file of stages, YAML or JSON, in place of a recipe, or the stages themselves; see [`read_stages`].
             `linmu-distill --print_stages` writes such a file.
@@ -65,7 +66,7 @@ class DistillConfig(TrainingArguments):
             Folder of teacher answers that `linmu-pseudo-targets` or [`decode_pseudo_targets`] made of this dataset, in
             place of decoding them now.
         slow_lr_multiplier (`float`, *optional*, defaults to 0.2):
-            Learning rate of decays, step widths and gates, relative to the stage's.
+            Learning rate of decays, step sizes and gates, relative to the stage's.
         position_shift (`int`, *optional*, defaults to 0):
             Every row starts at a position drawn from 0 to this one, in both models. The teacher, which knows positions
             by their differences, gives the same answer; features of B and C read where a token is, and a student that
@@ -121,7 +122,7 @@ class DistillConfig(TrainingArguments):
         default=None, metadata={"help": "Folder of teacher answers that linmu-pseudo-targets made of this dataset."}
     )
     slow_lr_multiplier: float = field(
-        default=0.2, metadata={"help": "Learning rate of decays, step widths and gates, relative to the stage's."}
+        default=0.2, metadata={"help": "Learning rate of decays, step sizes and gates, relative to the stage's."}
     )
     position_shift: int = field(default=0, metadata={"help": "Largest position at which a row may start."})
     logits_chunk_size: int = field(default=1024, metadata={"help": "Positions whose logits exist at a time."})

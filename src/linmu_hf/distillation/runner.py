@@ -251,7 +251,7 @@ def _check_inputs(config: DistillConfig, stages: Sequence[Stage], student, teach
     if find_spec("matplotlib") is None:  # reported now and not after the first stage
         raise ImportError('the curves of a distillation need matplotlib: pip install "linmu-hf[train]"')
     check_pair(student.config, teacher.config, hidden=any(stage.hid for stage in stages))
-    check_rows(config, features)
+    check_rows(features)
     if student.dtype.itemsize < 4 and not config.bf16:
         raise ValueError(f"the student is in {student.dtype}: load it in float32, or train in mixed precision (bf16)")
     if not _replaced(student):

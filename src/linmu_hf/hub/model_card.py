@@ -317,10 +317,11 @@ def _retention(results: dict[str, Any], model: str | None) -> str:
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"these are not the results of `linmu-eval --teacher ... --json FILE`: {error!r}") from error
     where = f" of [{data}](https://huggingface.co/datasets/{data})" if data else ""
+    where += f" (split `{split}`)" if split else ""
     lines = [
         RETENTION,
         "",
-        f"Exact-match accuracy in percent on {count:,} rows{where} (split `{split}`), and what is kept of the "
+        f"Exact-match accuracy in percent on {count:,} rows{where}, and what is kept of the "
         "teacher's, with a 95% interval:",
         "",
         *_table(["task", "teacher", "this model", "kept"], rows),

@@ -191,7 +191,7 @@ row. Tasks, model and budget are others than the paper's: only the order of the 
 
 def _missing(plans: Collection[str]) -> str:
     names = [name for name in IN_ALL if name not in plans]
-    return f"\nNot on this page: {', '.join(names)}. `make ablations` runs every plan.\n" if names else ""
+    return f"\nNot on this page: {', '.join(names)}. `make ablations` runs them too.\n" if names else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -55,14 +55,14 @@ def open_held_out(config, processor, dataset) -> EncodedDataset | None:
         raise ValueError("eval_dataset has no length: take some rows of the stream, `list(stream.take(500))`")
     features = open_rows(config, processor, dataset)
     try:
-        check_rows(config, features)
+        check_rows(features)
     except ValueError as error:
         raise ValueError(f"eval_dataset: {error}") from error
     assert isinstance(features, EncodedDataset)
     return features
 
 
-def check_rows(config, features: TrainingRows) -> None:
+def check_rows(features: TrainingRows) -> None:
     """
     Raises the `ValueError` of the first row that is one bad row too many; of a stream only the first rows are read.
     What is bad in all rows, such as a template that does not fit the processor, is found in the first one.

@@ -48,11 +48,7 @@ class Fidelity:
     def __init__(self, student, teacher):
         self.student, self.teacher = student, teacher
         self.text = student.model.language_model
-        changed = {one for one in teacher.config.text_config.layer_types if MIXERS[one].recurrent}
-        if changed:
-            raise ValueError(
-                f"the teacher has layers of {sorted(changed)}: give the model that the student is made of"
-            )
+        check_teacher(teacher.config)
         self.layers = [LayerFigures() for _ in self.text.layers]
         self.logits = Figures(("kl", "same"))
         self.sequences = self.tokens = 0

@@ -9,9 +9,6 @@ from ..retention import BOOTSTRAP_SAMPLES
 from .tasks import Benchmark
 
 
-SHOWN = ("score", "ttft", "tokens_per_second")
-
-
 def compare_benchmarks(
     results: Mapping[str, Mapping[str, Mapping[str, Any]]], benchmarks: Sequence[Benchmark], teacher: str | None
 ) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""What outsiders ask for, on the testbed: fidelity, sizes beyond training, the referees' ablations; as a page."""
+"""What readers ask for, on the testbed: fidelity, sizes beyond training, the referees' ablations; as a page."""

@@ -20,7 +20,7 @@ TITLES = {
 }
 INTRODUCTION = """# Evidence
 
-What outsiders ask of a linear model, on the testbed: where it differs from its teacher inside, what becomes of it at
+What readers ask of a linear model, on the testbed: where it differs from its teacher inside, what becomes of it at
 sizes it was not trained on, and what each part of the block is for. The student is the shipped one of 1.8 million
 parameters, its questions are about handwritten digits: what holds here need not hold for a large model. `make
 evidence` measures all of it and writes this page anew; `make evidence-quick` runs the same parts with hardly any
@@ -32,8 +32,8 @@ TEXTS = {
 Held-out rows with their answers, read by both. `error` is the squared error of a mixer's output relative to the
 teacher's, fed with the teacher's input; `own path` the same on what the student itself has reached; `exact` the share
 of the teacher's attention that falls where the student attends exactly, which leaves the rest to the state; `far` the
-share of the global branch in the output; lambda its weight on text and on vision tokens. `KL` is that of the teacher's
-next token to the student's, `same` how often both choose the same one.
+share of the far branch, Flex-MA, in the output; lambda its weight on text and on vision tokens. `KL` is that of the
+teacher's next token to the student's, `same` how often both choose the same one.
 """,
     "beyond": """\
 Held-out digits. Sizes within the training's range are bold, and grey in the picture. `frames`: "7 or 3 first?" about a
@@ -78,7 +78,7 @@ def _fidelity(report: Mapping[str, Any], folder: Path) -> str:
 def _beyond(report: Mapping[str, Any], folder: Path) -> str:
     count = report["threads"]
     text = TEXTS["beyond"].format(
-        clock="seconds of the processor" if report["clock"] == "process" else "seconds of the clock",
+        clock="processor time" if report["clock"] == "process" else "wall time",
         threads="one thread" if count == 1 else f"{count} threads",
         repeats=report["repeats"],
     )
