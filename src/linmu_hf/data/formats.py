@@ -1,12 +1,13 @@
 """The shapes that rows come in: each becomes `messages` with its `images` and `videos`."""
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .layouts import find_messages
+from .layouts import WORKING_ROW, find_messages
 from .video import CLIP, TIMING
 
 
@@ -49,6 +50,8 @@ def read_row(row: Row, index: int = 0) -> dict[str, Any]:
     Raises:
         `ValueError`: names the row, and says what to do.
     """
+    if not isinstance(row, Mapping):
+        raise ValueError(f"row {index} is {row!r:.60}: give {WORKING_ROW}")
     try:
         columns = {kind: _read_column(row, kind) for kind in MEDIA}
         messages = _read_messages(row, columns)
@@ -65,6 +68,9 @@ def read_row(row: Row, index: int = 0) -> dict[str, Any]:
                 media[MEDIA[kind]].append(medium)
     except ValueError as error:
         raise ValueError(f"row {index}{_id_of(row)}: {error}") from None
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"row {index}{_id_of(row)} cannot be read ({reason}): give {WORKING_ROW}") from error
     messages_of_row = {**row, "messages": messages, **media}
     for kind, column in MEDIA.items():
         missing = sum(medium is None for medium in media[column])
@@ -122,7 +128,11 @@ def _read_messages(row: Row, columns: Mapping[str, list[Any]]) -> list[dict[str,
     if isinstance(messages, str):
         messages = _from_json(messages)
     if isinstance(messages, Mapping):  # columns, as old versions of datasets store lists of dicts
+        if not all(isinstance(values, (list, tuple)) for values in messages.values()):
+            raise ValueError(f"its messages are {messages!r:.60}: give a list, as in {WORKING_ROW}")
         messages = [dict(zip(messages, values)) for values in zip(*messages.values())]
+    if not isinstance(messages, (list, tuple)):
+        raise ValueError(f"its messages are {messages!r:.60}: give a list, as in {WORKING_ROW}")
     messages = [_read_message(message, number) for number, message in enumerate(messages)]
     if isinstance(row.get("system"), str) and row["system"] and messages[:1] and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": row["system"], "tagged": False})
@@ -168,11 +178,13 @@ def _read_message(message: Any, number: int) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise ValueError(f"message {number} is {message!r:.60}: give {EXAMPLE}")
     tagged = message.get("role") is None and message.get("from") is not None
-    role = SPEAKERS.get(message["from"], message["from"]) if tagged else message.get("role")
+    role = message["from"] if tagged else message.get("role")
+    if not isinstance(role, str):
+        given = "no `role`" if role is None else f"the role {role!r:.60}, which is no text"
+        raise ValueError(f"message {number} has {given}; its keys are {sorted(message)}: give {EXAMPLE}")
+    role = SPEAKERS.get(role, role) if tagged else role
     content = message.get("value" if tagged else "content")
     name = f"message {number} ({role})"
-    if role is None:
-        raise ValueError(f"{name} has no `role`; its keys are {sorted(message)}: give {EXAMPLE}")
     if message.get("tool_calls") or message.get("function_call") or role == "function_call":
         raise ValueError(f"{name} calls a tool, which the model's chat template leaves out: write the call as text")
     if content is None:
@@ -189,17 +201,23 @@ def _read_message(message: Any, number: int) -> dict[str, Any]:
 def _read_part(part: Any, name: str) -> dict[str, Any]:
     if isinstance(part, str):
         part = {"type": "text", "text": part}
+    if not isinstance(part, Mapping):
+        raise _unknown_part(part, name)
     # Arrow gives every part all keys of its siblings; templates take an `image` key, even of None, for an image.
     part = {key: value for key, value in part.items() if value is not None}
-    kind: Any = part.get("type") or next((key for key in ("text", *MEDIA) if key in part), None)
+    kind = str(part.get("type") or next((key for key in ("text", *MEDIA) if key in part), None))
     kind = PART_TYPES.get(kind, kind)
     if kind == "text" and "text" in part:
         return {"type": "text", "text": str(part["text"])}
     if kind not in MEDIA:
-        raise ValueError(f"{name} has a part {part!r:.80}: parts are texts, images and videos, as in {EXAMPLE}")
+        raise _unknown_part(part, name)
     medium = next((part[key] for key in (kind, f"{kind}_url", "url", "path") if key in part), None)
     timing = {key: part[key] for key in (*TIMING, *CLIP) if key in part}
     return {"type": kind, "medium": {"video": medium, **timing} if timing and medium is not None else medium}
+
+
+def _unknown_part(part: Any, name: str) -> ValueError:
+    return ValueError(f"{name} has a part {part!r:.80}: parts are texts, images and videos, as in {EXAMPLE}")
 
 
 def _read_column(row: Row, kind: str) -> list[Any]:
@@ -232,7 +250,7 @@ def _is_frames(video: Any) -> bool:
     if isinstance(video, Mapping):
         return video.get("frames") is not None and not any(key in video for key in TIMING)
     if isinstance(video, (str, Path)):
-        return not str(video).startswith("data:") and Path(str(video).removeprefix("file://")).is_dir()
+        return not str(video).startswith("data:") and os.path.isdir(str(video).removeprefix("file://"))
     return not isinstance(video, bytes)
 
 

@@ -39,7 +39,8 @@ def row_key(row: Row, index: int = 0) -> str:
     Raises:
         `ValueError`: if [`read_row`] refuses the row.
     """
-    own, row = row.get("id"), read_row(row, index)
+    row = read_row(row, index)
+    own = row.get("id")
     digest = hashlib.sha256(json.dumps(row["messages"], sort_keys=True).encode())
     for column in MEDIA.values():
         digest.update(f"{column}{len(row[column])}".encode())

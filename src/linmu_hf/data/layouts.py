@@ -53,7 +53,7 @@ def _read_prompt_completion(row: Mapping[str, Any]) -> list[Any]:
     turns: list[Any] = []
     for role, column in (("user", "prompt"), ("assistant", "completion")):
         value = row[column]
-        turns += [{"role": role, "content": value}] if isinstance(value, str) else list(value)
+        turns += [{"role": role, "content": value}] if isinstance(value, (str, int, float)) else list(value)
     return turns
 
 
@@ -62,7 +62,11 @@ def _read_query_response(row: Mapping[str, Any]) -> list[Any]:
 
 
 def _read_alpaca(row: Mapping[str, Any]) -> list[Any]:
-    question = "\n".join(text for text in (row["instruction"], row.get("input")) if text)
+    texts = [row["instruction"], row.get("input")]
+    for text in texts:
+        if text is not None and not isinstance(text, (str, int, float)):
+            raise ValueError(f"its `instruction` and `input` are texts, and one is {text!r:.60}: give {WORKING_ROW}")
+    question = "\n".join(str(text) for text in texts if _is_filled(text))
     return _pairs([*_history(row), (question, row["output"])])
 
 
@@ -82,13 +86,25 @@ def _read_activitynet_qa(row: Mapping[str, Any]) -> list[Any]:
 
 
 def _history(row: Mapping[str, Any]) -> list[tuple[Any, Any]]:
-    return [(pair[0], pair[1]) for pair in row.get("history") or []]
+    history = row.get("history") or []
+    if not isinstance(history, (list, tuple)) or not all(
+        isinstance(p, (list, tuple)) and len(p) == 2 for p in history
+    ):
+        raise ValueError(f'its `history` is {history!r:.60}: give pairs of texts, as in [["question", "answer"]]')
+    return [(question, answer) for question, answer in history]
 
 
 def _pairs(pairs: list[tuple[Any, Any]]) -> list[dict[str, Any]]:
     return [
-        {"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair) if text
+        {"role": role, "content": text}
+        for pair in pairs
+        for role, text in zip(("user", "assistant"), pair)
+        if _is_filled(text)
     ]
+
+
+def _is_filled(text: Any) -> bool:
+    return bool(text) or text == 0  # an answer may be the number
 
 
 _READERS = {

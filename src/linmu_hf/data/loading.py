@@ -1,7 +1,9 @@
 """Where rows come from: files, folders and the Hub, at random access or as a stream, with media left undecoded."""
 
 import dataclasses
+import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .formats import MEDIA, MEDIUM_KEYS, Row, fetch, first_line
-from .json_stream import read_json_rows
+from .json_stream import AS_UTF8, read_json_rows
 from .layouts import COLUMNS, IN_PARTS, OPTIONAL, check_layout, other_columns
 
 
@@ -55,6 +57,8 @@ def load_rows(
     except ImportError as error:
         raise ImportError("reading a dataset needs `datasets`: pip install 'linmu-hf[train]'") from error
     check_layout(layout)
+    if not str(path).strip():
+        raise ValueError("the dataset's path is empty: give a folder, a file, or a name on the Hub")
     folder = Path(path).expanduser()
     if folder.is_file() and folder.suffix not in FILES:
         raise ValueError(f"{path} is no dataset: give a folder, or a file that ends in {', '.join(FILES)}")
@@ -66,10 +70,7 @@ def load_rows(
         elif folder.is_file() and folder.name.endswith(QUESTIONS):
             dataset = datasets.Dataset.from_list(_join_answers(folder))
         else:
-            files = {split: str(folder)} if folder.is_file() else None
-            kind = FILES[folder.suffix] if files else str(folder if folder.exists() else path)
-            load = _stream if streaming else datasets.load_dataset
-            dataset = load(kind, config_name, data_files=files)
+            dataset = _open(folder, path, split, streaming, config_name)
         if isinstance(dataset, (datasets.DatasetDict, datasets.IterableDatasetDict)):
             if split not in dataset:
                 raise ValueError(f"dataset {path} has no split {split!r}: it has {list(dataset)}")
@@ -93,7 +94,10 @@ def load_rows(
         )
     folders = [folder if folder.is_dir() else folder.parent] if folder.exists() else []
     folders += [Path(media_folder).expanduser()] if media_folder else []
-    return _find_files(dataset, [str(place.absolute()) for place in folders])
+    try:
+        return _find_files(dataset, [str(place.absolute()) for place in folders])
+    except UnicodeDecodeError as error:  # Arrow takes any bytes for a text until it is read
+        raise ValueError(f"{path} cannot be read: {error}: {AS_UTF8}") from error
 
 
 def choose_split(path: str, split: str | None, default: str, option: str = "--split") -> str:
@@ -112,6 +116,24 @@ def is_single_file(path: str) -> bool:
     """Returns whether a dataset is one file of rows, which has no splits."""
     file = Path(path).expanduser()
     return file.suffix in FILES and file.is_file()
+
+
+def _open(folder: Path, path: str, split: str, streaming: bool, config_name: str | None):
+    """Opens a file, a folder or a dataset of the Hub with `datasets`, whose errors often name no file."""
+    import datasets
+
+    files = {split: str(folder)} if folder.is_file() else None
+    kind = FILES[folder.suffix] if files else str(folder.resolve() if folder.exists() else path)
+    if kind == "json" and files and next(read_json_rows([str(folder)]), None) is None:
+        raise ValueError(f"dataset {path} has no rows")
+    try:
+        return (_stream if streaming else datasets.load_dataset)(kind, config_name, data_files=files)
+    except StopIteration:  # a folder of empty files
+        raise ValueError(f"dataset {path} has no rows") from None
+    except ValueError as error:
+        remedy = f": {AS_UTF8}" if isinstance(error, UnicodeDecodeError) else ""
+        reason = "it has no rows" if "corresponds to no data" in str(error) else " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read: {reason}{remedy}") from error
 
 
 def _stream(kind: str, config_name: str | None, data_files: dict[str, str] | None):
@@ -173,11 +195,14 @@ def raw_rows(dataset) -> Iterator[Row | ValueError]:
     dataset = dataset.select_columns(
         [name for name in columns if name in dataset.column_names] or dataset.column_names
     )
-    for table in dataset.with_format("arrow").iter(256):
-        for i in range(table.num_rows):
+    tables = dataset.with_format("arrow").iter(256)
+    for number, (table, i) in enumerate((part, i) for part in tables for i in range(part.num_rows)):
+        try:
             yield dataset.features.decode_example(
                 {name: _to_python(table[name].slice(i, 1)) for name in table.column_names}
             )
+        except UnicodeDecodeError as error:
+            yield ValueError(f"row {number} cannot be read: {error}: {AS_UTF8}")
 
 
 def _join_answers(questions: Path) -> list[dict[str, Any]]:
@@ -208,12 +233,25 @@ def _find_files(dataset, folders: Sequence[str]):
     columns = [name for name in names if name in dataset.column_names and _holds_paths(name, dataset.features[name])]
     if not columns or not folders:
         return dataset
+    features = dataset.features.copy()
+    if "video_name" in columns and ("video" not in features or getattr(features["video"], "dtype", "") == "null"):
+        features["video"] = type(features["video_name"])("string")
     extra = [name for name in ("data_source",) if name in dataset.column_names]
-    looked_at = dataset.select_columns([*columns, *extra])
-    first = next((row for row in looked_at if row.get("video_name") or any(_paths(row, columns))), None)
-    if first is None or all(first.get(name) == value for name, value in _found(first, folders, columns).items()):
+    hashed, changed, start = hashlib.sha256(dataset._fingerprint.encode()), False, 0
+    for batch in dataset.select_columns([*columns, *extra]).iter(1000):
+        rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
+        for number, row in enumerate(rows, start):
+            found = _found(row, folders, columns)
+            if any(row.get(name) != value for name, value in found.items()):
+                changed = True
+                hashed.update(f"{number}{found}".encode(errors="surrogatepass"))
+        start += len(rows)
+    if not changed:
         return dataset
-    return dataset.map(partial(_found, folders=folders, columns=columns))
+    # Named by the files that are there, so that what was stored before one came is not taken again.
+    return dataset.map(
+        partial(_found, folders=folders, columns=columns), features=features, new_fingerprint=hashed.hexdigest()[:32]
+    )
 
 
 def _found(row: Row, folders: Sequence[str], columns: Sequence[str]) -> dict[str, Any]:
@@ -226,28 +264,17 @@ def _found(row: Row, folders: Sequence[str], columns: Sequence[str]) -> dict[str
     name = row.get("video_name") if "video_name" in columns else None
     if name is not None and all(row.get(column) is None for column in ("video", "videos")):
         files = (Path(p, f, form.format(name)) for p in places for f in VIDEO_FOLDERS for form in VIDEO_NAMES)
-        found["video"] = next((str(file) for file in files if file.exists()), None)
+        found["video"] = next((str(file) for file in files if os.path.exists(file)), None)
     return found
-
-
-def _paths(row: Row, columns: Sequence[str]) -> list[str]:
-    """The paths of media in these columns of a row."""
-    paths: list[str] = []
-
-    def note(path: str) -> str:
-        paths.append(path)
-        return path
-
-    for name in columns:
-        _each_path(row.get(name), note, name not in IN_PARTS)
-    return paths
 
 
 def _beside(value: Any, folders: Sequence[str], is_medium: bool) -> Any:
     def whole(path: str) -> str:
-        if not 0 < len(path) < 4096 or Path(path).exists():
+        if not 0 < len(path) < 4096 or os.path.isabs(path) or os.path.exists(path):
             return path
-        return next((str(Path(folder, path)) for folder in folders if Path(folder, path).exists()), path)
+        return next(
+            (str(Path(folder, path)) for folder in folders if os.path.exists(os.path.join(folder, path))), path
+        )
 
     return _each_path(value, whole, is_medium)
 

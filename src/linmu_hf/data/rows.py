@@ -151,8 +151,16 @@ def _frames_of(video: Any) -> Iterable[Any]:
 
 
 def check_row(row: Row, number: int, processor) -> dict[str, Any]:
-    """Reads a row, and raises a `ValueError` if a text of it holds a placeholder of the processor."""
+    """Reads a row, and raises a `ValueError` if a text of it is no Unicode or holds a placeholder of the processor."""
     row = read_row(row, number)
+    for text in (*texts_of(row), *(message["role"] for message in row["messages"])):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = text[error.start : error.end]
+            raise ValueError(
+                f"{name_row(row, number)} has {half!r} in a text, half of a character: write the whole one, or none"
+            ) from error
     for token in (getattr(processor, f"{kind}_token", None) for kind in MEDIA):
         if token and any(token in text for text in texts_of(row)):
             raise ValueError(
