@@ -15,14 +15,16 @@ from .configuration_linmu import LinMUTextConfig
 class RopeDeltas(CacheLayerMixin):
     """
     A mixin by which the first layer of a cache keeps how far the next position of every sequence is from the number of
-    its tokens, `[b, 1]`: an image advances positions by less than its tokens. It follows all changes of the batch.
+    its tokens, `[b, 1]` (an image advances positions by less than its tokens), and how many of these tokens were
+    padding, `[b, 1]`. Both follow all changes of the batch.
     """
 
     rope_deltas: torch.Tensor | None = None
+    padding: torch.Tensor | None = None
 
     def reset(self) -> None:
         super().reset()
-        self.rope_deltas = None
+        self.rope_deltas = self.padding = None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
@@ -39,12 +41,23 @@ class RopeDeltas(CacheLayerMixin):
     def _map_deltas(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.rope_deltas is not None:
             self.rope_deltas = function(self.rope_deltas)
+        if self.padding is not None:
+            self.padding = function(self.padding)
 
 
 @lru_cache
 def _with_rope_deltas(kind: type) -> type:
     """The class of a key/value layer, with room for rotary offsets."""
-    return type(kind.__name__, (RopeDeltas, kind), {"_layer_type": None})  # None: Transformers does not register it
+    # None: Transformers does not register it. Pickle finds no class that is made at run time.
+    own = {"_layer_type": None, "__reduce__": lambda self: (_restore, (kind, vars(self)))}
+    return type(kind.__name__, (RopeDeltas, kind), own)
+
+
+def _restore(kind: type, content: dict[str, Any]) -> Any:
+    """Returns a layer out of a pickle."""
+    layer: Any = object.__new__(_with_rope_deltas(kind))
+    vars(layer).update(content)
+    return layer
 
 
 class MMateCacheLayer(LinearAttentionLayer, RopeDeltas):
@@ -205,7 +218,7 @@ class MMateCacheLayer(LinearAttentionLayer, RopeDeltas):
 
     def reset(self) -> None:
         super().reset()
-        self.rope_deltas = None
+        self.rope_deltas = self.padding = None
         if self.counts is not None:
             self.counts.zero_()
         self.seen = self.seen.zero_() if isinstance(self.seen, torch.Tensor) else 0
@@ -233,15 +246,22 @@ class MMateCacheLayer(LinearAttentionLayer, RopeDeltas):
         super().prefetch()
         self.slots = {name: slots.to(self.device, non_blocking=True) for name, slots in self.slots.items()}
 
+    def leave_inference_mode(self) -> None:
+        """Takes copies of tensors that only `torch.inference_mode` may write, where that has ended."""
+        for holder, name in [*self._held(), *([(vars(self), "seen")] if isinstance(self.seen, torch.Tensor) else [])]:
+            if holder[name].is_inference():
+                holder[name] = holder[name].clone()
+                _keep_address(holder[name])
+
+    def _held(self) -> list[tuple[Any, Any]]:
+        """What holds the tensors of the batch, and under which name."""
+        kept: list = [(self.conv_states, 0), (self.recurrent_states, 0), *((self.slots, name) for name in self.slots)]
+        return [(holder, name) for holder, name in [*kept, (vars(self), "counts")] if holder[name] is not None]
+
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._map_deltas(function)
-        kept: list = [(self.conv_states, 0), (self.recurrent_states, 0), *((self.slots, name) for name in self.slots)]
-        if self.counts is not None:
-            kept.append((vars(self), "counts"))
-        for holder, name in kept:
+        for holder, name in self._held():
             old = holder[name]
-            if old is None:
-                continue
             new = function(old)
             if new.shape == old.shape and not new.requires_grad:
                 old.copy_(new)
@@ -299,6 +319,10 @@ def open_cache(
             "recurrent state: build the cache from the model's configuration, e.g. "
             "DynamicCache(config=model.config.get_text_config()). A quantized cache does not support recurrent states"
         )
+    if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
+        for layer in cache.layers:
+            if isinstance(layer, MMateCacheLayer):
+                layer.leave_inference_mode()
     return _with_deltas(cache)
 
 
@@ -309,13 +333,53 @@ def _with_deltas(cache: Cache) -> Cache:
     return cache
 
 
-def next_positions(cache: Cache | None, batch: int, device: torch.device) -> torch.Tensor:
-    """Returns the position of the first new token of every sequence, `[b, 1]`, also of a batch expanded for beams."""
+def next_positions(
+    cache: Cache | None, batch: int, device: torch.device, hidden: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Returns the position of the first new token of every sequence, `[b, 1]`, also of a batch expanded for beams; those
+    that are [`hidden_since`] take none.
+    """
     past = 0 if cache is None else int(cache.get_seq_length())
     deltas = getattr(cache.layers[0], "rope_deltas", None) if cache is not None and past else None
     if deltas is None:
         return torch.full((batch, 1), past, device=device)
-    return (deltas.to(device) + past).repeat_interleave(batch // len(deltas), dim=0)
+    positions = _of_batch(deltas.to(device) + past, batch)
+    return positions if hidden is None else positions - hidden.to(device)
+
+
+def _of_batch(values: torch.Tensor, batch: int) -> torch.Tensor:
+    """Returns values of each row of a cache `[n, 1]` for `batch` rows, where either was expanded for beams."""
+    if len(values) > batch:
+        return values[:: len(values) // batch]
+    return values.repeat_interleave(batch // len(values), dim=0)
+
+
+def hidden_since(cache: Cache | None, attention_mask: torch.Tensor | None, t: int) -> torch.Tensor | None:
+    """
+    Returns how many tokens of every sequence were read by a cache as real and are hidden by the mask of all tokens
+    `[b, past + t]` now, `[b, 1]`, as those that `generate` puts after the end of a row; `None` where nothing says so.
+
+    Raises:
+        `ValueError`: There are some, and a layer has a recurrent state, which cannot forget them.
+    """
+    padding = None if cache is None else getattr(cache.layers[0], "padding", None)
+    if padding is None or attention_mask is None or attention_mask.ndim != 2 or torch.compiler.is_compiling():
+        return None
+    assert cache is not None
+    past = int(cache.get_seq_length())
+    if attention_mask.shape[1] != past + t:  # of the new tokens alone
+        return None
+    now = past - attention_mask[:, :past].bool().sum(1, keepdim=True)
+    hidden = now - _of_batch(padding.to(now.device), len(now))
+    if bool(hidden.any()) and any(isinstance(layer, MMateCacheLayer) for layer in cache.layers):
+        row = int(hidden.flatten().nonzero()[0])
+        raise ValueError(
+            f"attention_mask hides {int(now[row])} of the {past} tokens that row {row} of the cache has read, where "
+            f"{int(now[row] - hidden[row])} were hidden then: a recurrent state cannot forget them. Rows that ended "
+            f"at different times go on one by one, or without {CACHE}"
+        )
+    return hidden
 
 
 def note_rope_deltas(cache: Cache, position_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> None:
@@ -323,8 +387,11 @@ def note_rope_deltas(cache: Cache, position_ids: torch.Tensor, attention_mask: t
     Notes, before the layers of a cache see the new tokens, where the positions `[..., b, t]` of these end. A decode
     step advances the offset implicitly; a first token clears a stale one after `cache.reset()`.
     """
-    t = position_ids.shape[-1]
+    t, first = position_ids.shape[-1], cache.layers[0]
     if t == 1 and (torch.compiler.is_compiling() or int(cache.get_seq_length())):
+        if attention_mask is not None and not torch.compiler.is_compiling() and first.padding is not None:
+            hidden = 1 - attention_mask[:, -1:].to(first.padding)  # it takes no position
+            first.padding, first.rope_deltas = first.padding + hidden, first.rope_deltas - hidden
         return
     # the step over a span is its height or width; the frames of a video do not count
     positions = position_ids if position_ids.ndim == 2 else position_ids[-2:].amax(0)  # [b, t]
@@ -336,4 +403,8 @@ def note_rope_deltas(cache: Cache, position_ids: torch.Tensor, attention_mask: t
     # a row of padding alone stays where it was
     before = next_positions(cache, len(real), positions.device)
     following = torch.where(real.any(1, keepdim=True), positions.gather(1, last) + 1, before)
-    cache.layers[0].rope_deltas = following - (int(cache.get_seq_length()) + t)
+    past = int(cache.get_seq_length())
+    first.rope_deltas = following - (past + t)
+    padding = t - real.sum(1, keepdim=True)
+    earlier = first.padding if past else None
+    first.padding = padding if earlier is None else _of_batch(earlier.to(padding.device), len(padding)) + padding

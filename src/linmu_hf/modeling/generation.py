@@ -28,7 +28,7 @@ from .compat import CACHE, MediaGeneration, takes_aliases
 from .decoder import LinMUCausalLMOutput
 from .layout.media import GRIDS, PIXELS, read_media
 from .layout.prompt import Prompt, new_positions
-from .mixers import recurrent_layers
+from .mixers import padding_mask, recurrent_layers
 
 
 MEDIA_KEYS = (
@@ -64,6 +64,22 @@ def chunk_sizes(
         within = cuts[bisect.bisect_right(cuts, ends[-1] + chunk_size) - 1]
         ends.append(within if within > ends[-1] else cuts[bisect.bisect_right(cuts, ends[-1])])
     return [end - start for start, end in pairwise(ends)]
+
+
+def join_padding(sizes: Sequence[int], attention_mask: torch.Tensor | None) -> list[int]:
+    """Joins chunks that are padding in all rows, by the mask `[b, past + t]`, with the next one, or with the last."""
+    if attention_mask is None:
+        return list(sizes)
+    real = attention_mask[:, -sum(sizes) :].bool().any(0).split(list(sizes))
+    joined, waiting = [], 0
+    for size, part in zip(sizes, real):
+        waiting += size
+        if bool(part.any()):
+            joined.append(waiting)
+            waiting = 0
+    if waiting and joined:
+        joined[-1] += waiting
+    return joined or [waiting]
 
 
 class WideScores(LogitsProcessor):
@@ -214,8 +230,8 @@ class VisionLayoutGeneration(MediaGeneration):
         embeds = model_kwargs.get("inputs_embeds") if is_first_iteration else None
         if embeds is not None:
             input_ids, embeds = None, embeds[:, past:]
-        elif mask is not None and mask.shape[1] == input_ids.shape[1]:
-            input_ids = input_ids[:, past:]
+        elif positions is not None:  # of all tokens; ids may be all or the new ones
+            input_ids = input_ids[:, past - positions.shape[-1] :]
         return self.prefill(
             input_ids,
             mask,
@@ -224,6 +240,8 @@ class VisionLayoutGeneration(MediaGeneration):
             inputs_embeds=embeds,
             position_ids=None if positions is None else positions[..., past:],
             vision_layout=None if layout is None else layout[:, past:],
+            output_hidden_states=generation_config.output_hidden_states,
+            output_attentions=generation_config.output_attentions,
             **{key: model_kwargs[key] for key in MEDIA_KEYS if model_kwargs.get(key) is not None},
         )
 
@@ -236,6 +254,8 @@ class VisionLayoutGeneration(MediaGeneration):
         past_key_values: Cache | None = None,
         *,
         chunk_size: int = 8192,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         inputs_embeds: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         vision_layout: torch.Tensor | None = None,
@@ -255,7 +275,9 @@ class VisionLayoutGeneration(MediaGeneration):
             input_ids (`torch.LongTensor` of shape `[b, t]`): The new tokens.
             attention_mask (`torch.Tensor` of shape `[b, past + t]`, *optional*): 0 at padding.
             past_key_values (`Cache`, *optional*): What was read before; a new `DynamicCache` by default.
-            chunk_size (`int`, *optional*, defaults to 8192): Most tokens of a chunk.
+            chunk_size (`int`, *optional*, defaults to 8192): Most tokens of a chunk, beside those that are padding in
+                all rows.
+            output_hidden_states, output_attentions (`bool`, *optional*): Whether to return those of the last chunk.
             inputs_embeds (`torch.Tensor` of shape `[b, t, d]`, *optional*): In place of ids.
             pixel_values, image_grid_thw, ... (*optional*): As in `forward`, of the new tokens.
 
@@ -272,11 +294,18 @@ class VisionLayoutGeneration(MediaGeneration):
         )  # fmt: skip
         features, start = self.model.encode_media(media), 0
         scope = self.config.text_config.reverse_scope
-        for size in chunk_sizes(prompt.vision_layout, prompt.length, chunk_size, scope):
+        asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        sizes = chunk_sizes(prompt.vision_layout, prompt.length, chunk_size, scope)
+        for size in join_padding(sizes, padding_mask(prompt.mask)):
             embeds = self.model.embed_prompt(prompt, features, start, start + size)
-            outputs = self.model.language_model(inputs_embeds=embeds, prompt=prompt[start : start + size])
+            outputs = self.model.language_model(inputs_embeds=embeds, prompt=prompt[start : start + size], **asked)
             start += size
-        return LinMUCausalLMOutput(logits=self.lm_head(outputs.last_hidden_state[:, -1:]), **{CACHE: prompt.cache})
+        return LinMUCausalLMOutput(
+            logits=self.lm_head(outputs.last_hidden_state[:, -1:]),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **{CACHE: prompt.cache},
+        )
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(

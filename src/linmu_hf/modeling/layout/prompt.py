@@ -9,8 +9,8 @@ from torch import nn
 from transformers import Cache
 
 from .. import checks
-from ..cache import next_positions, note_rope_deltas
-from ..mixers import AttentionMask, padding_mask
+from ..cache import hidden_since, next_positions, note_rope_deltas
+from ..mixers import AttentionMask, padding_mask, recurrent_layers
 from .media import GRIDS, PIXELS, Medium, read_media
 from .packing import packed_lengths, positions_within, unpack
 
@@ -66,7 +66,8 @@ class Prompt:
             mm_token_type_ids,
         )  # fmt: skip
         tokens = input_ids if inputs_embeds is None else inputs_embeds
-        lengths = packed_lengths(tokens, attention_mask, position_ids, cache, cu_seqlens)
+        recurrent = bool(recurrent_layers(model.config.text_config.layer_types))
+        lengths = packed_lengths(tokens, attention_mask, position_ids, cache, cu_seqlens, recurrent)
         cache = model.language_model.open_cache(cache, use_cache, lengths)
         ids, grids = input_ids, {kind: medium.grids for kind, medium in media.items()}
         has_grids = any(grid is not None for grid in grids.values())
@@ -87,8 +88,9 @@ class Prompt:
                 f"images or videos came with position_ids but without {' and '.join(missing)}; pass these, or a "
                 "vision_layout with position_ids as `get_positions` returns them"
             )
-        past = 0 if cache is None else cache.get_seq_length()
+        past = tokens_read(cache)
         if cache is not None:
+            hidden_since(cache, padding_mask(attention_mask), tokens.shape[1])
             note_rope_deltas(cache, position_ids, padding_mask(attention_mask))
         return cls(ids, inputs_embeds, attention_mask, position_ids, vision_layout, lengths, cache, past)
 
@@ -131,6 +133,12 @@ class Prompt:
         )
 
 
+def tokens_read(cache: Cache | None) -> Any:
+    """Returns how many tokens a cache has read: a number, not the tensor of a static cache, which counts on."""
+    past = 0 if cache is None else cache.get_seq_length()
+    return past if torch.compiler.is_compiling() else int(past)
+
+
 def new_positions(
     model: nn.Module, input_ids: torch.Tensor, attention_mask: AttentionMask, cache: Cache | None,
     lengths: list[int] | None = None, mm_token_type_ids: torch.Tensor | None = None, **grids: Any,
@@ -145,12 +153,13 @@ def new_positions(
         positions, layout = model.get_positions(rows, mask, mm_token_type_ids=types, **grids)
         real = mask.bool()
         return positions[:, real][:, None], None if layout is None else layout[real][None]
-    mask = None if isinstance(attention_mask, dict) else attention_mask
+    whole = mask = None if isinstance(attention_mask, dict) else attention_mask
     if mask is not None:
         mask = mask[:, -input_ids.shape[1] :]
     positions, layout = model.get_positions(input_ids, mask, mm_token_type_ids=mm_token_type_ids, **grids)
     if cache is not None:
-        positions = positions + next_positions(cache, len(input_ids), input_ids.device)
+        hidden = hidden_since(cache, whole, input_ids.shape[1])
+        positions = positions + next_positions(cache, len(input_ids), input_ids.device, hidden)
     return positions, layout
 
 
@@ -165,9 +174,10 @@ def text_prompt(
         decoder (`LinMUTextModel`): Whose cache it opens.
         tokens (`torch.Tensor` of shape `[b, t, d]`): Embeddings.
     """
-    lengths = packed_lengths(tokens, attention_mask, position_ids, cache, cu_seqlens)
+    recurrent = bool(recurrent_layers(decoder.config.layer_types))
+    lengths = packed_lengths(tokens, attention_mask, position_ids, cache, cu_seqlens, recurrent)
     cache = decoder.open_cache(cache, use_cache, lengths)
-    past = 0 if cache is None else cache.get_seq_length()
+    past = tokens_read(cache)
     if position_ids is None:
         b, t = tokens.shape[:2]
         position_ids = (torch.arange(t, device=tokens.device) + past).expand(b, t)

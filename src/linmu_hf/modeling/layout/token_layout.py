@@ -132,6 +132,8 @@ class TokenLayout:
         elif not all(lengths):
             rows = torch.tensor([row for row, count in enumerate(lengths) if count], device=device)
         lengths = [count for count in lengths if count]
+        if not lengths:
+            raise ValueError(f"attention_mask hides all {length} new tokens of every row: nothing can be read")
         segments = Segments.build(lengths, device)
         is_vision = None if vision_layout is None else (vision_layout[..., 0].reshape(-1)[real] >= 0)
         sequence = torch.arange(len(lengths), device=device)
