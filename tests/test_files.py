@@ -5,13 +5,14 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from killing import Killed
 from safetensors.torch import save_file
 
-from linmu_hf.files import copy_file, disk_errors, locked, whole_file, whole_folder, write_text
+from linmu_hf.files import check_report, copy_file, disk_errors, locked, whole_file, whole_folder, write_text
 
 
 HOLD = """
@@ -75,6 +76,21 @@ def test_two_runs_in_one_folder(tmp_path, holder):
     with locked(tmp_path / "run"):
         pass
     assert os.listdir(tmp_path) == []
+
+
+def test_a_report_that_cannot_be_written_is_told_before(tmp_path):
+    check_report(None)
+    check_report(tmp_path / "report.json")
+    assert not [*tmp_path.iterdir()]
+    for file, message in (
+        (tmp_path, "--json .* is a folder: name a file"),
+        (tmp_path / "no" / "a.json", "--json .*: its folder does not exist"),
+        (Path("/proc/a.json"), "--json /proc/a.json cannot be written .*: name a file in another folder"),
+    ):
+        with pytest.raises(OSError, match=message):
+            check_report(file)
+    with pytest.raises(OSError, match=r"--png .* is a folder"):
+        check_report(tmp_path, "--png")
 
 
 def test_a_lock_ends_with_an_error_and_holds_inside_one_process(tmp_path):

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -131,12 +132,17 @@ def _hold(file: Path, folder: Path) -> IO[str]:
     return stream
 
 
-def check_report(file: str | Path | None) -> None:
-    """Raises an `OSError` if `--json FILE` cannot be written: before the work that it will report."""
+def check_report(file: str | Path | None, option: str = "--json") -> None:
+    """Raises an `OSError` if a report cannot be written to `file`, before the work that it is about."""
     if file is None:
         return
     path = Path(file).expanduser().absolute()
     if path.is_dir():
-        raise IsADirectoryError(f"--json {file} is a folder: name a file")
+        raise IsADirectoryError(f"{option} {file} is a folder: name a file")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"--json {file}: its folder does not exist")
+        raise FileNotFoundError(f"{option} {file}: its folder does not exist")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OSError(f"{option} {file} cannot be written ({error.strerror}): name a file in another folder") from None

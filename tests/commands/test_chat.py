@@ -97,6 +97,11 @@ def test_media_are_read_as_in_rows(student_folder, tmp_path, monkeypatch):
     assert asked[0][0].size == (32, 64)
 
 
+def test_without_a_standard_input(teacher_folder, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", None)
+    assert chat.main(["--model", str(teacher_folder)]) == 0
+
+
 def test_conversation_from_standard_input(teacher_folder, picture, monkeypatch, capsys):
     lines = iter(["row 1 column 1?", "/image nowhere.png", f"/image {picture}", "/help", "/new", "how many red?", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))

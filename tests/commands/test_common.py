@@ -32,6 +32,20 @@ def test_help_has_one_flag_style(name, capsys):
     assert flags and not {flag for flag in flags if "-" in flag[2:]}
 
 
+@pytest.mark.parametrize("given", [["--output_dir", ""], ["--output_dir="], ["--output", ""]])
+def test_an_empty_value_is_refused(parser, given, capsys):
+    """As that of a variable of the shell which is not set."""
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args(given)
+    assert stopped.value.code == 2
+    assert "--output_dir is empty: give a value, or leave it out" in capsys.readouterr().err
+
+
+def test_home_is_found_behind_an_equals_sign(parser, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert parser.parse_args(["--output_dir=~/models/a"]).output_dir == "/home/someone/models/a"
+
+
 def test_new_spellings_are_silent(parser, capsys):
     args = parser.parse_args(["--output_dir", "here", "--max_new_tokens", "3", "what --is-this -- it"])
     assert (args.output_dir, args.max_new_tokens, args.question) == ("here", 3, "what --is-this -- it")

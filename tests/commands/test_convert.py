@@ -95,6 +95,23 @@ def test_flags_without_a_dataset_to_calibrate_on(teacher, tmp_path, capsys, flag
     assert f"{' '.join(flag)} is for --calibrate DATASET" in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--keep_attention", "all", "--text_window", "9"], "--text_window has no effect with --keep_attention all"),
+        (["--revision", "main"], "--revision main has no effect on the folder"),
+        (["--calibrate", "/nowhere", "--dry_run"], "there is no folder /nowhere"),
+        (
+            ["--calibrate", "/nowhere", "--calibrate_samples", "1", "--dry_run"],
+            "--calibrate_samples 1 must be at least",
+        ),
+    ],
+)
+def test_options_without_effect_and_what_a_dry_run_finds(teacher, tmp_path, capsys, flags, message):
+    assert main(["--teacher", str(teacher), "--output_dir", str(tmp_path / "out"), *flags]) == 2
+    assert message in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
 def test_fewer_steps_than_none(teacher, dataset, tmp_path, capsys):
     flags = ["--calibrate", str(dataset), "--calibrate_steps", "-1"]
     assert main(["--teacher", str(teacher), "--output_dir", str(tmp_path / "out"), *flags]) == 2

@@ -222,8 +222,14 @@ def test_two_processes_give_the_table_of_one(command, tmp_path):
         ([], "give --dataset, --tasks, or"),
         (["--dataset", "x", "--include_path", "y"], "--include_path y has no effect here"),
         (["--tasks", "paper", "--max_new_tokens", "3"], "--max_new_tokens 3 has no effect here"),
+        (["--dataset", "x", "--device", "meta"], "--device meta is not there, or holds no numbers: give cpu or cuda"),
     ],
 )
-def test_dataset_or_tasks(student_folder, capsys, flags, message):
+def test_what_does_not_fit_together_is_refused(student_folder, capsys, flags, message):
     assert run("--model", student_folder, *flags) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_student_that_is_its_own_teacher(student_folder, capsys):
+    assert run("--model", student_folder, "--teacher", f"{student_folder}/", "--dataset", "x") == 2
+    assert "is the teacher itself: name a student, or leave --teacher out" in capsys.readouterr().err

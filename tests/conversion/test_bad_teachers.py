@@ -1,12 +1,14 @@
 """Everything that can be wrong with a teacher or an option: one clear error, on one line, before any work."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from synthetic import make_teacher, rewrite
 from transformers import LlavaConfig, Qwen2Config, Qwen2ForCausalLM
 
+from linmu_hf.conversion import convert as convert_module
 from linmu_hf.conversion.convert import convert
 from linmu_hf.conversion.teacher import load_teacher
 
@@ -177,6 +179,22 @@ def test_output_in_the_way(refused, teacher, tmp_path):
     refused(teacher, "holds no model that overwrite could replace", ["--overwrite_output_dir"], overwrite=True)
     (tmp_path / "out" / "thesis.tex").unlink()
     convert(str(teacher), str(tmp_path / "out"))  # an empty folder does not matter
+
+
+def test_output_that_cannot_be_put_in_place(teacher, tmp_path, monkeypatch):
+    here, mount, disk = (tmp_path / name for name in ("here", "mount", "disk"))
+    for folder in (here, mount, disk):
+        folder.mkdir()
+    monkeypatch.chdir(here)
+    ismount = convert_module.os.path.ismount
+    monkeypatch.setattr(convert_module.os.path, "ismount", lambda path: Path(path) == mount or ismount(path))
+    for output in (".", str(mount)):
+        with pytest.raises(FileExistsError, match="is the current folder, or a disk's own: name a folder in it"):
+            convert(str(teacher), output)
+    link = tmp_path / "link"
+    link.symlink_to(disk)
+    convert(str(teacher), str(link))  # onto the disk that it leads to
+    assert link.is_symlink() and (disk / "config.json").is_file()
 
 
 def test_overwrite_spares_the_teacher(teacher, tmp_path):

@@ -10,6 +10,7 @@ from linmu_hf import files
 from linmu_hf.distillation import DistillConfig, distill, read_stages, recipe_file
 from linmu_hf.distillation import folders as folders_module
 from linmu_hf.distillation import runner as runner_module
+from linmu_hf.distillation.folders import check_output
 from linmu_hf.distillation.stages import Stage
 from linmu_hf.distillation.targets.fill import decode_pseudo_targets
 from linmu_hf.distillation.trainer import DistillTrainer
@@ -227,6 +228,21 @@ def test_overwriting_deletes_only_what_a_run_wrote(run, tmp_path):
     run(out, **SHORT | {"stages": steps(0, 0, 1, 0), "overwrite_output_dir": True})
     assert not (out / "stage-1").exists() and (out / "stage-2").is_dir()
     assert [file.read_text() for file in mine] == ["mine"] * 4
+
+
+@pytest.mark.parametrize("name", ["", "stage-1", "stage-1/model.safetensors", "stage-2.running", "pseudo_targets"])
+def test_overwriting_does_not_delete_what_is_read(run, tmp_path, name):
+    out = tmp_path / "out"
+    run(out, **SHORT)
+    config = DistillConfig(output_dir=str(out), overwrite_output_dir=True, use_cpu=True)
+    with pytest.raises(ValueError, match=r"would delete .*, which is read: choose another output_dir"):
+        check_output(config, None, out / name)
+    (tmp_path / "link").symlink_to(out)
+    with pytest.raises(ValueError, match="which is read"):
+        check_output(config, tmp_path / "link" / name)
+    check_output(config, tmp_path / "other", out / "data", "org/model")
+    config.overwrite_output_dir = False
+    check_output(config, out / name)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"stages": 3}', "{}"])

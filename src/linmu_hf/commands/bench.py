@@ -26,6 +26,7 @@ from ..evaluation.speed.models import (
 )
 from ..families import FAMILIES
 from ..families.family import Preset
+from ..files import check_report
 from ..ops.backends import use_kernels
 from .common import Parser, check_positive, run_command, write_report
 
@@ -68,7 +69,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     try:
         check(arguments)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     return arguments
 
@@ -93,14 +94,18 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.largest_batch and device.type != "cuda":
         raise ValueError(f"--largest_batch needs a GPU, and the device is {arguments.device}")
     arguments.dtype = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    for file in (arguments.json, arguments.png):
-        if file is not None and file.is_dir():
-            raise ValueError(f"{file} is a folder: name a file")
+    check_report(arguments.json)
+    check_report(arguments.png, "--png")
     if arguments.png is not None:
         try:
-            import matplotlib  # noqa: F401
+            from matplotlib.backend_bases import FigureCanvasBase
         except ImportError:
             raise ValueError("--png needs matplotlib: pip install matplotlib") from None
+        if arguments.png.suffix[1:] not in FigureCanvasBase.get_supported_filetypes():
+            raise ValueError(f"--png {arguments.png} must end in .png, or in .svg or .pdf")
+    for name in ("teacher_backends", "teacher_max_tokens"):
+        if arguments.no_teacher and getattr(arguments, name):
+            raise ValueError(f"--{name} has no effect with --no_teacher: leave one of them out")
 
 
 def build_variants(arguments: argparse.Namespace, config) -> dict[str, Variant]:

@@ -111,7 +111,7 @@ def converse(conversation: Conversation, images: list[Any], videos: list[Any]) -
     while True:
         try:
             line = input("> ").strip()
-        except EOFError:
+        except (EOFError, RuntimeError):  # the latter without a standard input
             return
         command, _, argument = line.partition(" ")
         if not line or command == "/quit":

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(REFUSED, f"{self.prog}: error: {message}\n")
 
     def parse_known_args(self, args=None, namespace=None):
-        given = [str(arg) for arg in (sys.argv[1:] if args is None else args)]
-        return super().parse_known_args([self._current(arg) for arg in given], namespace)
+        given = [self._current(str(arg)) for arg in (sys.argv[1:] if args is None else args)]
+        for flag, value in [*pairwise(given), *(arg.split("=", 1) for arg in given if "=" in arg)]:
+            if flag in self._option_string_actions and value == "":
+                self.error(f"{flag} is empty: give a value, or leave it out")
+        return super().parse_known_args(given, namespace)
 
     def _current(self, arg: str) -> str:
         flag, equals, value = arg.partition("=")
+        if flag in self._option_string_actions and value.startswith("~/"):  # which no shell expands there
+            return f"{flag}={Path(value).expanduser()}"
         if not flag.startswith("--") or flag in self._option_string_actions or " " in flag:
             return arg
         new = "--" + flag[2:].replace("-", "_")

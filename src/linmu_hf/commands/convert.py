@@ -82,6 +82,10 @@ def run(args: argparse.Namespace, options: dict) -> dict:
     record = {name: value for name, value in vars(args).items() if name not in HOW} | {"options": options}
     _check_push(args)
     _check_calibration(args)
+    if options and args.keep_attention == "all":
+        raise ValueError(f"--{next(iter(options))} has no effect with --keep_attention all: no layer gets M-MATE")
+    if args.revision and Path(args.teacher).expanduser().is_dir():
+        raise ValueError(f"--revision {args.revision} has no effect on the folder {args.teacher}: leave it out")
     finished = _finished(args, record)
     if finished is not None:
         print(f"{args.output_dir} was converted before, by the same command")
@@ -106,7 +110,7 @@ def run(args: argparse.Namespace, options: dict) -> dict:
         raise ValueError(
             f"--keep_attention {args.keep_attention} is chosen on data: it needs --calibrate, and no --dry_run"
         )
-    if (args.calibrate or args.push_to_hub) and not args.dry_run:
+    if args.calibrate or args.push_to_hub:
         # the teacher's errors before all others
         convert(args.teacher, args.output_dir, **settings, dry_run=True, calibration_batches=batches)
         batches = load_batches(args) if args.calibrate else None

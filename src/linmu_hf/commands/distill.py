@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig
 from transformers.utils import logging
 
-from ..conversion.source import read_processor, read_raw_config
+from ..conversion.source import load_whole, read_processor, read_raw_config
 from ..conversion.teacher import check_tokenizers, load_processor
 from ..data import choose_split, is_single_file, load_training_rows
 from ..evaluation.loading import check_model, library_versions
@@ -88,11 +88,11 @@ def run(script: ScriptArguments, config) -> dict:
     check_model(script.model)
     if read_raw_config(script.model)["model_type"] != LinMUConfig.model_type:
         raise ValueError(f"{script.model} is no LinMU model: make one of it with `linmu-convert` first")
-    check_output(config)
+    check_output(config, script.model, teacher_path, script.dataset, script.eval_dataset)
     stages = config.get_stages()
     check_layers_at_a_time(config, stages)
     dataset, held_out = _load_rows(script, config.seed)
-    student = LinMUForConditionalGeneration.from_pretrained(script.model, dtype="auto" if config.bf16 else "float32")
+    student = load_whole(LinMUForConditionalGeneration, script.model, dtype="auto" if config.bf16 else "float32")
     processor = read_processor(script.model)
     options = {"dtype": None if config.bf16 else "float32", **config.teacher_options()}
     attention, revision = options.pop("attn_implementation", None), options["revision"]

@@ -99,6 +99,8 @@ def check_arguments(arguments: argparse.Namespace) -> dict[str, str]:
         check_report(arguments.json)
     given = {"teacher": arguments.teacher.rstrip("/")} if arguments.teacher else {}
     paths = dict.fromkeys(path.rstrip("/") for path in arguments.model)
+    if not paths.keys() - given.values():
+        raise ValueError(f"--model {arguments.model[0]} is the teacher itself: name a student, or leave --teacher out")
     models = given | name_models([path for path in paths if path not in given.values()], given)
     for path in models.values():
         check_model(path)

@@ -11,14 +11,18 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from ..conversion.source import read_raw_config
-from ..conversion.teacher import check_pair, check_tokenizers, load_teacher
-from ..data import choose_split, encode_rows, load_rows
-from ..evaluation.fidelity.measure import Fidelity, check_teacher
+from ..conversion.teacher import check_pair, check_teacher, check_tokenizers, load_teacher
+from ..data import bad_rows, choose_split, encode_rows, load_rows
+from ..evaluation.fidelity.measure import Fidelity
 from ..evaluation.fidelity.plots import format_report, plot_report
 from ..evaluation.loading import check_device, check_model, library_versions, load_model, load_processor
+from ..files import check_report
 from ..modeling.configuration_linmu import LinMUConfig
 from .common import DTYPES, Parser, check_positive, run_command, write_report
 from .evaluate import first_of_every_task, name_tasks
+
+
+REPORT = "fidelity.json"
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -57,11 +61,19 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         check_teacher(AutoConfig.from_pretrained(arguments.teacher))
     if arguments.output.exists() and not arguments.output.is_dir():
         raise ValueError(f"--output {arguments.output} is a file: give a folder")
+    output = arguments.output.absolute()
+    check_report(next(folder for folder in (output, *output.parents) if folder.is_dir()) / REPORT, "--output")
 
 
 def read_text(processor, file: Path, length: int, limit: int) -> list[dict[str, torch.Tensor]]:
     """Returns the first pieces of a text, as model inputs of `length` tokens each; of a short text its only one."""
-    ids = processor.tokenizer(file.read_text(), return_tensors="pt")["input_ids"]
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--text {file} is no text in UTF-8 ({error.reason} at byte {error.start}): convert it"
+        ) from None
+    ids = processor.tokenizer(text, return_tensors="pt")["input_ids"]
     if not ids.numel():
         raise ValueError(f"--text {file} is empty")
     pieces = [piece for piece in ids.split(length, dim=1) if piece.shape[1] == length] or [ids]
@@ -72,6 +84,10 @@ def read_rows(processor, dataset: str, split: str, limit: int) -> tuple[int, Ite
     """Returns how many rows there are, `limit` of every task at most, and the model inputs of each with its answer."""
     rows = load_rows(dataset, split)
     numbers = first_of_every_task(name_tasks(rows), limit)
+    chosen = set(numbers)
+    for number, error in bad_rows(rows, processor):
+        if number in chosen:
+            raise error
     return len(numbers), (encode_rows(processor, [rows[number]], [number]) for number in numbers)
 
 
@@ -102,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     def run() -> None:
         report = measure(arguments)
         arguments.output.mkdir(parents=True, exist_ok=True)
-        write_report(arguments.output / "fidelity.json", report)
+        write_report(arguments.output / REPORT, report)
         print(format_report(report))
         try:
             files = plot_report(report, arguments.output)

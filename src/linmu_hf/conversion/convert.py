@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -224,9 +225,11 @@ def peak_memory() -> int:
 
 def check_output(output: str, overwrite: bool, teacher: str) -> Path:
     """Returns the output folder as an absolute path; a `FileExistsError` if something is in the way."""
-    target = Path(output).expanduser().absolute()
+    target = Path(output).expanduser().resolve()
     if target.is_file():
         raise FileExistsError(f"{output} is a file: name a folder that does not exist yet")
+    if target == Path.cwd().resolve() or os.path.ismount(target):  # it could not be put in place of these
+        raise FileExistsError(f"{output} is the current folder, or a disk's own: name a folder in it")
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
             raise FileExistsError(f"{output} exists and is not empty: name another folder, or allow it with overwrite")

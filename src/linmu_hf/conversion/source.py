@@ -4,12 +4,15 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from transformers import AutoProcessor, ProcessorMixin
 from transformers.utils import is_torchvision_available
 
+from ..data.formats import first_line
 from ..families import FAMILIES, find_family
 from ..families.family import DOWNLOADS, PROCESSOR_FILES, Checkpoint, Family
 from ..modeling.configuration_linmu import LinMUConfig
@@ -48,10 +51,35 @@ class Source:
             self.teacher.generation_config.save_pretrained(folder)
 
 
+def load_whole(model_class: Any, path: str | Path, **kwargs: Any) -> Any:
+    """
+    Returns `model_class.from_pretrained(path, ...)` if every weight is there; Transformers alone gives those that are
+    missing random values.
+
+    Raises:
+        `ValueError`: Weights are missing, of another shape, not readable, or more than the model has.
+    """
+    try:
+        model, found = model_class.from_pretrained(path, output_loading_info=True, **kwargs)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: its weights cannot be read ({first_line(error)}): save it again") from error
+    except RuntimeError as error:  # shapes that differ: Transformers has printed which
+        raise ValueError(f"{path}: the weights do not fit its config.json, see above; save the model again") from error
+    ours = isinstance(model.config, LinMUConfig) and getattr(model, "hf_quantizer", None) is None
+    for kind, problem in (("missing_keys", "are missing"), ("unexpected_keys", "are unknown to the model")):
+        names = sorted(found[kind])
+        if names and (ours or kind == "missing_keys"):
+            raise ValueError(f"{path} is not whole: {len(names)} tensors {problem}, {names[0]!r} first; save it again")
+    return model
+
+
 def read_processor(path: str | Path) -> ProcessorMixin:
     """
-    Returns `AutoProcessor.from_pretrained`; an `ImportError` names the extra without which Transformers builds no
-    Qwen2.5-VL processor.
+    Returns `AutoProcessor.from_pretrained`.
+
+    Raises:
+        `ImportError`: Names the extra without which Transformers builds no Qwen2.5-VL processor.
+        `ValueError`: A file of it is not what it should be.
     """
     try:
         return AutoProcessor.from_pretrained(path)
@@ -59,6 +87,8 @@ def read_processor(path: str | Path) -> ProcessorMixin:
         if is_torchvision_available():
             raise
         raise ImportError(f'the processor of {path} needs torchvision: pip install "linmu-hf[video]"') from error
+    except (KeyError, TypeError, AttributeError) as error:  # its files raise whatever they like
+        raise ValueError(f"{path}: its processor does not load ({error!r}): save it again") from error
 
 
 def open_source(path: str | Path, revision: str | None = None, allow_linmu: bool = False) -> Source:

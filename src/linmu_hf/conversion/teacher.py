@@ -15,7 +15,7 @@ from ..modeling.mixers import MIXERS, recurrent_layers
 from ..modeling.modeling_linmu import LinMUForConditionalGeneration
 from ..safetensors_io import OutputTensor, StoredTensor
 from .plan import ConversionPlan, parse_dtype
-from .source import open_source
+from .source import load_whole, open_source
 
 
 # What [`check_pair`] compares: of the decoder, at the top, and of the vision side all but the last.
@@ -56,7 +56,7 @@ def load_teacher(
     dtype = parse_dtype(dtype)
     source = open_source(path, revision, allow_linmu=True)
     if source.teacher is None:
-        model = LinMUForConditionalGeneration.from_pretrained(source.folder, dtype=dtype or "auto")
+        model = load_whole(LinMUForConditionalGeneration, source.folder, dtype=dtype or "auto")
         return model.to(device or "cpu").eval().requires_grad_(False)
 
     config = LinMUConfig.from_teacher(source.teacher.config, keep_attention="all")
@@ -116,6 +116,13 @@ def load_processor(path: str | Path, *, revision: str | None = None) -> Processo
     return open_source(path, revision, allow_linmu=True).load_processor()
 
 
+def check_teacher(config: PreTrainedConfig) -> None:
+    """Raises a `ValueError` unless every layer of the model keeps attention."""
+    changed = {one for one in config.text_config.layer_types if MIXERS[one].recurrent}
+    if changed:
+        raise ValueError(f"the teacher has layers of {sorted(changed)}: give the model that the student is made of")
+
+
 def check_pair(student: PreTrainedConfig, teacher: PreTrainedConfig, hidden: bool = True) -> None:
     """
     Checks that a student can learn from a teacher. Vocabularies may be padded to different sizes.
@@ -126,8 +133,10 @@ def check_pair(student: PreTrainedConfig, teacher: PreTrainedConfig, hidden: boo
             that can have been converted from this teacher. Otherwise the teacher may be of any size.
 
     Raises:
-        `ValueError`: A setting that both must share differs.
+        `ValueError`: A setting that both must share differs, or mixers are compared with those of a student.
     """
+    if hidden:
+        check_teacher(teacher)
     ours, theirs = (teacher_settings(config) for config in (student, teacher))
     if not hidden:
         ours, theirs = ({name: one[name] for name in one if name.endswith(SAME_TOKENS)} for one in (ours, theirs))

@@ -22,15 +22,22 @@ ERROR_MAP = "error_map.png"
 CARD = "README.md"
 PSEUDO_TARGETS = "pseudo_targets"
 EVENTS = "runs"  # of TensorBoard, a folder for each stage
+RESTS = r"\.(running|partial|old)$"  # of a stage
 WEIGHTS = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 
 # Gets a stage's complete folder, the stages so far and the rows of their logs.
 FinishFolder = Callable[[Path, Sequence[Stage], list[dict[str, Any]]], object]
 
 
-def check_output(config: DistillConfig) -> None:
-    """Raises a `ValueError` if `output_dir` is a file, or holds a model that no distillation put there."""
+def check_output(config: DistillConfig, *inputs: str | Path | None) -> None:
+    """
+    Raises a `ValueError` if `output_dir` is a file, holds a model that no distillation put there, or `inputs` that
+    overwriting it would delete.
+    """
     out = Path(config.output_dir)
+    for path in (*inputs, config.pseudo_targets) if config.overwrite_output_dir else ():
+        if path and (out / SETTINGS).exists() and _would_be_deleted(Path(path).expanduser(), out):
+            raise ValueError(f"overwrite_output_dir would delete {path}, which is read: choose another output_dir")
     if out.is_file():
         raise ValueError(f"{out} is a file: name a folder as output_dir")
     if (out / "config.json").exists() and not (out / SETTINGS).exists():
@@ -79,6 +86,15 @@ def _delete_run(out: Path, names: Sequence[str]) -> None:
     weights = (path for path in out.glob("model*.safetensors*") if re.fullmatch(WEIGHTS, path.name))
     for path in (*weights, *(out / name for name in ("config.json", LOG, CURVES, ERROR_MAP, CARD, SETTINGS))):
         path.unlink(missing_ok=True)
+
+
+def _would_be_deleted(path: Path, out: Path) -> bool:
+    """Whether a file or folder is what [`_delete_run`] deletes, or in it."""
+    path, out = path.resolve(), out.resolve()
+    if not path.is_relative_to(out):
+        return False
+    first = out / next(iter(path.relative_to(out).parts), "")
+    return path == out or (first / LOG).is_file() or first.name == PSEUDO_TARGETS or bool(re.search(RESTS, first.name))
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:

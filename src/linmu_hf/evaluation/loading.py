@@ -9,8 +9,9 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from ..conversion.source import open_source, read_processor, read_raw_config
+from ..conversion.source import load_whole, open_source, read_processor, read_raw_config
 from ..conversion.teacher import load_teacher
+from ..data.formats import first_line
 from ..families import find_family
 
 
@@ -33,6 +34,10 @@ def check_device(name: str | None) -> torch.device:
         raise ValueError(f"--device {name} is unknown: give cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name} needs a CUDA GPU and a PyTorch built for it; give --device cpu")
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception:  # each device has errors of its own
+        raise ValueError(f"--device {name} is not there, or holds no numbers: give cpu or cuda") from None
     return device
 
 
@@ -77,11 +82,9 @@ def load_model(path: str, *, device: str | None = None, dtype: str = "auto") -> 
     if _is_foreign(path):
         return load_teacher(path, dtype=dtype, device=device or default_device()), processor
     try:
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError) as error:
+        model = load_whole(AutoModelForImageTextToText, path, dtype=dtype)
+    except OSError as error:
         raise ValueError(f"{path}: {first_line(error)}") from error
-    except RuntimeError as error:  # shapes that differ: Transformers has printed which
-        raise ValueError(f"{path}: the weights do not fit its config.json, see above; save the model again") from error
     return model.to(device or default_device()).eval(), processor
 
 
@@ -114,7 +117,3 @@ def library_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,6 +8,7 @@ from transformers import GenerationConfig, ProcessorMixin
 
 from ..conversion.plan import student_tensors
 from ..conversion.source import read_processor
+from ..data.formats import first_line
 from ..modeling.configuration_linmu import LinMUConfig
 from ..modeling.modeling_linmu import LinMUForConditionalGeneration
 from ..safetensors_io import read_checkpoint
@@ -43,7 +44,7 @@ def _check_config(folder: Path) -> LinMUConfig:
         if (folder / "generation_config.json").is_file():
             GenerationConfig.from_pretrained(folder)
     except Exception as error:  # whatever Transformers and its validation raise
-        raise ValueError(f"{folder}: its configuration does not load ({_first_line(error)})") from error
+        raise ValueError(f"{folder}: its configuration does not load ({first_line(error)})") from error
     if config is None:
         raise ValueError(f"{folder} is a {raw['model_type']!r} model, not a LinMU model: convert it first")
     if "quantization_config" in raw:
@@ -90,7 +91,7 @@ def _check_processor(folder: Path, config: LinMUConfig) -> None:
     except ImportError:
         raise  # of this installation, not of the folder
     except Exception as error:  # its parts raise whatever they like
-        raise ValueError(f"{folder}: its processor does not load ({_first_line(error)}): {remedy}") from error
+        raise ValueError(f"{folder}: its processor does not load ({first_line(error)}): {remedy}") from error
     if not isinstance(processor, ProcessorMixin):
         raise ValueError(f"{folder} holds a {type(processor).__name__} alone, no processor: {remedy}")
     if not processor.chat_template:
@@ -100,7 +101,3 @@ def _check_processor(folder: Path, config: LinMUConfig) -> None:
             f"{folder}: image_token_id is {found} in the processor, but {config.image_token_id} in config.json: "
             f"{remedy}"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -3,12 +3,14 @@
 import copy
 import json
 import time
+from functools import partial
 
 import fill_worker
 import pytest
 import torch
 from distillation_fixtures import as_stored
 from forked import start_forked
+from tqdm.auto import tqdm
 
 from linmu_hf.data import row_key
 from linmu_hf.distillation.losses import IGNORE_INDEX, next_token_targets, output_losses
@@ -60,6 +62,14 @@ def test_every_row_is_answered_once(teacher, processor, rows, decoded, tmp_path)
     assert_holds(tmp_path / "s", decoded, 3)
     again = decode_pseudo_targets(teacher, processor, rows[::-1], tmp_path / "s", **OPTIONS, top_k=3)
     assert (again.rows, again.found, again.answers) == (10, 10, 0)
+
+
+def test_known_answers_without_progress(teacher, processor, rows, tmp_path, monkeypatch):
+    """As with TQDM_DISABLE=1."""
+    monkeypatch.setattr(module, "tqdm", partial(tqdm, disable=True))
+    for found in (0, 3):
+        counts = decode_pseudo_targets(teacher, processor, rows[:3], tmp_path / "s", **OPTIONS)
+        assert counts.found == found
 
 
 def test_shares_and_another_number_of_them(teacher, processor, rows, decoded, tmp_path):

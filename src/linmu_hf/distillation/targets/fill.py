@@ -113,7 +113,8 @@ def decode_pseudo_targets(
                 continue
             if key in known:
                 counts.found += 1
-                bar.initial += 1  # no part of the rate
+                if not bar.disable:
+                    bar.initial += 1  # no part of the rate
                 bar.update()
                 continue
             known.add(key)

@@ -7,20 +7,13 @@ from typing import Any
 import torch
 from torch.nn.functional import cosine_similarity, kl_div, log_softmax
 
-from ...modeling.mixers import MIXERS
+from ...conversion.teacher import check_teacher
 from .attention import AttentionMass
 from .groups import EVERY, Figures, group_tokens, mean
 from .reach import exact_reach
 
 
 ROWS_OF_LOGITS = 512  # that are held at a time
-
-
-def check_teacher(config) -> None:
-    """Raises a `ValueError` unless every layer of the model keeps attention."""
-    changed = {one for one in config.text_config.layer_types if MIXERS[one].recurrent}
-    if changed:
-        raise ValueError(f"the teacher has layers of {sorted(changed)}: give the model that the student is made of")
 
 
 @dataclass
