@@ -333,53 +333,51 @@ def _with_deltas(cache: Cache) -> Cache:
     return cache
 
 
-def next_positions(
-    cache: Cache | None, batch: int, device: torch.device, hidden: torch.Tensor | None = None
-) -> torch.Tensor:
-    """
-    Returns the position of the first new token of every sequence, `[b, 1]`, also of a batch expanded for beams; those
-    that are [`hidden_since`] take none.
-    """
+def next_positions(cache: Cache | None, batch: int, device: torch.device) -> torch.Tensor:
+    """Returns the position of the first new token of every sequence, `[b, 1]`, also of a batch expanded for beams."""
     past = 0 if cache is None else int(cache.get_seq_length())
     deltas = getattr(cache.layers[0], "rope_deltas", None) if cache is not None and past else None
     if deltas is None:
         return torch.full((batch, 1), past, device=device)
-    positions = _of_batch(deltas.to(device) + past, batch)
-    return positions if hidden is None else positions - hidden.to(device)
+    return _of_batch(deltas.to(device) + past, batch)
 
 
 def _of_batch(values: torch.Tensor, batch: int) -> torch.Tensor:
-    """Returns values of each row of a cache `[n, 1]` for `batch` rows, where either was expanded for beams."""
+    """Returns values of each row `[n, 1]` for `batch` rows, where either batch was expanded for beams."""
     if len(values) > batch:
         return values[:: len(values) // batch]
     return values.repeat_interleave(batch // len(values), dim=0)
 
 
-def hidden_since(cache: Cache | None, attention_mask: torch.Tensor | None, t: int) -> torch.Tensor | None:
+def note_hidden(cache: Cache | None, attention_mask: torch.Tensor | None, t: int) -> None:
     """
-    Returns how many tokens of every sequence were read by a cache as real and are hidden by the mask of all tokens
-    `[b, past + t]` now, `[b, 1]`, as those that `generate` puts after the end of a row; `None` where nothing says so.
+    Notes which tokens a cache has read as real and the mask of all tokens `[b, past + t]` hides now, as those that
+    `generate` puts after the end of a row: they take no position.
 
     Raises:
         `ValueError`: There are some, and a layer has a recurrent state, which cannot forget them.
     """
-    padding = None if cache is None else getattr(cache.layers[0], "padding", None)
-    if padding is None or attention_mask is None or attention_mask.ndim != 2 or torch.compiler.is_compiling():
-        return None
+    first: Any = None if cache is None else cache.layers[0]
+    known = getattr(first, "padding", None)
+    if known is None or attention_mask is None or attention_mask.ndim != 2 or torch.compiler.is_compiling():
+        return
     assert cache is not None
     past = int(cache.get_seq_length())
     if attention_mask.shape[1] != past + t:  # of the new tokens alone
-        return None
+        return
     now = past - attention_mask[:, :past].bool().sum(1, keepdim=True)
-    hidden = now - _of_batch(padding.to(now.device), len(now))
-    if bool(hidden.any()) and any(isinstance(layer, MMateCacheLayer) for layer in cache.layers):
+    hidden = now - _of_batch(known.to(now.device), len(now))
+    if not bool(hidden.any()):
+        return
+    if any(isinstance(layer, MMateCacheLayer) for layer in cache.layers):
         row = int(hidden.flatten().nonzero()[0])
         raise ValueError(
             f"attention_mask hides {int(now[row])} of the {past} tokens that row {row} of the cache has read, where "
             f"{int(now[row] - hidden[row])} were hidden then: a recurrent state cannot forget them. Rows that ended "
             f"at different times go on one by one, or without {CACHE}"
         )
-    return hidden
+    hidden = _of_batch(hidden, len(known)).to(known.device)
+    first.padding, first.rope_deltas = known + hidden, first.rope_deltas - hidden.to(first.rope_deltas.device)
 
 
 def note_rope_deltas(cache: Cache, position_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> None:
@@ -389,9 +387,10 @@ def note_rope_deltas(cache: Cache, position_ids: torch.Tensor, attention_mask: t
     """
     t, first = position_ids.shape[-1], cache.layers[0]
     if t == 1 and (torch.compiler.is_compiling() or int(cache.get_seq_length())):
-        if attention_mask is not None and not torch.compiler.is_compiling() and first.padding is not None:
-            hidden = 1 - attention_mask[:, -1:].to(first.padding)  # it takes no position
-            first.padding, first.rope_deltas = first.padding + hidden, first.rope_deltas - hidden
+        padding = getattr(first, "padding", None)
+        if attention_mask is not None and not torch.compiler.is_compiling() and padding is not None:
+            hidden = 1 - attention_mask[:, -1:].to(padding)  # it takes no position
+            first.padding, first.rope_deltas = padding + hidden, first.rope_deltas - hidden
         return
     # the step over a span is its height or width; the frames of a video do not count
     positions = position_ids if position_ids.ndim == 2 else position_ids[-2:].amax(0)  # [b, t]
@@ -406,5 +405,5 @@ def note_rope_deltas(cache: Cache, position_ids: torch.Tensor, attention_mask: t
     past = int(cache.get_seq_length())
     first.rope_deltas = following - (past + t)
     padding = t - real.sum(1, keepdim=True)
-    earlier = first.padding if past else None
+    earlier = getattr(first, "padding", None) if past else None  # a compiled forward pass has no room for it
     first.padding = padding if earlier is None else _of_batch(earlier.to(padding.device), len(padding)) + padding

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Cache
 
 from .. import checks
-from ..cache import hidden_since, next_positions, note_rope_deltas
+from ..cache import next_positions, note_hidden, note_rope_deltas
 from ..mixers import AttentionMask, padding_mask, recurrent_layers
 from .media import GRIDS, PIXELS, Medium, read_media
 from .packing import packed_lengths, positions_within, unpack
@@ -90,7 +90,7 @@ class Prompt:
             )
         past = tokens_read(cache)
         if cache is not None:
-            hidden_since(cache, padding_mask(attention_mask), tokens.shape[1])
+            note_hidden(cache, padding_mask(attention_mask), tokens.shape[1])
             note_rope_deltas(cache, position_ids, padding_mask(attention_mask))
         return cls(ids, inputs_embeds, attention_mask, position_ids, vision_layout, lengths, cache, past)
 
@@ -158,8 +158,8 @@ def new_positions(
         mask = mask[:, -input_ids.shape[1] :]
     positions, layout = model.get_positions(input_ids, mask, mm_token_type_ids=mm_token_type_ids, **grids)
     if cache is not None:
-        hidden = hidden_since(cache, whole, input_ids.shape[1])
-        positions = positions + next_positions(cache, len(input_ids), input_ids.device, hidden)
+        note_hidden(cache, whole, input_ids.shape[1])
+        positions = positions + next_positions(cache, len(input_ids), input_ids.device)
     return positions, layout
 
 
