@@ -11,7 +11,7 @@ from linmu_hf.distillation.stages import FLEX, SWIN
 @dataclass(frozen=True)
 class Calibrate:
     """
-    A closed-form fit of the output maps, see `linmu_hf.conversion.calibrate`.
+    Lambda, the scan (`scan_steps` of Adam in each layer) and the output maps, see `linmu_hf.conversion.calibrate`.
 
     Args:
         name (`str`): of the step, and of the folder that it leaves.

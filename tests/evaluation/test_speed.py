@@ -398,6 +398,11 @@ BAD = {
     "--device cuda": "needs a CUDA GPU",
     "--device cpu --largest_batch": "--largest_batch needs a GPU",
     "--json .": "is a folder",
+    "--json /proc/a.json": "--json /proc/a.json cannot be written",
+    "--png a.foo": "--png a.foo must end in .png",
+    "--no_teacher --teacher_backends math": "--teacher_backends has no effect with --no_teacher",
+    "--no_teacher --teacher_max_tokens 2048": "--teacher_max_tokens has no effect with --no_teacher",
+    "--lengths 8 --teacher_max_tokens 5": "--teacher_max_tokens 5 leaves the teacher out at every length",
     "--model nowhere": "nowhere is neither a file, a folder nor one of the presets",
     "--device cpu --backends abacus --lengths 8": "abacus",
 }

@@ -253,6 +253,7 @@ def test_command_errors_in_one_line(hub, folder, capsys):
         (["/nowhere", NAME], "/nowhere has no config.json"),
         ([str(folder), NAME, "--retention", "/nowhere.json"], "--retention /nowhere.json: there is no such file"),
         ([str(folder), NAME, "--retention", str(folder / "config.json")], "not the results of `linmu-eval"),
+        ([str(folder), "bad id!", "--dry_run"], "'bad id!'"),
         ([str(folder), "forbidden/model"], "cannot push to forbidden/model"),
     ):
         assert main(arguments) == 2

@@ -89,13 +89,18 @@ def check(arguments: argparse.Namespace) -> None:
     arguments.grid = (int(height), int(width))
     if not 0 <= arguments.vision_share <= 1:
         raise ValueError(f"--vision_share {arguments.vision_share} must be between 0 and 1")
+    most = arguments.teacher_max_tokens
+    if most is not None and most < arguments.lengths[0]:
+        raise ValueError(f"--teacher_max_tokens {most} leaves the teacher out at every length: give --no_teacher")
     arguments.device = arguments.device or default_device()
     device = check_device(arguments.device)
     if arguments.largest_batch and device.type != "cuda":
         raise ValueError(f"--largest_batch needs a GPU, and the device is {arguments.device}")
     arguments.dtype = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    check_report(arguments.json)
-    check_report(arguments.png, "--png")
+    for option, file in (("--json", arguments.json), ("--png", arguments.png)):
+        if file is not None:
+            file.absolute().parent.mkdir(parents=True, exist_ok=True)
+            check_report(file, option)
     if arguments.png is not None:
         try:
             from matplotlib.backend_bases import FigureCanvasBase

@@ -5,6 +5,8 @@ import json
 import sys
 from pathlib import Path
 
+from huggingface_hub.utils import validate_repo_id
+
 from ..files import write_text
 from ..hub.check import check_folder
 from ..hub.eval_results import write_eval_results
@@ -28,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> str:
+    validate_repo_id(args.repo_id)
     check_folder(args.folder)
     if args.retention:
         card = args.folder / CARD
