@@ -386,9 +386,11 @@ def note_rope_deltas(cache: Cache, position_ids: torch.Tensor, attention_mask: t
     step advances the offset implicitly; a first token clears a stale one after `cache.reset()`.
     """
     t, first = position_ids.shape[-1], cache.layers[0]
-    if t == 1 and (torch.compiler.is_compiling() or int(cache.get_seq_length())):
+    if t == 1 and torch.compiler.is_compiling():
+        return
+    if t == 1 and int(cache.get_seq_length()):
         padding = getattr(first, "padding", None)
-        if attention_mask is not None and not torch.compiler.is_compiling() and padding is not None:
+        if attention_mask is not None and attention_mask.ndim == 2 and padding is not None:
             hidden = 1 - attention_mask[:, -1:].to(padding)  # it takes no position
             first.padding, first.rope_deltas = padding + hidden, first.rope_deltas - hidden
         return
