@@ -193,7 +193,7 @@ def measure_all(measure: Callable, ratios: Callable[[dict], str], width: int, ar
 
     Args:
         measure (`Callable`): Gives the results of one length, by contestant.
-        ratios (`Callable`): What is printed of a result behind its time.
+        ratios (`Callable`): Returns the text to print after a result's time.
         width (`int`): Of the names.
     """
     rows = []

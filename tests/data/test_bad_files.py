@@ -83,7 +83,7 @@ REFUSED = {
     "garbage": ((LIST + "x").encode(), "row 1: 'x' comes after the end of the list"),
     "two commas": (f"[{TEXT},,{TEXT}]".encode(), "row 1: Expecting value"),
     "no comma": (f"[{TEXT} {TEXT}]".encode(), "row 1: .* a comma or `]` belongs"),
-    "a comma too many": (f"[{TEXT},]".encode(), "row 1: a comma stands"),
+    "a comma too many": (f"[{TEXT},]".encode(), "row 1: there is a comma after the last row"),
     "no end": (f"[{TEXT}".encode(), "row 1: '' comes"),
     "null": (b"null", "row 0: it is None and no object"),
     "bad second row": ((TEXT + "\n{no\n" + TEXT).encode(), "row 1: Expecting property name .* at 'no"),

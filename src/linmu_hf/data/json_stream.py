@@ -60,7 +60,7 @@ def _entries(file, text: str, place: int) -> Iterator[Any]:
         if text[place : place + 1] == ",":
             text, place = _skip_space(file, text, place + 1)
             if text[place : place + 1] == "]":
-                raise ValueError("a comma stands before the end of the list: take it out")
+                raise ValueError("there is a comma after the last row of the list: remove it")
         elif text[place : place + 1] != "]":
             raise ValueError(f"{text[place : place + 40]!r} comes before it, where a comma or `]` belongs")
     text, place = _skip_space(file, text, place + 1)

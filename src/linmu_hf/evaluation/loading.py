@@ -36,7 +36,7 @@ def check_device(name: str | None) -> torch.device:
         raise ValueError(f"--device {name} needs a CUDA GPU and a PyTorch built for it; give --device cpu")
     try:
         torch.zeros(1, device=device).item()
-    except Exception:  # each device has errors of its own
+    except (RuntimeError, AssertionError):  # which of them depends on the device
         raise ValueError(f"--device {name} is not there, or holds no numbers: give cpu or cuda") from None
     return device
 
