@@ -20,7 +20,7 @@ from linmu_hf.testbed.suite.data import (
     training_scene,
     training_scenes,
 )
-from linmu_hf.testbed.suite.encoding import encode, token_grid, token_targets
+from linmu_hf.testbed.suite.encoding import encode, token_grid
 from linmu_hf.testbed.suite.processor import build_processor
 from linmu_hf.testbed.suite.sources import (
     CHART_STYLES,
@@ -35,6 +35,7 @@ from linmu_hf.testbed.suite.sources import (
     sources,
 )
 from linmu_hf.testbed.suite.tasks import KIND_OF_TASK, KINDS, TASKS, chance
+from linmu_hf.testbed.suite.vision_heads import HEADS, token_targets
 
 
 SLOW_TO_DRAW = ("bars", "table")
@@ -289,7 +290,49 @@ def test_tokens_know_what_they_show():
     scene, _ = next(evaluation_scenes("order", 1))
     targets = token_targets(scene)
     shown = {moment for moment, _ in scene.facts["shown"]}
-    assert set(np.flatnonzero(targets["icon"].reshape(len(targets["icon"]), -1).any(1))) == shown
+    for name in ("icon", "this icon"):
+        assert set(np.flatnonzero(targets[name].reshape(len(targets[name]), -1).any(1))) == shown
+
+
+def told(targets, name):
+    """What a head has to say: `{(row, column): text}` of the first picture."""
+    labels = HEADS[name].labels
+    rows, columns = np.nonzero((targets[name][0] > 0).any(-1))
+    spelled = {at: targets[name][0][at] for at in zip(rows.tolist(), columns.tolist())}
+    return {at: "".join(labels[value - 1] for value in values if value) for at, values in spelled.items()}
+
+
+def test_a_token_tells_what_begins_in_it():
+    page = training_scene(np.random.default_rng(3), "page")
+    targets = token_targets(page)
+    written, fields = told(targets, "word"), told(targets, "field")
+    assert {name: written[at] for at, name in fields.items()} == page.facts["fields"]
+    assert sorted(set(written.values()) - set(page.facts["fields"].values())) == sorted(
+        f"{name.capitalize()}:" for name in page.facts["fields"]
+    )
+    assert [row for row, _ in sorted(fields)] == list(range(len(fields)))  # a line is a row of tokens
+
+    drawn = training_scene(np.random.default_rng(3), "icons")
+    targets = token_targets(drawn)
+    names = {
+        (2 * row, 2 * column): name
+        for row, line in enumerate(drawn.facts["names"])
+        for column, name in enumerate(line)
+    }
+    assert told(targets, "this icon") == names  # a place is two tokens wide and high
+    colours = told(targets, "this colour")
+    assert all(
+        colours[at] == drawn.facts["colors"][name] for at, name in names.items() if name in drawn.facts["colors"]
+    )
+
+    table = training_scene(np.random.default_rng(3), "table")
+    cells = told(token_targets(table), "word")
+    assert [cells[at] for at in sorted(cells)] == [str(cell) for line in table.facts["cells"] for cell in line]
+
+    bars = training_scene(np.random.default_rng(3), "bars")
+    targets = token_targets(bars)
+    heights, colours = told(targets, "this bar"), told(targets, "this colour")
+    assert {colours[at]: int(height) for at, height in heights.items()} == bars.facts["bars"]
 
 
 def test_bars_are_as_high_as_they_say():

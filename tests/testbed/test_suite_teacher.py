@@ -5,8 +5,10 @@ import math
 from types import SimpleNamespace
 
 import numpy as np
+import parallel_worker
 import pytest
 import torch
+from forked import run_forked
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from linmu_hf.testbed.encoding import IGNORED
@@ -15,11 +17,12 @@ from linmu_hf.testbed.qwen2_5_vl import load_model
 from linmu_hf.testbed.suite import check_teacher, train_teacher
 from linmu_hf.testbed.suite.curriculum import GROW_AT, Curriculum
 from linmu_hf.testbed.suite.data import converse, training_scene
-from linmu_hf.testbed.suite.encoding import HEADS, encode, encode_vision
+from linmu_hf.testbed.suite.encoding import encode, encode_vision
 from linmu_hf.testbed.suite.model import DIGITS, build_model, save_checkpoint
 from linmu_hf.testbed.suite.processor import build_processor
 from linmu_hf.testbed.suite.sources import sources
 from linmu_hf.testbed.suite.tasks import KINDS, TASKS
+from linmu_hf.testbed.suite.vision_heads import HEADS, Seen, VisionHeads, flat_targets
 
 
 QUICK = ("words", "icons", "several", "clip", "memory")  # to draw
@@ -66,15 +69,30 @@ def test_training_loss_equals_the_models_own(kind, model, processor):
 def test_features_seen_in_passing_are_the_towers(kind, model, processor):
     scenes, batch = batch_of(kind, processor)
     with torch.no_grad():
-        _, _, tokens = train_teacher.answer_logits(model, batch)
-        assert torch.equal(tokens, train_teacher.image_features(model, encode_vision(processor, scenes)))
-    targets = train_teacher.flat_targets(scenes)
-    assert all(len(targets[name]) == len(tokens) for name in HEADS)
+        _, _, seen = train_teacher.answer_logits(model, batch)
+        alone = train_teacher.look(model, encode_vision(processor, scenes))
+    assert torch.equal(seen.tokens, alone.tokens) and torch.equal(seen.early, alone.early)
+    targets = flat_targets(scenes)
+    assert all(len(targets[name]) == len(seen.tokens) == len(seen.early) for name in HEADS)
+
+
+def test_the_tower_keeps_the_order_of_tokens(model, processor):
+    scenes, _ = batch_of("icons", processor)
+    batch, patches = encode_vision(processor, scenes), []
+    hook = model.model.visual.blocks[0].register_forward_pre_hook(lambda module, args: patches.append(args[0]))
+    try:
+        for value in (0.0, 1.0):
+            batch["pixel_values"].view(-1, 4, batch["pixel_values"].shape[-1])[5] = value  # one token
+            train_teacher.look(model, batch)
+    finally:
+        hook.remove()
+    changed = (patches[0] != patches[1]).any(-1).view(-1, 4).any(-1)
+    assert changed.nonzero().tolist() == [[5]]
 
 
 def test_the_heads_loss_falls_to_zero_where_they_are_right(processor):
     scenes, _ = batch_of("icons", processor)
-    targets = train_teacher.flat_targets(scenes)
+    targets = flat_targets(scenes)
     n = len(targets["icon"])
 
     class Oracle:
@@ -82,10 +100,13 @@ def test_the_heads_loss_falls_to_zero_where_they_are_right(processor):
             self.name = name
 
         def __call__(self, tokens):
-            return 50 * torch.nn.functional.one_hot(targets[self.name], HEADS[self.name][1]).float().flatten(1)
+            return 50 * torch.nn.functional.one_hot(targets[self.name], HEADS[self.name].classes).float().flatten(1)
 
-    loss, right = train_teacher.vision_loss(torch.zeros(n, 1), {name: Oracle(name) for name in HEADS}, targets)
-    assert loss < 1e-6 and right == {"icon": 1.0, "colour": 1.0}
+    oracles, seen = {name: Oracle(name) for name in HEADS}, Seen(torch.zeros(n, 4), torch.zeros(n, 1))
+    loss, right = VisionHeads.loss(oracles, seen, targets)
+    assert loss < 1e-6 and right == dict.fromkeys(("icon", "colour", "this icon", "this colour"), 1.0)
+    wrong = {**oracles, "this icon": lambda tokens: 50 * torch.eye(HEADS["this icon"].classes)[[0] * n]}
+    assert VisionHeads.loss(wrong, seen, targets)[0] > 1
 
 
 def test_an_answer_is_right_as_a_whole():
@@ -187,6 +208,24 @@ def test_the_tower_rests_while_the_decoder_learns_alone(tiny, tmp_path):
     same = {name for name, value in before.items() if torch.equal(value, after[name])}
     assert {name for name in before if ".visual." in name} <= same
     assert "model.language_model.layers.0.mlp.up_proj.weight" not in same
+
+
+def test_processes_share_gradients_notes_and_a_clock():
+    for processes, gradients in ((1, [[1.0, 2.0], [4.0, 0.0]]), (2, [[1.5, 3.0], [2.0, 0.0]])):
+        done = run_forked(parallel_worker.main, [], processes)
+        assert done.returncode == 0, done.stderr
+        expected = [processes, gradients, [{"process": i} for i in range(processes)], 0.5]
+        assert [json.loads(line) for line in done.stdout.splitlines()] == [expected] * processes
+
+
+def test_two_processes_train_as_one_run(tmp_path):
+    flags = ["--steps", "2", "--vision_steps", "1", "--vision_kinds", "memory", "several", "--log_every", "1"]
+    words = ["--output", tmp_path / "run", "--eval_samples", "1", *flags]
+    done = run_forked(train_teacher.main, words, processes=2)
+    assert done.returncode == 0, done.stderr
+    looking, right, seen = lines_of(tmp_path / "run")
+    assert set(looking["looking"]) > {"memory this icon", "several this icon"} and "right" in right
+    assert list(seen["seen"]) == list(TASKS)
 
 
 def test_another_seed_is_refused(tiny, tmp_path, capsys):

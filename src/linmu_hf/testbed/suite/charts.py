@@ -131,6 +131,7 @@ def compose_table(rng: np.random.Generator, sources: Sources, grid: tuple[int, i
         for i, digit in enumerate(text):
             place = (box.x0 + i * step, size[1] - box.y1, box.x0 + (i + 1) * step, size[1] - box.y0)
             items.append(Item("letter", digit, place))
+        items.append(Item("word", text, (box.x0, size[1] - box.y1, box.x1, size[1] - box.y0)))
         page.used.add(f"number:{text}")
     return Scene("table", (pixels,), None, {"cells": cells}, tuple(items), frozenset(page.used))
 

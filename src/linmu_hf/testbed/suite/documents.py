@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .drawing import Canvas, Scene, contrasting, pick
+from .drawing import Canvas, Item, Scene, contrasting, pick
 from .sources import Sources
 
 
@@ -36,6 +36,7 @@ def compose(rng: np.random.Generator, sources: Sources, lines: int) -> Scene:
         top = line * LINE + 3 + int(rng.integers(0, 2))
         canvas.text(f"{FIELDS[field].capitalize()}:", left, top, family, size, bold, ink)
         canvas.text(str(value), right, top, family, size, False, ink)
+        canvas.items.append(Item("field", FIELDS[field], canvas.items[-1].box))
     facts = {"fields": values}
     return Scene("page", (canvas.pixels(),), None, facts, tuple(canvas.items), frozenset(canvas.sources))
 

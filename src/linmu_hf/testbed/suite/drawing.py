@@ -11,7 +11,7 @@ from .sources import BACKGROUNDS, load_font, load_icons
 
 @dataclass(frozen=True)
 class Item:
-    """A thing at one place: a character, an icon or a bar. Boxes are left, top, right, bottom in pixels."""
+    """A letter, word, field's value, icon or bar at one place. Boxes are left, top, right, bottom in pixels."""
 
     kind: str
     label: str
@@ -62,7 +62,7 @@ class Canvas:
         return cls(Image.fromarray(paint_surface(rng, width, height, tone, split)), picture)
 
     def text(self, text: str, left: float, top: float, family: str, size: int, bold: bool, ink) -> None:
-        """Writes one line whose letters' top is at `top`, and notes every character."""
+        """Writes one word whose letters' top is at `top`, and notes it and every character."""
         font = load_font(family, size, bold)
         _, above, _, below = font.getbbox(text)
         ImageDraw.Draw(self.image).text((left, top - above), text, font=font, fill=tuple(ink))
@@ -70,6 +70,7 @@ class Canvas:
         for i, character in enumerate(text):
             box = (left + ends[i], top, left + ends[i + 1], top + below - above)
             self.items.append(Item("letter", character, box, self.picture))
+        self.items.append(Item("word", text, (left, top, left + ends[-1], top + below - above), self.picture))
         self.sources.add(f"font:{family}")
 
     def icon(self, name: str, colour: str, left: float, top: float, drawing: str, size: int, ink) -> None:

@@ -1,8 +1,7 @@
-"""Scenes to model inputs, equal to the processor's output, and what each vision token shows."""
+"""Scenes to model inputs, equal to the processor's output."""
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from transformers import Qwen2_5_VLProcessor
 
@@ -11,15 +10,6 @@ from ..processor import FPS, TEMPORAL_PATCH_SIZE
 from .data import Turns
 from .drawing import Scene
 from .processor import TOKEN
-from .sources import COLOURS, ICON_NAMES
-
-
-SLOTS = 4  # places for a character along one vision token
-CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz:"
-NAMES = {"letter": list(CHARACTERS), "icon": list(ICON_NAMES), "colour": list(COLOURS)}
-NAMES["bar"] = [str(value) for value in range(1, 10)]
-# head -> (places per token, classes); class 0: nothing there
-HEADS = {name: (SLOTS if name == "letter" else 1, len(of) + 1) for name, of in NAMES.items()}
 
 
 def token_grid(scene: Scene) -> tuple[int, int, int]:
@@ -68,26 +58,3 @@ def encode(processor: Qwen2_5_VLProcessor, samples: Sequence[tuple[Scene, Turns]
         **encode_vision(processor, [scene for scene, _ in samples]),
         "labels": answer_labels(processor.tokenizer, input_ids),
     }
-
-
-def token_targets(scene: Scene) -> dict[str, np.ndarray]:
-    """Returns the class of every place of every token for each head, `[images or moments, rows, columns, places]`.
-
-    A character is in the place that its middle is in. Icons and bars are wherever they cover a token's middle.
-    """
-    grid = token_grid(scene)
-    _, rows, columns = grid
-    targets = {name: np.zeros((*grid, places), np.int64) for name, (places, _) in HEADS.items()}
-    for item in scene.items:
-        left, top, right, bottom = item.box
-        label = NAMES[item.kind].index(item.label) + 1
-        if item.kind == "letter":
-            row, slot = int((top + bottom) / 2 // TOKEN), int((left + right) / 2 // (TOKEN // SLOTS))
-            if 0 <= row < rows and 0 <= slot < columns * SLOTS:
-                targets["letter"][item.picture, row, slot // SLOTS, slot % SLOTS] = label
-            continue
-        across, down = (np.arange(count) * TOKEN + TOKEN / 2 for count in (columns, rows))
-        where = np.ix_((down >= top) & (down < bottom), (across >= left) & (across < right))
-        targets[item.kind][item.picture][where] = label
-        targets["colour"][item.picture][where] = NAMES["colour"].index(str(item.colour)) + 1
-    return targets

@@ -9,7 +9,7 @@ from .. import qwen2_5_vl
 from ..check_teacher import TEACHER as DIGITS
 
 
-DEPTH = 3
+DEPTH = 5
 
 
 def teacher_config(tokenizer) -> Qwen2_5_VLConfig:

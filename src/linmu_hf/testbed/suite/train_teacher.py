@@ -10,9 +10,11 @@ model so far.
 import argparse
 import json
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,24 +29,24 @@ from ...distillation.muon import Muon
 from ...files import locked, whole_folder
 from ..encoding import IGNORED
 from ..qwen2_5_vl import train_mode
+from . import parallel
 from .curriculum import Curriculum
 from .data import Turns, converse, evaluation_scenes, training_scene
 from .drawing import Scene
-from .encoding import HEADS, encode, encode_vision, token_targets
+from .encoding import encode, encode_vision
 from .model import build_model, save_checkpoint
 from .processor import build_processor
 from .sources import Sources, sources
 from .tasks import KINDS, TASKS
+from .vision_heads import Seen, VisionHeads, flat_targets, watching
 
 
 # Charts are slow to draw: those of training come from a pool for each kind and level, in blocks of one layout
 BLOCK = 50
-BLOCKS = 12
-STEPS_PER_BLOCK = 25  # until the pool has one more
+BLOCKS = 80
+STEPS_PER_BLOCK = 20  # until the pool has one more
 POOLED = ("bars", "table")
 BATCH = {"words": 16, "bars": 16, "table": 16, "icons": 16, "page": 16, "several": 24, "clip": 12, "memory": 20}
-HEAD_WEIGHTS = {"letter": 1.0, "icon": 1.0, "colour": 0.3, "bar": 0.5}
-NOTHING_WEIGHT = 0.15  # most places show nothing
 KINDS_PER_STEP = 2
 MUON_SHARE = 0.4  # of the rate, for matrices
 TOWER_SHARE = 0.3  # of the rate, for the tower when it learns together with the decoder
@@ -98,49 +100,23 @@ def positions(model, batch: dict) -> torch.Tensor:
     return model.model.get_rope_index(**row)[0].expand(-1, b, -1)
 
 
-def image_features(model, batch: dict) -> torch.Tensor:
-    """Returns the features `[tokens, channels]` of a batch's pictures."""
-    if "pixel_values" in batch:
-        found = model.get_image_features(batch["pixel_values"], batch["image_grid_thw"])
-    else:
-        found = model.get_video_features(batch["pixel_values_videos"], batch["video_grid_thw"])
-    return torch.cat(found.pooler_output)
+def look(model, batch: dict) -> Seen:
+    """Returns what the tower gives for a batch's pictures."""
+    video = "pixel_values_videos" in batch
+    pixels, grid = ("pixel_values_videos", "video_grid_thw") if video else ("pixel_values", "image_grid_thw")
+    with watching(model.model.visual) as seen:
+        model.model.visual(batch[pixels], grid_thw=batch[grid])
+    return seen
 
 
-def flat_targets(scenes: list[Scene]) -> dict[str, torch.Tensor]:
-    """Returns the heads' targets `[tokens, places]` of a batch."""
-    each = [token_targets(scene) for scene in scenes]
-    return {
-        name: torch.from_numpy(np.concatenate([one[name].reshape(-1, HEADS[name][0]) for one in each]))
-        for name in HEADS
-    }
-
-
-def vision_loss(tokens: torch.Tensor, heads: nn.ModuleDict, targets: dict) -> tuple[torch.Tensor, dict[str, float]]:
-    """Returns the heads' weighted cross entropy, and how often each is right where there is something."""
-    loss, right = tokens.new_zeros(()), {}
-    for name, (_, classes) in HEADS.items():
-        target = targets[name].flatten()
-        if not (target > 0).any():
-            continue
-        logits = heads[name](tokens).reshape(-1, classes)
-        weight = torch.where(target > 0, 1.0, NOTHING_WEIGHT)
-        losses = F.cross_entropy(logits, target, reduction="none")
-        loss = loss + HEAD_WEIGHTS[name] * (losses * weight).sum() / weight.sum()
-        right[name] = (logits.argmax(-1) == target)[target > 0].float().mean().item()
-    return loss, right
-
-
-def answer_logits(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns logits and labels `[n]` at the answers' tokens, and the vision tower's features of the batch."""
-    seen: list[torch.Tensor] = []
-    hook = model.model.visual.register_forward_hook(lambda module, args, output: seen.append(output.pooler_output))
+def answer_logits(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor, Seen]:
+    """Returns logits and labels `[n]` at the answers' tokens, and what the tower gave."""
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "attention_mask")}
     inputs["position_ids"] = positions(model, batch)
-    hidden = model.model(**inputs, use_cache=False).last_hidden_state
-    hook.remove()
+    with watching(model.model.visual) as seen:
+        hidden = model.model(**inputs, use_cache=False).last_hidden_state
     answered = batch["labels"][:, 1:] != IGNORED
-    return model.lm_head(hidden[:, :-1][answered]), batch["labels"][:, 1:][answered], seen[0]
+    return model.lm_head(hidden[:, :-1][answered]), batch["labels"][:, 1:][answered], seen
 
 
 def share_right(logits: torch.Tensor, labels: torch.Tensor, end: int) -> float:
@@ -151,10 +127,10 @@ def share_right(logits: torch.Tensor, labels: torch.Tensor, end: int) -> float:
 
 
 @torch.no_grad()
-def measure(model, processor, split: str, samples: int, batch_size: int = 32) -> dict[str, float]:
-    """Returns the accuracy of every task: all tokens of the answer are the likeliest after those before."""
+def measure(model, processor, split: str, samples: int, tasks: list[str], batch_size: int = 32) -> dict[str, float]:
+    """Returns the accuracy of each task: all tokens of the answer are the likeliest after those before."""
     accuracy = {}
-    for task in TASKS:
+    for task in tasks:
         right, by_size = 0, defaultdict(list)
         for scene, turns in evaluation_scenes(task, samples, split, seed=1):
             size = (len(scene.images), None if scene.video is None else scene.video.shape)
@@ -190,11 +166,12 @@ class Run:
 
     def __init__(self, args: argparse.Namespace):
         torch.manual_seed(args.seed)
+        self.process, self.processes = parallel.start()
         self.args, self.output = args, Path(args.output)
         self.processor = build_processor()
         self.model = build_model(self.processor)
-        width = self.model.config.vision_config.out_hidden_size
-        self.heads = nn.ModuleDict({name: nn.Linear(width, math.prod(of)) for name, of in HEADS.items()})
+        vision = self.model.config.vision_config
+        self.heads = VisionHeads(vision.hidden_size, vision.out_hidden_size)
         self.optimizer = Muon(optimizer_groups(self.model, self.heads), lr=args.lr, betas=(0.9, 0.98))
         self.curriculum = Curriculum()
         self.step, self.seconds, self.best = 0, 0.0, -1.0
@@ -214,10 +191,12 @@ class Run:
         self.step, self.seconds, self.best = (state[name] for name in ("step", "seconds", "best"))
 
     def save(self, accuracy: dict[str, float]) -> None:
-        """Writes the state, and the model if it is the best so far."""
+        """Writes the state, and the model if it is the best so far; all processes have the same."""
         numbers = {"step": self.step, "seconds": self.seconds, "seed": self.args.seed}
         mean = sum(accuracy.values()) / max(1, len(accuracy))
         best, self.best = self.best, max(self.best, mean)
+        if self.process > 0:
+            return
         with whole_folder(self.state_folder) as folder:
             parts = {name: part.state_dict() for name, part in self._parts().items()}
             torch.save({**parts, **numbers, "best": self.best}, folder / "state.pt")
@@ -240,10 +219,22 @@ class Run:
         """Returns whether the tower learns alone."""
         return self.step < self.args.vision_steps
 
+    @property
+    def together(self) -> bool:
+        """Returns whether tower and decoder learn together."""
+        return self.step >= self.args.vision_steps + self.args.decoder_steps
+
+    def learning(self) -> list[list[nn.Parameter]]:
+        """Returns the parameters that learn in this phase: of the model, of the heads."""
+        parts = {True: self.looking or self.together, False: not self.looking}
+        of_model = [p for name, p in self.model.named_parameters() if parts[".visual." in name]]
+        return [of_model, list(self.heads.parameters()) if parts[True] else []]
+
     def update(self) -> None:
-        """Takes the optimizer's step."""
-        for module in (self.model, self.heads):
-            torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], 1.0)
+        """Takes the optimizer's step with the gradients of all processes."""
+        for parameters in filter(None, self.learning()):
+            parallel.mean_gradients(parameters)
+            torch.nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -254,52 +245,87 @@ class Run:
             fixed = {"grid": (2, 2), "filled": 4} if kind == "words" else {}  # a single word is little to learn from
             level, chosen = KINDS[kind].levels, sources("train")
             scenes = draw_scenes(rng, kind, level, chosen, self.args.seed, self.step, **fixed)
-            tokens = image_features(self.model, encode_vision(self.processor, scenes))
-            loss, found = vision_loss(tokens, self.heads, flat_targets(scenes))
+            seen = look(self.model, encode_vision(self.processor, scenes))
+            loss, found = self.heads.loss(seen, flat_targets(scenes))
             (loss / len(kinds)).backward()
-            right |= {f"{kind}_{name}": value for name, value in found.items()}
+            right |= {f"{kind} {name}": value for name, value in found.items()}
         self.update()
         return right
 
     def answer_step(self, rng: np.random.Generator, kinds: list[str]) -> dict[str, float]:
         """Trains the decoder and, once its time has come, the tower to answer."""
         notes = {}
-        together = self.step >= self.args.vision_steps + self.args.decoder_steps
-        self.model.model.visual.requires_grad_(together)
+        self.model.model.visual.requires_grad_(self.together)
         for kind in kinds:
             level, chosen = self.curriculum.draw(rng, kind)
             scenes = draw_scenes(rng, kind, level, chosen, self.args.seed, self.step)
             samples: list[tuple[Scene, Turns]] = [(scene, converse(rng, scene)) for scene in scenes]
-            logits, labels, tokens = answer_logits(self.model, encode(self.processor, samples))
+            logits, labels, seen = answer_logits(self.model, encode(self.processor, samples))
             loss = F.cross_entropy(logits, labels)
-            if together:
-                loss = loss + VISION_SHARE * vision_loss(tokens, self.heads, flat_targets(scenes))[0]
+            if self.together:
+                loss = loss + VISION_SHARE * self.heads.loss(seen, flat_targets(scenes))[0]
             (loss / len(kinds)).backward()
             right = share_right(logits.detach(), labels, self.processor.tokenizer.eos_token_id)
-            self.curriculum.update(kind, right)
             notes[kind] = right
         self.update()
         return notes
 
-    def steps(self) -> Iterator[tuple[dict[str, float], bool]]:
-        """Yields the notes of every step, and whether it was one of the vision tower alone, until time is up."""
+    def steps(self) -> Iterator[tuple[list[dict[str, float]], bool]]:
+        """Yields all processes' notes of every step, and whether the tower learned alone, until time is up."""
         started = time.time()
         while True:
             spent = time.time() - started
-            done = max(spent / self.args.max_seconds, self.step / self.args.steps)
+            done = parallel.of_first(max(spent / self.args.max_seconds, self.step / self.args.steps))
             if done >= 1:
                 return
-            rng = np.random.default_rng((self.args.seed, self.step))
+            rng = np.random.default_rng((self.args.seed, self.step, self.process))
             self.rate, looking = self.set_rate(done), self.looking
             train_mode(self.model)
             if looking:
                 kinds = [str(kind) for kind in rng.choice(self.args.vision_kinds, KINDS_PER_STEP, replace=False)]
-                notes = self.vision_step(rng, kinds)
+                notes = parallel.of_all(self.vision_step(rng, kinds))
             else:
-                notes = self.answer_step(rng, self.curriculum.choose(rng, KINDS_PER_STEP))
+                notes = parallel.of_all(self.answer_step(rng, self.curriculum.choose(rng, KINDS_PER_STEP)))
+                for kind, right in (pair for each in notes for pair in each.items()):
+                    self.curriculum.update(kind, right)
             self.step += 1
             self.seconds += time.time() - started - spent
             yield notes, looking
+
+
+class Log:
+    """A line for every so many steps and for every evaluation, in a file and on the screen; one process writes it."""
+
+    def __init__(self, run: Run):
+        args, main = run.args, run.process == 0
+        self.run, self.every = run, args.log_every
+        self.file = open(run.output / "training_log.jsonl" if main else os.devnull, "a")
+        total = None if math.isinf(args.steps) else int(args.steps)
+        name = f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.2f}M parameters"
+        self.progress = tqdm(total=total, initial=run.step, desc=name, mininterval=10, disable=not main)
+        self.window: dict[str, list[float]] = {}
+
+    def step(self, notes: list[dict[str, float]], looking: bool) -> None:
+        """Notes a step, and writes a line if it is time."""
+        self.progress.update()
+        for name, value in (pair for each in notes for pair in each.items()):
+            self.window.setdefault(name, []).append(value)
+        if self.run.step % self.every == 0:
+            right = {name: round(float(np.mean(values)), 3) for name, values in sorted(self.window.items())}
+            what = {"looking" if looking else "right": right, "levels": dict(self.run.curriculum.levels)}
+            self.write({"lr": round(self.run.rate, 6), **what})
+            self.window = {}
+
+    def write(self, record: dict) -> None:
+        record = {"step": self.run.step, "seconds": round(self.run.seconds), **record}
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        if not self.progress.disable:
+            self.progress.write(json.dumps(record))
+
+    def close(self) -> None:
+        self.file.close()
+        self.progress.close()
 
 
 def train(args: argparse.Namespace) -> None:
@@ -307,39 +333,27 @@ def train(args: argparse.Namespace) -> None:
     run = Run(args)
     run.output.mkdir(parents=True, exist_ok=True)
     sources("train")
-    parameters = sum(p.numel() for p in run.model.parameters())
-    total = None if math.isinf(args.steps) else int(args.steps)
-    progress = tqdm(total=total, initial=run.step, desc=f"{parameters / 1e6:.2f}M parameters", mininterval=10)
-    window: dict[str, list[float]] = {}
-    saved = time.time()
-    with open(run.output / "training_log.jsonl", "a") as log:
+    log, saved = Log(run), time.time()
 
-        def note(record: dict) -> None:
-            log.write(json.dumps(record) + "\n")
-            log.flush()
-            progress.write(json.dumps(record))
+    def evaluate() -> None:
+        train_mode(run.model, False)
+        accuracy: dict[str, float] = {}
+        if run.step > args.vision_steps:
+            own = measure(
+                run.model, run.processor, "seen", args.eval_samples, list(TASKS)[run.process :: run.processes]
+            )
+            found = {task: value for part in parallel.of_all(own) for task, value in part.items()}
+            accuracy = {task: found[task] for task in TASKS}
+        run.save(accuracy)
+        log.write({"seen": accuracy})
 
-        def evaluate() -> None:
-            train_mode(run.model, False)
-            looking = run.step <= args.vision_steps
-            accuracy = {} if looking else measure(run.model, run.processor, "seen", args.eval_samples)
-            run.save(accuracy)
-            note({"step": run.step, "seconds": round(run.seconds), "seen": accuracy})
-
-        for notes, looking in run.steps():
-            progress.update()
-            for name, value in notes.items():
-                window.setdefault(name, []).append(value)
-            if run.step % args.log_every == 0:
-                right = {name: round(float(np.mean(values)), 3) for name, values in window.items()}
-                record = {"step": run.step, "seconds": round(run.seconds), "lr": round(run.rate, 6)}
-                note({**record, "looking" if looking else "right": right, "levels": dict(run.curriculum.levels)})
-                window = {}
-            if time.time() - saved > args.save_seconds:
-                evaluate()
-                saved = time.time()
-        evaluate()
-    progress.close()
+    for notes, looking in run.steps():
+        log.step(notes, looking)
+        if parallel.of_first(time.time() - saved) > args.save_seconds:
+            evaluate()
+            saved = time.time()
+    evaluate()
+    log.close()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -353,7 +367,8 @@ def main(argv: list[str] | None = None) -> None:
         "--vision_kinds",
         nargs="+",
         choices=list(KINDS),
-        default=["words", "words", "table", "page", "icons", "icons", "bars"],
+        default=["words"] * 4 + ["page"] * 2 + ["table", "icons", "icons", "bars", "several", "clip"],
+        help="of scenes that the tower looks at, several times for more",
     )
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--warmup_steps", type=int, default=50)
@@ -367,7 +382,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         check_positive(args, "steps", "max_seconds", "eval_samples", "log_every", "threads", "warmup_steps")
-        with locked(Path(args.output)):
+        process, _ = parallel.start()
+        with locked(Path(args.output)) if process == 0 else nullcontext():
             train(args)
     except (ValueError, OSError) as error:
         parser.error(str(error))
