@@ -25,7 +25,8 @@ from linmu_hf.conversion.teacher import check_pair, load_teacher
 from linmu_hf.families import FAMILIES, add_family
 from linmu_hf.families.family import Checkpoint, Family, Preset, WeightMap
 from linmu_hf.hub import find_origin, write_model_card
-from linmu_hf.modeling.vision_side import VISION_SIDES, VisionSide, grid_coordinates, text_positions
+from linmu_hf.modeling.layout.positions import text_positions
+from linmu_hf.modeling.vision_side import VISION_SIDES, VisionSide, grid_coordinates
 from linmu_hf.safetensors_io import read_checkpoint
 
 

@@ -14,7 +14,7 @@ from transformers.initialization import no_init_weights
 from ..modeling.configuration_linmu import LinMUConfig
 from ..modeling.decoder import attention_arguments
 from ..modeling.layout.media import Medium
-from ..modeling.layout.packing import positions_within
+from ..modeling.layout.positions import positions_within
 from ..modeling.layout.prompt import Prompt
 from ..modeling.mixers import recurrent_layers
 from ..modeling.mixers.attention import BY_SEQUENCE

@@ -24,7 +24,8 @@ from .cache import MMateCacheLayer, counting_layer, open_cache
 from .compat import CACHE, takes_aliases
 from .configuration_linmu import LinMUConfig, LinMUTextConfig
 from .layout.near import NearStep
-from .layout.packing import lengths_to_bounds, positions_within
+from .layout.packing import lengths_to_bounds
+from .layout.positions import positions_within
 from .layout.prompt import Prompt, text_prompt
 from .layout.token_layout import TextStep, TokenLayout
 from .mixers import MIXERS, AttentionMask, padding_mask, recurrent_layers

@@ -27,7 +27,8 @@ from .checks import check_prompt, is_checked, mark_checked
 from .compat import CACHE, MediaGeneration, takes_aliases
 from .decoder import LinMUCausalLMOutput
 from .layout.media import GRIDS, PIXELS, read_media
-from .layout.prompt import Prompt, new_positions
+from .layout.positions import new_positions
+from .layout.prompt import Prompt
 from .mixers import padding_mask, recurrent_layers
 
 

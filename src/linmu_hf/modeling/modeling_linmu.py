@@ -15,9 +15,10 @@ from .configuration_linmu import LinMUConfig
 from .decoder import LinMUCausalLMOutput, LinMUModelOutput, LinMUPreTrainedModel, LinMUTextModel
 from .generation import VisionLayoutGeneration
 from .layout.media import KINDS, Medium, read_media
+from .layout.positions import text_positions
 from .layout.prompt import Prompt
 from .mixers import AttentionMask
-from .vision_side import VISION_SIDES, VisionSide, text_positions
+from .vision_side import VISION_SIDES, VisionSide
 
 
 class LinMUModel(LinMUPreTrainedModel):

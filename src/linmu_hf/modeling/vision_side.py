@@ -108,12 +108,3 @@ def grid_coordinates(frames: int, height: int, width: int, device: torch.device 
     """Returns (T, H, W) of every cell of a grid, frame by frame and row by row, `[n, 3]`."""
     axes = (torch.arange(size, device=device) for size in (frames, height, width))
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
-
-
-def text_positions(tokens: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Returns the number of each token `[b, t]` among the real ones of its row, three times: `[3, b, t]`."""
-    if attention_mask is None:
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    else:
-        positions = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
-    return positions.expand(3, -1, -1)

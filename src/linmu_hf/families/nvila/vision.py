@@ -15,8 +15,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 from ...modeling.checks import expect
+from ...modeling.layout.positions import text_positions
 from ...modeling.remote_code import InstalledCode
-from ...modeling.vision_side import VisionSide, grid_coordinates, text_positions
+from ...modeling.vision_side import VisionSide, grid_coordinates
 from .configuration import NVILAVisionConfig
 
 

@@ -56,11 +56,6 @@ def packed_lengths(
     return [end - start for start, end in pairwise(bounds)] if len(bounds) > 2 else None
 
 
-def positions_within(lengths: list[int], device: torch.device) -> torch.Tensor:
-    """Returns 0, 1, ... in every sequence: text positions of a packed row, `[1, t]`."""
-    return torch.cat([torch.arange(length, device=device) for length in lengths])[None]
-
-
 def unpack(row: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns a packed row `[1, t]` as a right-padded batch and its mask, both `[m, longest]`."""
     rows = torch.nn.utils.rnn.pad_sequence(list(row[0].split(lengths)), batch_first=True)

@@ -9,10 +9,10 @@ from torch import nn
 from transformers import Cache
 
 from .. import checks
-from ..cache import next_positions, note_hidden, note_rope_deltas
 from ..mixers import AttentionMask, padding_mask, recurrent_layers
 from .media import GRIDS, PIXELS, Medium, read_media
-from .packing import packed_lengths, positions_within, unpack
+from .packing import packed_lengths
+from .positions import new_positions, note_hidden, note_rope_deltas, positions_within
 
 
 @dataclass(frozen=True)
@@ -137,30 +137,6 @@ def tokens_read(cache: Cache | None) -> Any:
     """Returns how many tokens a cache has read: a number, not the tensor of a static cache, which counts on."""
     past = 0 if cache is None else cache.get_seq_length()
     return past if torch.compiler.is_compiling() else int(past)
-
-
-def new_positions(
-    model: nn.Module, input_ids: torch.Tensor, attention_mask: AttentionMask, cache: Cache | None,
-    lengths: list[int] | None = None, mm_token_type_ids: torch.Tensor | None = None, **grids: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """
-    Returns `get_positions` of the new tokens of a batch, after what the cache has seen; sequences that share a row, of
-    these `lengths`, give `[3, 1, t]` and `[1, t, 4]`.
-    """
-    if lengths is not None:
-        rows, mask = unpack(input_ids, lengths)
-        types = None if mm_token_type_ids is None else unpack(mm_token_type_ids, lengths)[0]
-        positions, layout = model.get_positions(rows, mask, mm_token_type_ids=types, **grids)
-        real = mask.bool()
-        return positions[:, real][:, None], None if layout is None else layout[real][None]
-    whole = mask = None if isinstance(attention_mask, dict) else attention_mask
-    if mask is not None:
-        mask = mask[:, -input_ids.shape[1] :]
-    positions, layout = model.get_positions(input_ids, mask, mm_token_type_ids=mm_token_type_ids, **grids)
-    if cache is not None:
-        note_hidden(cache, whole, input_ids.shape[1])
-        positions = positions + next_positions(cache, len(input_ids), input_ids.device)
-    return positions, layout
 
 
 def text_prompt(
