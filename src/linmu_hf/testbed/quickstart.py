@@ -173,13 +173,16 @@ def flags(options: dict[str, Any]) -> list[str]:
     ]
 
 
-def walk(output: Path, teacher: str, schedule: Schedule) -> dict[str, Any]:
-    """Goes the whole way and returns what `results.json` holds."""
+def open_way(output: Path, teacher: str, schedule: Schedule) -> Way:
+    """Opens the folder of a way, or begins one."""
     stages = read_stages(recipe_file(schedule.recipe), schedule.stage_overrides)
     settings = {"mixer_options": WINDOWS, "stages": [stage_values(stage) for stage in stages], **asdict(schedule)}
-    way = Way(output, {"teacher": teacher, **settings})
-    data, init, student, scores = (output / name for name in ("data", "init", "student", "retention.json"))
-    way.run("data", lambda: make_data(data, schedule.train_rows, schedule.test_rows_per_task, schedule.sizes))
+    return Way(output, {"teacher": teacher, **settings})
+
+
+def convert_and_distil(way: Way, output: Path, teacher: str, schedule: Schedule) -> list[Path]:
+    """Goes from `output/data` to `output/student`; returns the models on the way, without those fed by the teacher."""
+    data, init, student = (output / name for name in ("data", "init", "student"))
     way.run(
         "convert",
         command(
@@ -198,8 +201,17 @@ def walk(output: Path, teacher: str, schedule: Schedule) -> dict[str, Any]:
             *(("--stage_overrides", *schedule.stage_overrides) if schedule.stage_overrides else ()),
         ),
     )  # fmt: skip
-    folders = [student / stage.name for stage in stages if stage.hidden_input == "student"]
-    models = [word for folder in (init, *folders) for word in ("--model", folder)]
+    stages = read_stages(recipe_file(schedule.recipe), schedule.stage_overrides)
+    return [init, *(student / stage.name for stage in stages if stage.hidden_input == "student")]
+
+
+def walk(output: Path, teacher: str, schedule: Schedule) -> dict[str, Any]:
+    """Goes the whole way and returns what `results.json` holds."""
+    way = open_way(output, teacher, schedule)
+    data, student, scores = (output / name for name in ("data", "student", "retention.json"))
+    way.run("data", lambda: make_data(data, schedule.train_rows, schedule.test_rows_per_task, schedule.sizes))
+    folders = convert_and_distil(way, output, teacher, schedule)
+    models = [word for folder in folders for word in ("--model", folder)]
     way.run(
         "evaluate",
         command("linmu-eval", evaluation.main, *models, "--teacher", teacher, "--dataset", data, "--json", scores),

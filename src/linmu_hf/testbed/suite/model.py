@@ -9,6 +9,7 @@ from .. import qwen2_5_vl
 from ..check_teacher import TEACHER as DIGITS
 
 
+TEACHER = Path(__file__).parent / "teacher"  # shipped
 DEPTH = 5
 
 
