@@ -16,7 +16,7 @@ from linmu_hf.testbed.qwen2_5_vl import build_processor as build_digits_processo
 from linmu_hf.testbed.qwen2_5_vl import load_model
 from linmu_hf.testbed.suite import check_teacher, train_teacher
 from linmu_hf.testbed.suite.curriculum import GROW_AT, Curriculum
-from linmu_hf.testbed.suite.data import converse, training_scene
+from linmu_hf.testbed.suite.data import converse, draw_questions, training_scene
 from linmu_hf.testbed.suite.encoding import encode, encode_vision
 from linmu_hf.testbed.suite.model import DIGITS, build_model, save_checkpoint
 from linmu_hf.testbed.suite.processor import build_processor
@@ -113,9 +113,22 @@ def test_an_answer_is_right_as_a_whole():
     end = 9
     labels = torch.tensor([1, 2, end, 3, end, 4, 5, end])
     logits = torch.nn.functional.one_hot(labels, 10).float()
-    assert train_teacher.share_right(logits, labels, end) == 1.0
+    assert train_teacher.answers_right(logits, labels, end).tolist() == [1.0, 1.0, 1.0]
     logits[1] = 0.0  # the second letter of the first answer
-    assert train_teacher.share_right(logits, labels, end) == pytest.approx(2 / 3)
+    assert train_teacher.answers_right(logits, labels, end).tolist() == [0.0, 1.0, 1.0]
+
+
+def test_what_is_answered_is_asked_less():
+    curriculum = Curriculum()
+    for _ in range(50):
+        curriculum.update_task("which", 1.0)
+    rng, tasks = np.random.default_rng(0), []
+    for _ in range(30):
+        scene = training_scene(rng, "several", images=3, alike=True)
+        tasks += [task for _, _, task in draw_questions(rng, scene, 1, curriculum.shares)]
+    assert tasks.count("same") > 2 * tasks.count("which") > 0
+    opening = [("the code is 7.", "yes"), ("the code?", "7")]
+    assert train_teacher.pad_tasks(opening, [("the code?", "7", "memory")]) == [None, "memory"]
 
 
 def test_only_the_last_answer_is_measured():

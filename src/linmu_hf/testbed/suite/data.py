@@ -7,7 +7,7 @@ test     held out    those of training
 beyond   held out    larger pictures, more images, longer videos and conversations
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from PIL import Image
@@ -46,14 +46,25 @@ def with_opening(scene: Scene, turns: Sequence[tuple[str, str]]) -> Turns:
 
 def converse(rng: np.random.Generator, scene: Scene, questions: int | None = None) -> Turns:
     """Draws a training conversation: different questions of the tasks that suit the scene, fewer if it has too few."""
+    drawn = draw_questions(rng, scene, questions)
+    return with_opening(scene, [(question, answer) for question, answer, _ in drawn])
+
+
+def draw_questions(
+    rng: np.random.Generator, scene: Scene, n: int | None = None, shares: Mapping[str, float] | None = None
+) -> list[tuple[str, str, str]]:
+    """Draws at most `n` different questions, each with its answer and task; `shares` says how often which task."""
     kind = KINDS[scene.kind]
-    wanted, tasks, drawn = questions or QUESTIONS[scene.kind], kind.tasks_of(scene), {}
+    wanted, tasks = n or QUESTIONS[scene.kind], kind.tasks_of(scene)
+    weights = np.array([1.0 if shares is None else shares[task] for task in tasks])
+    drawn: dict[str, tuple[str, str, str]] = {}
     for _ in range(6 * wanted):
-        question, answer = kind.ask(rng, scene, tasks[int(rng.integers(len(tasks)))])
-        drawn[question] = answer
+        task = tasks[int(rng.choice(len(tasks), p=weights / weights.sum()))]
+        question, answer = kind.ask(rng, scene, task)
+        drawn[question] = (question, answer, task)
         if len(drawn) == wanted:
             break
-    return with_opening(scene, list(drawn.items()))
+    return list(drawn.values())
 
 
 def training_scene(

@@ -31,7 +31,7 @@ from ..encoding import IGNORED
 from ..qwen2_5_vl import train_mode
 from . import parallel
 from .curriculum import Curriculum
-from .data import Turns, converse, evaluation_scenes, training_scene
+from .data import Turns, draw_questions, evaluation_scenes, training_scene, with_opening
 from .drawing import Scene
 from .encoding import encode, encode_vision
 from .model import build_model, save_checkpoint
@@ -119,11 +119,16 @@ def answer_logits(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor, Seen]
     return model.lm_head(hidden[:, :-1][answered]), batch["labels"][:, 1:][answered], seen
 
 
-def share_right(logits: torch.Tensor, labels: torch.Tensor, end: int) -> float:
-    """Returns the share of answers all of whose tokens are the likeliest."""
+def answers_right(logits: torch.Tensor, labels: torch.Tensor, end: int) -> torch.Tensor:
+    """Returns for every answer whether all of its tokens are the likeliest, 0 or 1."""
     wrong = (logits.argmax(-1) != labels).long().cumsum(0)
     at_end = wrong[labels == end]
-    return (torch.diff(at_end, prepend=at_end.new_zeros(1)) == 0).float().mean().item()
+    return (torch.diff(at_end, prepend=at_end.new_zeros(1)) == 0).float()
+
+
+def pad_tasks(turns: Turns, drawn: list[tuple[str, str, str]]) -> list[str | None]:
+    """Returns the task of every turn of a conversation, `None` for those before its questions."""
+    return [None] * (len(turns) - len(drawn)) + [task for _, _, task in drawn]
 
 
 @torch.no_grad()
@@ -259,14 +264,22 @@ class Run:
         for kind in kinds:
             level, chosen = self.curriculum.draw(rng, kind)
             scenes = draw_scenes(rng, kind, level, chosen, self.args.seed, self.step)
-            samples: list[tuple[Scene, Turns]] = [(scene, converse(rng, scene)) for scene in scenes]
+            asked = [draw_questions(rng, scene, shares=self.curriculum.shares) for scene in scenes]
+            turns = [with_opening(scene, [one[:2] for one in drawn]) for scene, drawn in zip(scenes, asked)]
+            samples: list[tuple[Scene, Turns]] = list(zip(scenes, turns))
             logits, labels, seen = answer_logits(self.model, encode(self.processor, samples))
             loss = F.cross_entropy(logits, labels)
             if self.together:
                 loss = loss + VISION_SHARE * self.heads.loss(seen, flat_targets(scenes))[0]
             (loss / len(kinds)).backward()
-            right = share_right(logits.detach(), labels, self.processor.tokenizer.eos_token_id)
-            notes[kind] = right
+            right = answers_right(logits.detach(), labels, self.processor.tokenizer.eos_token_id).tolist()
+            notes[kind] = sum(right) / len(right)
+            # before its questions a conversation has turns of no task
+            tasks = [task for given, drawn in zip(turns, asked) for task in pad_tasks(given, drawn)]
+            for task in KINDS[kind].tasks:
+                of_task = [one for one, own in zip(right, tasks, strict=True) if own == task]
+                if of_task:
+                    notes[f"{kind} {task}"] = sum(of_task) / len(of_task)
         self.update()
         return notes
 
@@ -286,8 +299,12 @@ class Run:
                 notes = parallel.of_all(self.vision_step(rng, kinds))
             else:
                 notes = parallel.of_all(self.answer_step(rng, self.curriculum.choose(rng, KINDS_PER_STEP)))
-                for kind, right in (pair for each in notes for pair in each.items()):
-                    self.curriculum.update(kind, right)
+                for name, right in (pair for each in notes for pair in each.items()):
+                    kind, _, task = name.partition(" ")
+                    if task:
+                        self.curriculum.update_task(task, right)
+                    else:
+                        self.curriculum.update(kind, right)
             self.step += 1
             self.seconds += time.time() - started - spent
             yield notes, looking
