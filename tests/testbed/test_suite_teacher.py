@@ -22,7 +22,7 @@ from linmu_hf.testbed.suite.model import DIGITS, build_model, save_checkpoint
 from linmu_hf.testbed.suite.processor import build_processor
 from linmu_hf.testbed.suite.sources import sources
 from linmu_hf.testbed.suite.tasks import KINDS, TASKS
-from linmu_hf.testbed.suite.vision_heads import HEADS, Seen, VisionHeads, flat_targets
+from linmu_hf.testbed.suite.vision_heads import HEADS, Seen, VisionHeads, flat_targets, repeat_targets
 
 
 QUICK = ("words", "icons", "several", "clip", "memory")  # to draw
@@ -107,6 +107,25 @@ def test_the_heads_loss_falls_to_zero_where_they_are_right(processor):
     assert loss < 1e-6 and right == dict.fromkeys(("icon", "colour", "this icon", "this colour"), 1.0)
     wrong = {**oracles, "this icon": lambda tokens: 50 * torch.eye(HEADS["this icon"].classes)[[0] * n]}
     assert VisionHeads.loss(wrong, seen, targets)[0] > 1
+
+
+@pytest.mark.parametrize("kind", ["several", "clip"])
+def test_icons_are_counted_in_the_order_of_their_pictures(kind, processor):
+    scenes, batch = batch_of(kind, processor)
+    times = repeat_targets(scenes)
+    assert times.shape == ((batch["mm_token_type_ids"] > 0).sum(),)
+    for scene, own in zip(scenes, times.chunk(len(scenes))):
+        shown = [name for _, name in scene.facts["shown"]] if kind == "clip" else scene.facts["shown"]
+        assert own[own > 0].tolist() == [shown[: i + 1].count(name) for i, name in enumerate(shown)]
+
+
+def test_one_pair_of_a_row_is_compared():
+    rng = np.random.default_rng(0)
+    scenes = [training_scene(rng, "several", images=4, alike=True) for _ in range(40)]
+    drawn = [[(answer, task) for _, answer, task in draw_questions(rng, scene)] for scene in scenes]
+    answers = [answer for row in drawn for answer, task in row if task == "same"]
+    assert max(sum(task == "same" for _, task in row) for row in drawn) == 1
+    assert 0.3 < answers.count("yes") / len(answers) < 0.7
 
 
 def test_an_answer_is_right_as_a_whole():
@@ -201,7 +220,7 @@ def test_training_goes_on_where_it_was(tiny, tmp_path, monkeypatch):
     whole, parts = (torch.load(tmp_path / name / "state" / "state.pt") for name in ("whole", "parts"))
     assert whole["step"] == parts["step"] == 4
     assert whole["curriculum"] == parts["curriculum"]
-    for part in ("model", "heads"):
+    for part in ("model", "heads", "repeats"):
         for name, value in whole[part].items():
             assert torch.equal(value, parts[part][name]), name
     kinds = ["looking" if "looking" in line else "right" for line in lines_of(tmp_path / "whole") if "levels" in line]

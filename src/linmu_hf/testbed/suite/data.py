@@ -21,6 +21,7 @@ Turns = list[tuple[str, str]]
 
 EVALUATION_SPLITS = ("seen", "test", "beyond")
 QUESTIONS = {"words": 4, "bars": 5, "table": 6, "icons": 6, "page": 4, "several": 4, "clip": 5, "memory": 4}
+ASKED_ONCE = ("same",)  # one pair is alike: the others would teach to say no
 ACCEPTED = "yes"  # to the facts that a conversation begins with
 
 
@@ -62,7 +63,9 @@ def draw_questions(
         task = tasks[int(rng.choice(len(tasks), p=weights / weights.sum()))]
         question, answer = kind.ask(rng, scene, task)
         drawn[question] = (question, answer, task)
-        if len(drawn) == wanted:
+        if task in ASKED_ONCE:
+            weights[tasks.index(task)] = 0.0
+        if len(drawn) == wanted or not weights.any():
             break
     return list(drawn.values())
 

@@ -38,7 +38,8 @@ from .model import build_model, save_checkpoint
 from .processor import build_processor
 from .sources import Sources, sources
 from .tasks import KINDS, TASKS
-from .vision_heads import Seen, VisionHeads, flat_targets, watching
+from .videos import MOST
+from .vision_heads import Seen, VisionHeads, flat_targets, repeat_targets, watching
 
 
 # Charts are slow to draw: those of training come from a pool for each kind and level, in blocks of one layout
@@ -51,6 +52,7 @@ KINDS_PER_STEP = 2
 MUON_SHARE = 0.4  # of the rate, for matrices
 TOWER_SHARE = 0.3  # of the rate, for the tower when it learns together with the decoder
 VISION_SHARE = 0.3  # of the heads' loss beside that of answers
+REPEATS = ("several", "clip")  # scenes that ask how often an icon is shown
 STEADY = 0.75  # of a run; then the rate falls
 
 
@@ -71,7 +73,7 @@ def draw_scenes(
         return [_pooled_scene(seed, kind, level, block, int(number)) for number in rng.permutation(BLOCK)[:n]]
     layout = {**KINDS[kind].layout(rng, level), **fixed}
     if kind == "several":
-        return [training_scene(rng, kind, chosen=chosen, **{**layout, "alike": i % 2 == 0}) for i in range(n)]
+        return [training_scene(rng, kind, chosen=chosen, **{**layout, "alike": i % 4 > 0}) for i in range(n)]
     return [training_scene(rng, kind, chosen=chosen, **layout) for _ in range(n)]
 
 
@@ -104,7 +106,7 @@ def look(model, batch: dict) -> Seen:
     """Returns what the tower gives for a batch's pictures."""
     video = "pixel_values_videos" in batch
     pixels, grid = ("pixel_values_videos", "video_grid_thw") if video else ("pixel_values", "image_grid_thw")
-    with watching(model.model.visual) as seen:
+    with watching(model) as seen:
         model.model.visual(batch[pixels], grid_thw=batch[grid])
     return seen
 
@@ -113,7 +115,7 @@ def answer_logits(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor, Seen]
     """Returns logits and labels `[n]` at the answers' tokens, and what the tower gave."""
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "attention_mask")}
     inputs["position_ids"] = positions(model, batch)
-    with watching(model.model.visual) as seen:
+    with watching(model) as seen:
         hidden = model.model(**inputs, use_cache=False).last_hidden_state
     answered = batch["labels"][:, 1:] != IGNORED
     return model.lm_head(hidden[:, :-1][answered]), batch["labels"][:, 1:][answered], seen
@@ -177,7 +179,11 @@ class Run:
         self.model = build_model(self.processor)
         vision = self.model.config.vision_config
         self.heads = VisionHeads(vision.hidden_size, vision.out_hidden_size)
-        self.optimizer = Muon(optimizer_groups(self.model, self.heads), lr=args.lr, betas=(0.9, 0.98))
+        # says of a token of the decoder how often its icon was shown before; thrown away, too
+        self.repeats = nn.Linear(vision.out_hidden_size, MOST + 1)
+        groups = optimizer_groups(self.model, self.heads)
+        groups.append({"params": list(self.repeats.parameters()), "tower": False, "heads": 0, "weight_decay": 0.0})
+        self.optimizer = Muon(groups, lr=args.lr, betas=(0.9, 0.98))
         self.curriculum = Curriculum()
         self.step, self.seconds, self.best = 0, 0.0, -1.0
         self.state_folder = self.output / "state"
@@ -185,7 +191,7 @@ class Run:
             self._load()
 
     def _parts(self) -> dict:
-        return {name: getattr(self, name) for name in ("model", "heads", "curriculum", "optimizer")}
+        return {name: getattr(self, name) for name in ("model", "heads", "repeats", "curriculum", "optimizer")}
 
     def _load(self) -> None:
         state = torch.load(self.state_folder / "state.pt", weights_only=True)
@@ -230,10 +236,11 @@ class Run:
         return self.step >= self.args.vision_steps + self.args.decoder_steps
 
     def learning(self) -> list[list[nn.Parameter]]:
-        """Returns the parameters that learn in this phase: of the model, of the heads."""
+        """Returns the parameters that learn in this phase: of the model, of the tower's heads, of the decoder's."""
         parts = {True: self.looking or self.together, False: not self.looking}
         of_model = [p for name, p in self.model.named_parameters() if parts[".visual." in name]]
-        return [of_model, list(self.heads.parameters()) if parts[True] else []]
+        of_heads = list(self.heads.parameters()) if parts[True] else []
+        return [of_model, of_heads, [] if self.looking else list(self.repeats.parameters())]
 
     def update(self) -> None:
         """Takes the optimizer's step with the gradients of all processes."""
@@ -267,8 +274,12 @@ class Run:
             asked = [draw_questions(rng, scene, shares=self.curriculum.shares) for scene in scenes]
             turns = [with_opening(scene, [one[:2] for one in drawn]) for scene, drawn in zip(scenes, asked)]
             samples: list[tuple[Scene, Turns]] = list(zip(scenes, turns))
-            logits, labels, seen = answer_logits(self.model, encode(self.processor, samples))
+            batch = encode(self.processor, samples)
+            logits, labels, seen = answer_logits(self.model, batch)
             loss = F.cross_entropy(logits, labels)
+            if kind in REPEATS and seen.decoded is not None:
+                told = self.repeats(seen.decoded[batch["mm_token_type_ids"] > 0])
+                loss = loss + F.cross_entropy(told, repeat_targets(scenes))
             if self.together:
                 loss = loss + VISION_SHARE * self.heads.loss(seen, flat_targets(scenes))[0]
             (loss / len(kinds)).backward()

@@ -20,6 +20,7 @@ CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz:"
 EARLY_BLOCK = 2  # of the tower, whose output shows what is where; the last one says what begins here
 SLOTS = 4  # places for a character along one vision token
 LONGEST = 6  # characters of a word
+COUNTING_LAYER = 1  # of the decoder, after which a token knows how often its icon was shown before
 NOTHING_WEIGHT = 0.15  # most places show nothing
 
 
@@ -94,6 +95,20 @@ def _everywhere(item: Item, grid: tuple[int, int, int]) -> tuple:
     return np.ix_((down >= top) & (down < bottom), (across >= left) & (across < right))
 
 
+def repeat_targets(scenes: Sequence[Scene]) -> Tensor:
+    """Returns for every token `[tokens]` how often the icon that begins in it was shown until then; 0 if none does."""
+    found = []
+    for scene in scenes:
+        grid = token_grid(scene)
+        shown: dict[str, int] = {}
+        times = np.zeros(grid, np.int64)
+        for item in sorted((item for item in scene.items if item.kind == "icon"), key=lambda item: item.picture):
+            shown[item.label] = shown.get(item.label, 0) + 1
+            times[item.picture][_begin(item, grid)] = shown[item.label]
+        found.append(times.ravel())
+    return torch.from_numpy(np.concatenate(found))
+
+
 def flat_targets(scenes: Sequence[Scene]) -> dict[str, Tensor]:
     """Returns the heads' targets `[tokens, places]` of a batch."""
     each = [token_targets(scene) for scene in scenes]
@@ -105,16 +120,17 @@ def flat_targets(scenes: Sequence[Scene]) -> dict[str, Tensor]:
 
 @dataclass
 class Seen:
-    """What the tower gave: `[tokens, 4 x hidden]` from the early block, `[tokens, channels]` at its end."""
+    """What the tower gave, `[tokens, 4 x hidden]` early and `[tokens, channels]` at its end, and the decoder after."""
 
     early: Tensor | None = None
     tokens: Tensor | None = None
+    decoded: Tensor | None = None  # [b, t, d]
 
 
 @contextmanager
-def watching(visual: nn.Module) -> Iterator[Seen]:
-    """Notes what a tower gives meanwhile. Its windows must be one token wide, so that tokens keep their order."""
-    seen = Seen()
+def watching(model: nn.Module) -> Iterator[Seen]:
+    """Notes what a model gives meanwhile. The tower's windows are one token wide, so that tokens keep their order."""
+    visual, seen = model.model.visual, Seen()
 
     def note_early(module, args, output):
         patches = output if isinstance(output, Tensor) else output[0]
@@ -123,9 +139,13 @@ def watching(visual: nn.Module) -> Iterator[Seen]:
     def note_tokens(module, args, output):
         seen.tokens = output.pooler_output
 
+    def note_decoded(module, args, output):
+        seen.decoded = output if isinstance(output, Tensor) else output[0]
+
     hooks = [
         visual.blocks[EARLY_BLOCK].register_forward_hook(note_early),
         visual.register_forward_hook(note_tokens),
+        model.model.language_model.layers[COUNTING_LAYER].register_forward_hook(note_decoded),
     ]
     try:
         yield seen
