@@ -17,7 +17,7 @@ from synthetic import make_processor, make_teacher
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the benchmarks are not part of the package
 
 from benchmarks.real import __main__ as command
-from benchmarks.real import bench, far_memory, measure, recall, recipes, text
+from benchmarks.real import bench, far_memory, measure, recall, recipes, suite, text
 from benchmarks.real.settings import DEFAULT, QUICK, Calibrate, Settings, Train, change_step, select_steps
 from benchmarks.real.train import losses, rate_factor, train
 
@@ -392,6 +392,30 @@ def test_recipes_are_measured_once_each(run, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         recipes.main([*words, "--rows", "3"])
     assert "is of other --tokens or --rows" in capsys.readouterr().err
+
+
+def test_the_suite_in_words_is_measured_once_for_each_model(run, tmp_path, monkeypatch, capsys):
+    run("conversion", mixer_options=(("text_window", 4),))
+    flags = ["--output", str(tmp_path / "run"), "--base", str(tmp_path / "base"), "--samples", "1"]
+    monkeypatch.setattr(suite, "TOLD_TASKS", ("field", "memory"))
+    suite.main([*flags, "--models", "teacher", "conversion"])
+    printed = capsys.readouterr().out
+    assert "| task | tokens | teacher | conversion |" in printed and printed.count("| memory |") == 2
+    monkeypatch.setattr(suite, "measure", lambda *args: pytest.fail("measured twice"))
+    suite.main([*flags, "--models", "teacher"])
+    with pytest.raises(SystemExit):
+        suite.main(flags)
+    assert "no model in" in capsys.readouterr().err
+
+
+def test_an_answer_counts_if_all_of_its_tokens_are_first_choices():
+    model = tiny.plain(layer_types=["full_attention"] * 4)
+    prompt = [5, 6, 7]
+    ids = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    answer = ids[0, 3:].tolist()
+    assert suite.answers(model, prompt, answer)
+    assert not suite.answers(model, prompt, [*answer[:2], (answer[2] + 1) % 50])
+    assert not suite.answers(model, prompt, [(answer[0] + 1) % 50, *answer[1:]])
 
 
 def test_the_delta_rule_in_pieces_is_the_recurrence():

@@ -21,6 +21,7 @@ from linmu_hf.testbed.suite.data import (
     training_scenes,
 )
 from linmu_hf.testbed.suite.encoding import encode, token_grid
+from linmu_hf.testbed.suite.in_words import TOLD_TASKS, begun_answer, in_words
 from linmu_hf.testbed.suite.processor import build_processor
 from linmu_hf.testbed.suite.sources import (
     CHART_STYLES,
@@ -374,3 +375,31 @@ def test_wrong_numbers_are_refused(capsys, tmp_path):
         make_data.main(["--output", str(tmp_path / "data"), "--test", "0"])
     assert "--test 0 must be at least 1" in capsys.readouterr().err
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("task", TOLD_TASKS)
+def test_what_is_told_holds_the_answer(task):
+    for scene, turns in evaluation_scenes(task, 4):
+        told, (question, answer) = in_words(scene, turns), turns[-1]
+        assert [answer for _, answer in told] == [answer for _, answer in turns] and told[1:] == turns[1:]
+        text = told[0][0]
+        begun = begun_answer(scene, turns)
+        if task in ("value", "cell", "field"):
+            assert f"{begun} {answer}" in text.splitlines()
+        elif task == "count":
+            assert text.count(f": {question.split()[-1][:-1]}\n") == int(answer)
+        elif task == "order":
+            one, _, other, _ = question.removeprefix(scene.opening).split()
+            assert min((one, other), key=lambda name: text.index(f": {name}\n")) == answer
+        else:
+            said = {
+                "needle": f": number {answer}\n",
+                "subtitle": f"{begun[5:-1]} {answer}.",
+                "larger": f"{answer} bar: ",
+            }
+            assert said.get(task, f"{begun} {answer}.") in text
+
+
+def test_what_must_be_seen_is_not_told():
+    with pytest.raises(ValueError, match="scene.kind='words' must be one of bars, table, page, clip, memory"):
+        in_words(*next(evaluation_scenes("sign", 1)))
