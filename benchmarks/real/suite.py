@@ -3,9 +3,9 @@ The suite's tasks where text is concerned: charts, tables, pages, videos and con
 
     python -m benchmarks.real.suite --output runs/real [--models teacher conversion final] [--samples 50]
 
-Takes the models that `make real` has left. The answer is begun for them ("total:" to "total?"), and it is right if each
-of its tokens is a model's first choice after those before. What is measured is kept in `figures/suite/` and not done
-again.
+Takes the models that `make real` has left. The answer is begun for them ("total:" to "total?"), and it is right if
+each of its tokens is a model's first choice after those before. What is measured is kept in `figures/suite/` and not
+done again.
 """
 
 import argparse

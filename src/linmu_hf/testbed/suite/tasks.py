@@ -52,38 +52,38 @@ KINDS = {
 KIND_OF_TASK = {task: name for name, kind in KINDS.items() for task in kind.tasks}
 
 
-@dataclass(frozen=True)
-class Task:
-    """The benchmarks that a task is modelled on, and the accuracy of the best answer without looking."""
-
-    stands_for: str
-    chance: Callable[[Sources, int], float]  # of the sources, and 1 beyond the sizes of training
+Chance = Callable[[Sources, int], float]  # of the sources, and 1 beyond the sizes of training
 
 
-def _choices(n: int, beyond: int | None = None) -> Callable[[Sources, int], float]:
+def _choices(n: int, beyond: int | None = None) -> Chance:
     return lambda chosen, larger: 1 / (beyond if larger and beyond else n)
 
 
-TASKS = {
-    "sign": Task("scene text (TextVQA, OCRBench): the word on a sign", lambda s, _: 1 / len(s.words)),
-    "place": Task("scene text by place: the word at one of four places", lambda s, _: 1 / len(s.words)),
-    "value": Task("charts (ChartQA): the value of a bar", _choices(9)),
-    "larger": Task("charts: the larger of two bars", _choices(2)),
-    "cell": Task("tables: the number in a cell", lambda s, _: 1 / sum(n < charts.TABLE_NUMBERS for n in s.numbers)),
-    "icon": Task("objects (MMBench, GQA): the icon at a place", _choices(len(ICON_NAMES))),
-    "color": Task("attributes: the colour of an icon", _choices(len(COLOURS))),
-    # a page holds words and numbers alike, and words are fewer
-    "field": Task("documents (DocVQA): the value of a field", lambda s, _: 0.5 / sum(len(w) < 5 for w in s.words)),
-    "which": Task("several images (MuirBench): which shows a thing", _choices(several.FULL, several.BEYOND)),
-    "same": Task("several images: whether two show the same thing", _choices(2)),
-    "order": Task("video (Video-MME): which of two came first", _choices(2)),
-    "needle": Task("long video (needle in a haystack): the digit shown for one moment", _choices(10)),
-    "count": Task("video: how often a thing is shown", _choices(videos.MOST)),
-    "subtitle": Task("video with subtitles in the prompt: what was said when", _choices(len(ICON_NAMES))),
-    "memory": Task(
-        "conversations (MMDU): a fact told or shown early, asked after other turns",
-        lambda s, _: (1 / len(s.numbers) + 1 / len(s.words) + 1 / len(ICON_NAMES)) / 3,
-    ),
+# The accuracy of the best answer without looking; before them what they are modelled on.
+TASKS: dict[str, Chance] = {
+    # text in scenes (TextVQA, OCRBench): the word on a sign, or at one of four places
+    "sign": lambda s, _: 1 / len(s.words),
+    "place": lambda s, _: 1 / len(s.words),
+    # charts (ChartQA) and tables: the value of a bar, the larger of two, the number in a cell
+    "value": _choices(9),
+    "larger": _choices(2),
+    "cell": lambda s, _: 1 / sum(n < charts.TABLE_NUMBERS for n in s.numbers),
+    # objects and attributes (MMBench, GQA): the icon at a place, its colour
+    "icon": _choices(len(ICON_NAMES)),
+    "color": _choices(len(COLOURS)),
+    # documents (DocVQA): the value of a field; a page holds words and numbers alike, and words are fewer
+    "field": lambda s, _: 0.5 / sum(len(w) < 5 for w in s.words),
+    # several images (MuirBench): which shows a thing, whether two show the same
+    "which": _choices(several.FULL, several.BEYOND),
+    "same": _choices(2),
+    # videos (Video-MME): which of two came first, a digit shown for one moment, how often a thing is shown
+    "order": _choices(2),
+    "needle": _choices(10),
+    "count": _choices(videos.MOST),
+    # the same with subtitles in the prompt: what was said when
+    "subtitle": _choices(len(ICON_NAMES)),
+    # conversations (MMDU): a fact told or shown early, asked after other turns
+    "memory": lambda s, _: (1 / len(s.numbers) + 1 / len(s.words) + 1 / len(ICON_NAMES)) / 3,
 }
 
 
@@ -91,7 +91,7 @@ def chance(task: str, split: str = "test", beyond: bool = False) -> float:
     """Returns the accuracy of the best guess that knows the question's wording and the sources, not the picture."""
     if task not in TASKS:
         raise ValueError(f"task={task!r} must be one of {', '.join(TASKS)}")
-    return TASKS[task].chance(sources(split), int(beyond))
+    return TASKS[task](sources(split), int(beyond))
 
 
 assert list(TASKS) == list(KIND_OF_TASK)
