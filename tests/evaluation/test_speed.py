@@ -399,7 +399,8 @@ BAD = {
     "--device cpu --largest_batch": "--largest_batch needs a GPU",
     "--json .": "is a folder",
     "--json /proc/a.json": "--json /proc/a.json cannot be written",
-    "--png a.foo": "--png a.foo must end in .png",
+    "--png new/a.foo": "--png new/a.foo must end in .png",
+    "--json new/a.json --no_teacher --teacher_max_tokens 2048": "--teacher_max_tokens has no effect with --no_teacher",
     "--no_teacher --teacher_backends math": "--teacher_backends has no effect with --no_teacher",
     "--no_teacher --teacher_max_tokens 2048": "--teacher_max_tokens has no effect with --no_teacher",
     "--lengths 8 --teacher_max_tokens 5": "--teacher_max_tokens 5 leaves the teacher out at every length",
@@ -409,7 +410,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("arguments", BAD)
-def test_bad_arguments_give_one_clear_error(arguments, capsys):
+def test_bad_arguments_give_one_clear_error(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     if arguments == "--device cuda" and torch.cuda.is_available():
         arguments = "--device cuda --lengths 0"
         BAD[arguments] = BAD["--lengths 0"]
@@ -419,6 +421,7 @@ def test_bad_arguments_give_one_clear_error(arguments, capsys):
         code = stopped.code
     text = capsys.readouterr().err.splitlines()[-1]
     assert code == 2 and text.startswith("linmu-bench: error: ") and BAD[arguments] in text
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_models_are_refused(text_only_folder, capsys):

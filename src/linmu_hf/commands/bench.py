@@ -97,10 +97,6 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.largest_batch and device.type != "cuda":
         raise ValueError(f"--largest_batch needs a GPU, and the device is {arguments.device}")
     arguments.dtype = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    for option, file in (("--json", arguments.json), ("--png", arguments.png)):
-        if file is not None:
-            file.absolute().parent.mkdir(parents=True, exist_ok=True)
-            check_report(file, option)
     if arguments.png is not None:
         try:
             from matplotlib.backend_bases import FigureCanvasBase
@@ -111,6 +107,10 @@ def check(arguments: argparse.Namespace) -> None:
     for name in ("teacher_backends", "teacher_max_tokens"):
         if arguments.no_teacher and getattr(arguments, name):
             raise ValueError(f"--{name} has no effect with --no_teacher: leave one of them out")
+    for option, file in (("--json", arguments.json), ("--png", arguments.png)):
+        if file is not None:
+            file.absolute().parent.mkdir(parents=True, exist_ok=True)
+            check_report(file, option)
 
 
 def build_variants(arguments: argparse.Namespace, config) -> dict[str, Variant]:
