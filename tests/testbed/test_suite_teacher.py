@@ -128,6 +128,16 @@ def test_one_pair_of_a_row_is_compared():
     assert 0.3 < answers.count("yes") / len(answers) < 0.7
 
 
+@pytest.mark.parametrize("kind", ["bars", "clip"])
+def test_a_question_does_not_come_again_the_other_way_round(kind):
+    rng = np.random.default_rng(0)
+    for _ in range(8):
+        scene = training_scene(rng, kind)
+        asked = [set(question.strip("?").split()) for question, _, _ in draw_questions(rng, scene, 8)]
+        asked = [words for words in asked if "or" in words]
+        assert len({frozenset(words) for words in asked}) == len(asked)
+
+
 def test_an_answer_is_right_as_a_whole():
     end = 9
     labels = torch.tensor([1, 2, end, 3, end, 4, 5, end])
@@ -161,10 +171,12 @@ def test_levels_grow_with_the_answers_and_solved_kinds_are_drawn_less():
     for _ in range(200):
         curriculum.update("icons", 1.0)
         curriculum.update("page", 0.4)
+        for task, right in {"icon": 1.0, "color": 1.0, "field": 0.4, "which": 1.0, "same": 0.4}.items():
+            curriculum.update_task(task, right)
     assert curriculum.levels["icons"] == KINDS["icons"].levels and curriculum.levels["page"] == 1
     assert curriculum.accuracy["icons"] > GROW_AT
     drawn = [kind for i in range(300) for kind in curriculum.choose(np.random.default_rng(i), 2)]
-    assert drawn.count("icons") < drawn.count("page")
+    assert drawn.count("icons") < min(drawn.count("page"), drawn.count("several"))
     again = Curriculum()
     again.load_state_dict(curriculum.state_dict())
     assert again.state_dict() == curriculum.state_dict()
@@ -230,6 +242,22 @@ def test_training_goes_on_where_it_was(tiny, tmp_path, monkeypatch):
         assert torch.equal(value, whole["model"][name].to(torch.bfloat16).float()), name
     assert AutoProcessor.from_pretrained(tmp_path / "parts" / "model").tokenizer.eos_token == "<|im_end|>"
     assert sum(file.stat().st_size for file in (tmp_path / "parts" / "model").iterdir()) < 8e6
+
+
+def test_a_trained_teacher_is_trained_on(tiny, model, processor, tmp_path):
+    save_checkpoint(model, processor, tmp_path / "model")
+    run(tmp_path / "run", "--start", str(tmp_path / "model"), "--steps", "3")  # those of the first two phases
+    state = torch.load(tmp_path / "run" / "state" / "state.pt")
+    assert state["step"] == 3 and state["curriculum"]["levels"] == {kind: of.levels for kind, of in KINDS.items()}
+    assert all(
+        torch.equal(value.bfloat16().float(), state["model"][name]) for name, value in model.state_dict().items()
+    )
+    run(tmp_path / "run", "--start", str(tmp_path / "model"), "--steps", "4")
+    again = torch.load(tmp_path / "run" / "state" / "state.pt")
+    moved = {name for name, value in state["model"].items() if not torch.equal(value, again["model"][name])}
+    assert {True, False} == {".visual." in name for name in moved}
+    with pytest.raises(SystemExit):
+        run(tmp_path / "other", "--start", str(tmp_path / "none"))
 
 
 def test_the_tower_rests_while_the_decoder_learns_alone(tiny, tmp_path):

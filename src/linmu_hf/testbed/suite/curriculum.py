@@ -8,7 +8,7 @@ from .tasks import KINDS, TASKS
 
 GROW_AT = 0.85  # accuracy, a running mean
 SMOOTHING = 0.1
-LEAST_SHARE = 0.12
+LEAST_SHARE = 0.05
 SOURCE_SHARES = {1: 0.25, 2: 0.5}  # of the training sources at the first levels
 
 
@@ -47,8 +47,9 @@ class Curriculum:
         return {task: LEAST_SHARE + 1 - accuracy for task, accuracy in self.tasks.items()}
 
     def choose(self, rng: np.random.Generator, n: int) -> list[str]:
-        """Draws `n` different kinds, those that are answered worst most often."""
-        weights = np.array([LEAST_SHARE + 1 - self.accuracy[kind] for kind in KINDS])
+        """Draws `n` different kinds, those with the task that is answered worst most often."""
+        worst = [min(self.tasks[task] for task in KINDS[kind].tasks) for kind in KINDS]
+        weights = LEAST_SHARE + 1 - np.array(worst)
         return [str(kind) for kind in rng.choice(list(KINDS), n, replace=False, p=weights / weights.sum())]
 
     def draw(self, rng: np.random.Generator, kind: str) -> tuple[int, Sources]:

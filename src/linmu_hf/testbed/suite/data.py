@@ -62,7 +62,9 @@ def draw_questions(
     for _ in range(6 * wanted):
         task = tasks[int(rng.choice(len(tasks), p=weights / weights.sum()))]
         question, answer = kind.ask(rng, scene, task)
-        drawn[question] = (question, answer, task)
+        # "red or blue?" after "blue or red?" could be answered without looking
+        same = " ".join(sorted(question.strip("?").split())) if " or " in question else question
+        drawn[same] = (question, answer, task)
         if task in ASKED_ONCE:
             weights[tasks.index(task)] = 0.0
         if len(drawn) == wanted or not weights.any():

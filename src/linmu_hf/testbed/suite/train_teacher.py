@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from ...commands.common import Parser, check_positive
 from ...distillation.muon import Muon
@@ -189,6 +190,8 @@ class Run:
         self.state_folder = self.output / "state"
         if (self.state_folder / "state.pt").is_file():
             self._load()
+        elif args.start:
+            self._start_from(args.start)
 
     def _parts(self) -> dict:
         return {name: getattr(self, name) for name in ("model", "heads", "repeats", "curriculum", "optimizer")}
@@ -200,6 +203,13 @@ class Run:
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self.step, self.seconds, self.best = (state[name] for name in ("step", "seconds", "best"))
+
+    def _start_from(self, folder: str) -> None:
+        """Takes the weights of a model that has gone through the first two phases, and scenes of full size."""
+        trained = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype="float32")
+        self.model.load_state_dict(trained.state_dict())
+        self.curriculum.levels = {kind: of.levels for kind, of in KINDS.items()}
+        self.step = self.args.vision_steps + self.args.decoder_steps
 
     def save(self, accuracy: dict[str, float]) -> None:
         """Writes the state, and the model if it is the best so far; all processes have the same."""
@@ -387,6 +397,7 @@ def train(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, help="folder; the best model goes to model/, the rest to state/")
+    parser.add_argument("--start", metavar="FOLDER", help="a teacher to train on, such as the one that is shipped")
     parser.add_argument("--steps", type=float, default=math.inf, help="of the whole training, earlier runs included")
     parser.add_argument("--max_seconds", type=float, default=3600, help="of this run, whose rate falls at its end")
     parser.add_argument("--vision_steps", type=int, default=4000, help="of the vision tower alone, to begin with")
