@@ -1,6 +1,6 @@
 """The suite's student: data, conversion, three stages, and its answers beside its teacher's on all three test splits.
 
-    python -m linmu_hf.testbed.suite.student --output DIR [--teacher FOLDER] [--steps_factor 0.1]
+    python -m linmu_hf.testbed.suite.student --output DIR [--teacher FOLDER] [--steps_factor 0.1] [--test 100]
 
 Run again after it was killed, it skips what is finished and takes up the rest.
 """
@@ -28,12 +28,12 @@ STEPS = {"stage-1": 900, "stage-2": 1400, "stage-3": 200}
 SCHEDULE = replace(QUICK, train_rows=12000, test_rows_per_task=100, calibration_rows=128)
 
 
-def scaled(schedule: Schedule, factor: float) -> Schedule:
-    """Returns the schedule with this share of the suite's steps and rows."""
+def scaled(schedule: Schedule, factor: float, test_rows: int) -> Schedule:
+    """Returns the schedule with this share of the suite's steps and training rows, and so many rows to test a task."""
     names = [stage.name for stage in read_stages(recipe_file(schedule.recipe))]
     steps = tuple(f"{name}.max_steps={max(1, round(STEPS[name] * factor))}" for name in names)
     rows = max(schedule.calibration_rows, round(schedule.train_rows * factor))
-    return replace(schedule, train_rows=rows, stage_overrides=steps)
+    return replace(schedule, train_rows=rows, test_rows_per_task=test_rows, stage_overrides=steps)
 
 
 def walk(output: Path, teacher: str, schedule: Schedule) -> dict[str, Any]:
@@ -61,14 +61,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--teacher", type=Path, default=TEACHER, help="by default the one that is shipped")
     parser.add_argument("--steps_factor", type=float, default=1.0, help="share of the steps and of the rows")
+    parser.add_argument("--test", type=int, default=SCHEDULE.test_rows_per_task, help="rows per task and test split")
     args = parser.parse_args(argv)
     logging.disable_progress_bar()  # those of loading and saving; ours stay
     disable_progress_bars()
     try:
-        check_positive(args, "steps_factor")
+        check_positive(args, "test")
+        if not args.steps_factor > 0:
+            raise ValueError(f"--steps_factor {args.steps_factor} must be above 0")
         if not (args.teacher / "config.json").is_file():
             raise ValueError(f"--teacher {args.teacher} holds no config.json; suite.train_teacher trains one")
-        results = walk(args.output, str(args.teacher), scaled(SCHEDULE, args.steps_factor))
+        results = walk(args.output, str(args.teacher), scaled(SCHEDULE, args.steps_factor, args.test))
     except ValueError as error:
         parser.error(str(error))
     write_text(args.output / "results.json", json.dumps(results, indent=2) + "\n")

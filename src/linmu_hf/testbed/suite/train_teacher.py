@@ -400,13 +400,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--start", metavar="FOLDER", help="a teacher to train on, such as the one that is shipped")
     parser.add_argument("--steps", type=float, default=math.inf, help="of the whole training, earlier runs included")
     parser.add_argument("--max_seconds", type=float, default=3600, help="of this run, whose rate falls at its end")
-    parser.add_argument("--vision_steps", type=int, default=4000, help="of the vision tower alone, to begin with")
-    parser.add_argument("--decoder_steps", type=int, default=4000, help="after them, of the decoder alone")
+    parser.add_argument("--vision_steps", type=int, default=3000, help="of the vision tower alone, to begin with")
+    parser.add_argument("--decoder_steps", type=int, default=3000, help="after them, of the decoder alone")
     parser.add_argument(
         "--vision_kinds",
         nargs="+",
         choices=list(KINDS),
-        default=["words"] * 4 + ["page"] * 2 + ["table", "icons", "icons", "bars", "several", "clip"],
+        default=["words"] * 4 + ["page"] * 4 + ["table", "icons", "icons", "bars", "several", "clip"],
         help="of scenes that the tower looks at, several times for more",
     )
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
