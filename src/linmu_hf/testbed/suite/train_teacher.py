@@ -4,7 +4,7 @@
 
 First the vision tower alone learns what every token shows, by heads that are thrown away; then the decoder alone
 learns to answer, easy questions first; then both. `OUTPUT/state` holds what going on needs, `OUTPUT/model` the best
-model so far.
+model so far and, once a run is over and its rate has fallen, its last.
 """
 
 import argparse
@@ -211,8 +211,8 @@ class Run:
         self.curriculum.levels = {kind: of.levels for kind, of in KINDS.items()}
         self.step = self.args.vision_steps + self.args.decoder_steps
 
-    def save(self, accuracy: dict[str, float]) -> None:
-        """Writes the state, and the model if it is the best so far; all processes have the same."""
+    def save(self, accuracy: dict[str, float], last: bool = False) -> None:
+        """Writes the state, and the model if it is the best so far or a run's last; all processes have the same."""
         numbers = {"step": self.step, "seconds": self.seconds, "seed": self.args.seed}
         mean = sum(accuracy.values()) / max(1, len(accuracy))
         best, self.best = self.best, max(self.best, mean)
@@ -221,7 +221,7 @@ class Run:
         with whole_folder(self.state_folder) as folder:
             parts = {name: part.state_dict() for name, part in self._parts().items()}
             torch.save({**parts, **numbers, "best": self.best}, folder / "state.pt")
-        if mean > best:
+        if last or mean > best:
             with whole_folder(self.output / "model") as folder:
                 save_checkpoint(self.model, self.processor, folder)
 
@@ -373,7 +373,7 @@ def train(args: argparse.Namespace) -> None:
     sources("train")
     log, saved = Log(run), time.time()
 
-    def evaluate() -> None:
+    def evaluate(last: bool = False) -> None:
         train_mode(run.model, False)
         accuracy: dict[str, float] = {}
         if run.step > args.vision_steps:
@@ -382,7 +382,7 @@ def train(args: argparse.Namespace) -> None:
             )
             found = {task: value for part in parallel.of_all(own) for task, value in part.items()}
             accuracy = {task: found[task] for task in TASKS}
-        run.save(accuracy)
+        run.save(accuracy, last)
         log.write({"seen": accuracy})
 
     for notes, looking in run.steps():
@@ -390,13 +390,13 @@ def train(args: argparse.Namespace) -> None:
         if parallel.of_first(time.time() - saved) > args.save_seconds:
             evaluate()
             saved = time.time()
-    evaluate()
+    evaluate(last=True)
     log.close()
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", required=True, help="folder; the best model goes to model/, the rest to state/")
+    parser.add_argument("--output", required=True, help="folder; the model goes to model/, the rest to state/")
     parser.add_argument("--start", metavar="FOLDER", help="a teacher to train on, such as the one that is shipped")
     parser.add_argument("--steps", type=float, default=math.inf, help="of the whole training, earlier runs included")
     parser.add_argument("--max_seconds", type=float, default=3600, help="of this run, whose rate falls at its end")
