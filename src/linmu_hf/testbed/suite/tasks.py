@@ -59,7 +59,7 @@ def _choices(n: int, beyond: int | None = None) -> Chance:
     return lambda chosen, larger: 1 / (beyond if larger and beyond else n)
 
 
-# The accuracy of the best answer without looking; before them what they are modelled on.
+# The accuracy of the best answer without looking. The comments say which benchmarks the tasks are modelled on.
 TASKS: dict[str, Chance] = {
     # text in scenes (TextVQA, OCRBench): the word on a sign, or at one of four places
     "sign": lambda s, _: 1 / len(s.words),
